@@ -1,0 +1,24 @@
+"""Kernels for a transformer block that is applied T times with the same weights.
+
+Public names: BlockSpec, LoopedBlock, looped_block, attention, explain, backends.
+"""
+
+from shift_kernels.api import attention, looped_block
+from shift_kernels.dispatch import backends, explain
+from shift_kernels.errors import BackendFallbackWarning, ShiftInputError, ShiftTypeError
+from shift_kernels.module import LoopedBlock
+from shift_kernels.spec import BlockSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendFallbackWarning",
+    "BlockSpec",
+    "LoopedBlock",
+    "ShiftInputError",
+    "ShiftTypeError",
+    "attention",
+    "backends",
+    "explain",
+    "looped_block",
+]

@@ -1,4 +1,4 @@
-"""Errors and warnings. An input error has five parts: function, argument, value, what is allowed, what to do."""
+"""Errors and warnings. An input error has five parts: function, argument, value, what is allowed, remedy."""
 
 from __future__ import annotations
 

@@ -1,0 +1,200 @@
+"""The functions people call: check the arguments, choose a backend, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shift_kernels import dispatch, reference
+from shift_kernels import ops as _register_operators  # noqa: F401
+from shift_kernels.errors import input_error, type_error
+from shift_kernels.problem import Problem
+from shift_kernels.spec import BlockSpec, check_call, check_floating, check_per_sample
+
+_ME = "shift_kernels.looped_block"
+
+
+def looped_block(
+    e: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_all_loops: bool = False,
+    n_grad_loops: int | None = None,
+    halt_threshold: float | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Apply one block ``n_loops`` times with the same weights.
+
+    Args:
+        e: input embeddings, float [batch, seq_len, d_model]; or [total, d_model] with ``cu_seqlens``.
+        weights: name -> tensor, names and shapes of :meth:`BlockSpec.weight_shapes`.
+        spec: what the block is.
+        n_loops: T >= 0; an int tensor [] or [batch] gives T at run time, one per sample. 0 returns h_0.
+        seq_lens: int [batch], lengths of right-padded samples. Pads may hold anything, NaN included: they
+            reach no result and no gradient, and return 0.
+        cu_seqlens: int [batch + 1], offsets of sequences packed one behind the other, instead of padding.
+        return_all_loops: return h_1 .. h_T, [T, ...]; a sample that is done repeats its last state.
+        n_grad_loops: back-propagate only through each sample's last k loops; None: through all.
+        halt_threshold: inference only; a sample stops once its relative RMS change in a loop is below it.
+        backend: ``auto``, or a name from :func:`backends`; a named one never falls back.
+
+    Returns:
+        h_T (or all h_t), dtype of e. With ``halt_threshold``: a pair of that and the loops used, [batch].
+        Under autocast matmul operands have autocast's dtype; the residual stream keeps e's.
+
+    Raises:
+        ShiftInputError: an argument is not usable, or the named backend does not serve this call.
+
+    Source: the looped transformer h_t = f(h_{t-1} [+ e]) of arXiv 2409.15647, section 4, and 2510.10089.
+    """
+    if cu_seqlens is not None:
+        return _packed(
+            e,
+            cu_seqlens,
+            seq_lens,
+            weights=weights,
+            spec=spec,
+            n_loops=n_loops,
+            return_all_loops=return_all_loops,
+            n_grad_loops=n_grad_loops,
+            halt_threshold=halt_threshold,
+            backend=backend,
+        )
+    check_call(_ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold)
+    compute_dtype = e.dtype
+    if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(e.device.type)
+    grad = torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values()))
+    problem = Problem(
+        spec, e.shape[0], e.shape[1], e.dtype, compute_dtype, e.device, grad, halt_threshold is not None
+    )
+    chosen = dispatch.plan_and_warn(problem, backend)
+    if isinstance(n_loops, Tensor):
+        n_loops = n_loops.expand(e.shape[0])
+    with torch.autocast(e.device.type, enabled=False):
+        if chosen.backend == "torch" and not torch.compiler.is_compiling():
+            h, used = reference.looped_block(
+                e,
+                weights,
+                spec,
+                n_loops,
+                seq_lens=seq_lens,
+                return_all_loops=return_all_loops,
+                n_grad_loops=n_grad_loops,
+                halt_threshold=halt_threshold,
+                compute_dtype=compute_dtype,
+            )
+        else:
+            per_sample = isinstance(n_loops, Tensor)
+            h, used, _ = torch.ops.shift_kernels.looped_block(
+                e,
+                [weights[name] for name in spec.weight_shapes()],
+                spec.key,
+                0 if per_sample else n_loops,
+                n_loops if per_sample else None,
+                seq_lens,
+                return_all_loops,
+                n_grad_loops,
+                halt_threshold,
+                compute_dtype,
+                grad,
+                chosen.backend,
+            )
+    return h if halt_threshold is None else (h, used)
+
+
+def _packed(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None, **call) -> Tensor | tuple[Tensor, Tensor]:
+    """Pad packed sequences, run, and pack the result again. Reads the longest length on the host."""
+    check_floating(_ME, "e", e)
+    if seq_lens is not None:
+        raise input_error(
+            _ME, "seq_lens", "given", "None together with cu_seqlens", "Lengths follow from it."
+        )
+    if e.ndim != 2:
+        raise input_error(
+            _ME,
+            "e",
+            list(e.shape),
+            "[total, d_model] together with cu_seqlens",
+            "Drop cu_seqlens for a padded e.",
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise type_error(
+            _ME, "cu_seqlens", type(cu_seqlens).__name__, "an int32 or int64 tensor", "Use torch.tensor(...)."
+        )
+    lens = cu_seqlens.diff().to(e.device)
+    if (
+        cu_seqlens.ndim != 1
+        or len(lens) < 1
+        or cu_seqlens[0] != 0
+        or cu_seqlens[-1] != len(e)
+        or lens.min() < 0
+    ):
+        raise input_error(
+            _ME,
+            "cu_seqlens",
+            cu_seqlens.tolist(),
+            f"offsets rising from 0 to {len(e)}, the rows of e",
+            "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).",
+        )
+    taken = torch.arange(max(int(lens.max()), 1), device=e.device) < lens[:, None]
+    padded = e.new_zeros(*taken.shape, e.shape[1]).index_put((taken,), e)
+    out = looped_block(padded, seq_lens=lens, **call)
+    if isinstance(out, tuple):
+        return out[0][..., taken, :], out[1]
+    return out[..., taken, :]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    seq_lens: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, for any head_dim, ragged lengths and grouped heads.
+
+    Args:
+        q: [batch, n_heads, seq_len, head_dim].
+        k, v: [batch, n_kv_heads, seq_len, head_dim]; n_kv_heads divides n_heads.
+        causal: position i sees positions <= i.
+        seq_lens: int [batch]; pads may hold anything and return 0. A sample of length 0 is all pads.
+
+    Returns:
+        [batch, n_heads, seq_len, head_dim], dtype of q.
+
+    Raises:
+        ShiftInputError: shapes, dtypes or lengths that do not fit together.
+    """
+    me = "shift_kernels.attention"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(me, name, x)
+        if x.ndim != 4 or 0 in x.shape:
+            raise input_error(
+                me, name, list(x.shape), "[batch, heads, seq_len, head_dim], none of them 0", "Reshape it."
+            )
+        if x.dtype != q.dtype:
+            raise type_error(me, name, x.dtype, f"q's dtype {q.dtype}", "Cast one of them.")
+        if x.device != q.device:
+            raise input_error(me, name, f"on {x.device}", f"q's device {q.device}", "Move one of them.")
+    if k.shape != v.shape:
+        raise input_error(me, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
+    batch, n_heads, seq_len, head_dim = q.shape
+    if (k.shape[0], *k.shape[2:]) != (batch, seq_len, head_dim):
+        raise input_error(
+            me, "k", list(k.shape), f"[{batch}, n_kv_heads, {seq_len}, {head_dim}], as q", "Match q's shape."
+        )
+    if n_heads % k.shape[1]:
+        raise input_error(
+            me, "k", list(k.shape), f"a number of heads that divides q's {n_heads}", "Change n_kv_heads."
+        )
+    if seq_lens is not None:
+        check_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
+    return reference.attention(q, k, v, causal=causal, seq_lens=seq_lens)

@@ -1,0 +1,158 @@
+"""Which backend runs a looped block, and why. Decided by arithmetic on sizes, never by try and except."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from shift_kernels import torch_backend
+from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
+from shift_kernels.problem import Problem
+from shift_kernels.spec import BlockSpec
+
+# In the order in which "auto" asks them. Each is a module with NAME, unavailable, refusal, saved_bytes,
+# forward and backward; the last one serves everything.
+BACKENDS: tuple[ModuleType, ...] = (torch_backend,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The backend chosen for a problem.
+
+    Args:
+        backend: its name.
+        why: one sentence.
+        saved_bytes_per_loop: bytes kept for the backward pass for each loop (0 without gradients).
+        refused: backends asked before it, with their reasons.
+    """
+
+    backend: str
+    why: str
+    saved_bytes_per_loop: int
+    refused: tuple[tuple[str, str], ...]
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with ``"available"`` or the reason why it is not."""
+    return {b.NAME: b.unavailable() or "available" for b in BACKENDS}
+
+
+def module_of(name: str) -> ModuleType:
+    """The module that implements the backend of this name."""
+    return next(b for b in BACKENDS if name == b.NAME)
+
+
+def plan(problem: Problem, backend: str = "auto") -> Plan:
+    """Choose the backend for a problem.
+
+    Raises:
+        ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem;
+            or ``auto`` would fall back while ``SHIFT_KERNELS_STRICT=1``.
+    """
+    names = [b.NAME for b in BACKENDS]
+    if backend != "auto" and backend not in names:
+        raise input_error(
+            "shift_kernels.looped_block",
+            "backend",
+            backend,
+            f"'auto' or one of {names}",
+            "shift_kernels.backends() lists them.",
+        )
+    refused: list[tuple[str, str]] = []
+    for candidate in BACKENDS:
+        if backend not in ("auto", candidate.NAME):
+            continue
+        reason = candidate.unavailable() or candidate.refusal(problem)
+        if reason is None:
+            saved = candidate.saved_bytes(problem) if problem.grad else 0
+            why = "asked for" if backend != "auto" else "first of " + ", ".join(names) + " that serves this"
+            return Plan(candidate.NAME, why, saved, tuple(refused))
+        if backend != "auto":
+            raise input_error(
+                "shift_kernels.looped_block",
+                "backend",
+                backend,
+                f"what it serves: {reason}",
+                "Use backend='auto' or 'torch'.",
+            )
+        refused.append((candidate.NAME, reason))
+    raise AssertionError("the torch backend serves everything")
+
+
+def plan_and_warn(problem: Problem, backend: str) -> Plan:
+    """As :func:`plan`; says once for each reason when ``auto`` takes a slower path than it should."""
+    chosen = plan(problem, backend)
+    if backend == "auto" and chosen.refused:
+        _say_slow(chosen)
+    return chosen
+
+
+_SAID: set[str] = set()
+
+
+def _say_slow(chosen: Plan) -> None:
+    # A backend that this machine lacks altogether is no surprise; one that refuses this problem is.
+    reasons = "; ".join(
+        f"{name}: {why}" for name, why in chosen.refused if module_of(name).unavailable() is None
+    )
+    if not reasons:
+        return
+    if os.environ.get("SHIFT_KERNELS_STRICT") == "1":
+        raise input_error(
+            "shift_kernels.looped_block",
+            "backend",
+            "auto",
+            f"problems that a fast backend serves while SHIFT_KERNELS_STRICT=1 ({reasons})",
+            "Change the block, or unset SHIFT_KERNELS_STRICT.",
+        )
+    if reasons not in _SAID:
+        _SAID.add(reasons)
+        warnings.warn(
+            f"shift_kernels.looped_block: slow path, running on '{chosen.backend}' because {reasons}. "
+            "shift_kernels.explain(...) tells more; pass backend= to choose and silence this.",
+            BackendFallbackWarning,
+            stacklevel=5,
+        )
+
+
+def explain(
+    spec: BlockSpec,
+    batch: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    grad: bool = True,
+    n_loops: int = 1,
+    backend: str = "auto",
+) -> str:
+    """Say in words which backend would run this looped block, why, and what it keeps for the backward.
+
+    Args:
+        spec: the block.
+        batch, seq_len: shape of e, [batch, seq_len, d_model].
+        dtype: dtype of e.
+        device: where e would live; it need not exist on this machine.
+        grad: whether a backward pass follows.
+        n_loops: T, for the memory figures.
+        backend: as for ``looped_block``.
+    """
+    if not isinstance(spec, BlockSpec):
+        raise type_error(
+            "shift_kernels.explain", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
+        )
+    problem = Problem(spec, batch, seq_len, dtype, dtype, torch.device(device), grad)
+    chosen = plan(problem, backend)
+    lines = [
+        f"looped_block [{batch}, {seq_len}, {spec.d_model}] {str(dtype).removeprefix('torch.')} on {device}, "
+        f"{n_loops} loop{'s' if n_loops != 1 else ''}, {'with' if grad else 'without'} gradients",
+        f"  runs on   {chosen.backend}: {chosen.why}",
+    ]
+    if grad:
+        mib = n_loops * chosen.saved_bytes_per_loop / 2**20
+        lines.append(f"  backward  keeps about {mib:.1f} MiB ({n_loops} x {mib / max(n_loops, 1):.2f})")
+    lines += [f"  not       {name}: {why}" for name, why in chosen.refused]
+    return "\n".join(lines)

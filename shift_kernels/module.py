@@ -1,0 +1,183 @@
+"""LoopedBlock: the parameters of a block and one call that applies it T times."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from shift_kernels.api import looped_block
+from shift_kernels.errors import input_error, type_error
+from shift_kernels.spec import BlockSpec
+
+
+class LoopedBlock(nn.Module):
+    """A transformer block that is applied ``n_loops`` times with the same weights.
+
+    Parameters carry the names and layouts of ``torch.nn.TransformerEncoder``
+    (``layers.0.linear1.weight`` ...), so its state dicts load here and the other way round.
+
+    Args:
+        spec: what the block is.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(spec, BlockSpec):
+            raise type_error(
+                "LoopedBlock", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
+            )
+        self.spec = spec
+        for name, shape in spec.weight_shapes().items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]  # type: ignore[assignment]
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Norm weights 1, biases 0, linear maps uniform with variance 1 / (3 fan_in), as ``nn.Linear``."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+            else:
+                nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, as :func:`looped_block` takes them."""
+        return dict(self.named_parameters())
+
+    def forward(
+        self,
+        e: Tensor,
+        n_loops: int | Tensor,
+        *,
+        seq_lens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_all_loops: bool = False,
+        n_grad_loops: int | None = None,
+        halt_threshold: float | None = None,
+        backend: str = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See :func:`shift_kernels.looped_block`."""
+        return looped_block(
+            e,
+            self.weights(),
+            self.spec,
+            n_loops,
+            seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
+            return_all_loops=return_all_loops,
+            n_grad_loops=n_grad_loops,
+            halt_threshold=halt_threshold,
+            backend=backend,
+        )
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+    @classmethod
+    def from_torch(cls, layer: nn.TransformerEncoderLayer, *, causal: bool, **options) -> LoopedBlock:
+        """A looped block with a copy of this layer's weights: one loop gives the layer's output.
+
+        Args:
+            layer: ``torch.nn.TransformerEncoderLayer``; dropout must be 0 or the layer in eval mode.
+            causal: what the layer was called with (``is_causal``, its mask); the layer does not know.
+            options: further fields of :class:`BlockSpec`, such as ``injection="add"``.
+
+        Raises:
+            ShiftInputError: dropout, or an activation that is neither relu nor gelu.
+        """
+        me = "LoopedBlock.from_torch"
+        if not isinstance(layer, nn.TransformerEncoderLayer):
+            raise type_error(
+                me,
+                "layer",
+                type(layer).__name__,
+                "a torch.nn.TransformerEncoderLayer",
+                "Wrap its weights by name.",
+            )
+        if layer.training and layer.dropout.p > 0:
+            raise input_error(
+                me,
+                "layer",
+                f"dropout={layer.dropout.p} in training mode",
+                "dropout=0",
+                "Call layer.eval() first.",
+            )
+        spec = BlockSpec(
+            d_model=layer.linear1.in_features,
+            n_heads=layer.self_attn.num_heads,
+            d_ff=layer.linear1.out_features,
+            activation=_activation_name(me, layer),
+            norm="layernorm",
+            norm_placement="pre" if layer.norm_first else "post",
+            norm_eps=layer.norm1.eps,
+            bias=layer.linear1.bias is not None,
+            causal=causal,
+            **options,
+        )
+        weight = layer.linear1.weight
+        block = cls(spec, device=weight.device, dtype=weight.dtype)
+        block.layers.get_submodule("0").load_state_dict(layer.state_dict())  # type: ignore[union-attr]
+        return block
+
+    def to_torch(self) -> nn.TransformerEncoderLayer:
+        """The layer that :meth:`from_torch` would give this block for, where there is one.
+
+        Raises:
+            ShiftInputError: the block has an option that ``nn.TransformerEncoderLayer`` lacks.
+        """
+        s = self.spec
+        twin = BlockSpec(
+            d_model=s.d_model,
+            n_heads=s.n_heads,
+            d_ff=max(s.d_ff, 1),
+            activation=s.activation if s.activation in ("relu", "gelu") else "gelu",
+            norm_placement="post" if s.norm_placement == "post" else "pre",
+            norm_eps=s.norm_eps,
+            bias=s.bias,
+            causal=s.causal,
+            injection=s.injection,
+        )
+        if s != twin:
+            fields = {k: v for k, v in s.to_dict().items() if v != twin.to_dict()[k]}
+            raise input_error(
+                "LoopedBlock.to_torch",
+                "spec",
+                fields,
+                "what nn.TransformerEncoderLayer has",
+                "Keep the LoopedBlock.",
+            )
+        first = next(self.parameters())
+        layer = nn.TransformerEncoderLayer(
+            s.d_model, s.n_heads, s.d_ff, dropout=0.0, activation=s.activation, layer_norm_eps=s.norm_eps,
+            batch_first=True, norm_first=s.norm_placement == "pre", bias=s.bias,
+            device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+        layer.load_state_dict(self.layers.get_submodule("0").state_dict())  # type: ignore[union-attr]
+        return layer
+
+
+def _activation_name(function: str, layer: nn.TransformerEncoderLayer) -> str:
+    activation = layer.activation
+    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+        return "relu"
+    if activation is nn.functional.gelu or (
+        isinstance(activation, nn.GELU) and activation.approximate == "none"
+    ):
+        return "gelu"
+    if isinstance(activation, nn.GELU):
+        return "gelu_tanh"
+    raise input_error(function, "layer", f"activation={activation}", "relu or gelu", "Use one of these.")

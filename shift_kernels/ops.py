@@ -1,0 +1,189 @@
+"""The looped block as a registered operator, so that torch.compile sees one opaque call.
+
+``shift_kernels::looped_block`` takes the number of loops as data: a compiled model that passes it as a
+tensor is never recompiled when it changes, one that passes an int is compiled once more at most.
+The autocast rule: matmul operands in autocast's dtype, the residual stream and the result in e's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shift_kernels import dispatch
+from shift_kernels.errors import input_error
+from shift_kernels.spec import spec_from_key
+
+_LIB = torch.library.Library("shift_kernels", "DEF")
+# sample_loops: one T per sample, n_loops is then ignored. weights: in the order of weight_shapes().
+_LIB.define(
+    "looped_block(Tensor e, Tensor[] weights, str spec, SymInt n_loops, Tensor? sample_loops, "
+    "Tensor? seq_lens, bool return_all_loops, SymInt? n_grad_loops, float? halt_threshold, "
+    "ScalarType? compute_dtype, bool for_backward, str backend) -> "
+    "(Tensor h, Tensor loops_used, Tensor[] saved)"
+)
+_LIB.define(
+    "looped_block_backward(Tensor grad_h, Tensor e, Tensor[] weights, Tensor[] saved, str spec, "
+    "SymInt n_loops, Tensor? sample_loops, Tensor? seq_lens, bool return_all_loops, SymInt? n_grad_loops, "
+    "ScalarType? compute_dtype, str backend) -> (Tensor grad_e, Tensor[] grad_weights)"
+)
+
+
+def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:
+    return dict(zip(spec_from_key(spec_key).weight_shapes(), weights, strict=True))
+
+
+@torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
+def _forward(
+    e,
+    weights,
+    spec,
+    n_loops,
+    sample_loops,
+    seq_lens,
+    return_all_loops,
+    n_grad_loops,
+    halt_threshold,
+    compute_dtype,
+    for_backward,
+    backend,
+):
+    h, used, saved = dispatch.module_of(backend).forward(
+        e,
+        _named(weights, spec),
+        spec_from_key(spec),
+        n_loops if sample_loops is None else sample_loops,
+        seq_lens=seq_lens,
+        return_all_loops=return_all_loops,
+        n_grad_loops=n_grad_loops,
+        halt_threshold=halt_threshold,
+        compute_dtype=compute_dtype,
+        for_backward=for_backward,
+    )
+    # An operator's outputs may not alias its inputs: zero loops without injection would return e itself.
+    return (h.clone() if h is e else h), used, saved
+
+
+@torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_h,
+    e,
+    weights,
+    saved,
+    spec,
+    n_loops,
+    sample_loops,
+    seq_lens,
+    return_all_loops,
+    n_grad_loops,
+    compute_dtype,
+    backend,
+):
+    return dispatch.module_of(backend).backward(
+        grad_h,
+        e,
+        _named(weights, spec),
+        spec_from_key(spec),
+        n_loops if sample_loops is None else sample_loops,
+        seq_lens=seq_lens,
+        return_all_loops=return_all_loops,
+        n_grad_loops=n_grad_loops,
+        compute_dtype=compute_dtype,
+        saved=saved,
+    )
+
+
+@torch.library.register_fake("shift_kernels::looped_block", lib=_LIB)
+def _forward_fake(
+    e,
+    weights,
+    spec,
+    n_loops,
+    sample_loops,
+    seq_lens,
+    return_all_loops,
+    n_grad_loops,
+    halt_threshold,
+    compute_dtype,
+    for_backward,
+    backend,
+):
+    saved = dispatch.module_of(backend).saved_like if for_backward else lambda e, spec, n_loops: []
+    most = n_loops if sample_loops is None else torch.library.get_ctx().new_dynamic_size()
+    h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
+    return h, e.new_empty(e.shape[0], dtype=torch.int64), saved(e, spec_from_key(spec), most)
+
+
+@torch.library.register_fake("shift_kernels::looped_block_backward", lib=_LIB)
+def _backward_fake(grad_h, e, weights, saved, *_):
+    return torch.empty_like(e), [torch.empty_like(w) for w in weights]
+
+
+def _setup_context(ctx, inputs, output):
+    e, weights, spec, n_loops, sample_loops, seq_lens, all_loops, n_grad_loops = inputs[:8]
+    compute_dtype, backend = inputs[9], inputs[11]
+    saved = output[2]
+    ctx.n_weights = len(weights)
+    ctx.save_for_backward(e, sample_loops, seq_lens, *weights, *saved)
+    ctx.options = (spec, n_loops, all_loops, n_grad_loops, compute_dtype, backend)
+    ctx.mark_non_differentiable(output[1], *saved)
+
+
+def _autograd(ctx, grad_h, grad_used, grad_saved):
+    e, sample_loops, seq_lens, *tensors = ctx.saved_tensors
+    spec, n_loops, all_loops, n_grad_loops, compute_dtype, backend = ctx.options
+    weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
+    grad_e, grad_weights = torch.ops.shift_kernels.looped_block_backward(
+        grad_h,
+        e,
+        weights,
+        saved,
+        spec,
+        n_loops,
+        sample_loops,
+        seq_lens,
+        all_loops,
+        n_grad_loops,
+        compute_dtype,
+        backend,
+    )
+    return grad_e, grad_weights, *[None] * 10
+
+
+torch.library.register_autograd(
+    "shift_kernels::looped_block", _autograd, setup_context=_setup_context, lib=_LIB
+)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise input_error(
+        "shift_kernels.looped_block",
+        "backend",
+        ctx.backend,
+        "backend='torch' outside torch.compile for second derivatives",
+        "Call looped_block(..., backend='torch').",
+    )
+
+
+def _remember_backend(ctx, inputs, output):
+    ctx.backend = inputs[-1]
+
+
+torch.library.register_autograd(
+    "shift_kernels::looped_block_backward", _no_second_derivative, setup_context=_remember_backend, lib=_LIB
+)
+
+
+def _autocast_rule(device_type: str, key: str) -> None:
+    def rule(*args):
+        *head, compute_dtype, for_backward, backend = args
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return torch.ops.shift_kernels.looped_block(
+                *head, compute_dtype or torch.get_autocast_dtype(device_type), for_backward, backend
+            )
+
+    _LIB.impl("looped_block", rule, key)
+
+
+_autocast_rule("cpu", "AutocastCPU")
+_autocast_rule("cuda", "AutocastCUDA")

@@ -1,0 +1,235 @@
+"""What a looped block means, in plain PyTorch: every other backend is tested against this file.
+
+    h_0 = 0 if injection == "add" else e
+    for t = 1 .. T:  u = h_{t-1} + e  (or h_{t-1});  u = layers(u);  h_t = loop_norm(u) or u
+
+Works in any floating dtype up to float64 and is differentiable any number of times. Nothing is fused;
+autograd keeps every activation of every loop (about 68 d_model numbers a token and loop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shift_kernels.spec import BlockSpec
+
+
+def looped_block(
+    e: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    return_all_loops: bool = False,
+    n_grad_loops: int | None = None,
+    halt_threshold: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the block ``n_loops`` times. Arguments are trusted: ``shift_kernels.looped_block`` checks them.
+
+    Args:
+        e: input embeddings [batch, seq_len, d_model]; the residual stream keeps this dtype.
+        weights: see :meth:`BlockSpec.weight_shapes`; cast to ``compute_dtype`` (norms: to e's dtype).
+        n_loops: T, or an int tensor [batch] with one T per sample.
+        seq_lens: [batch]; positions at or beyond a sample's length may hold anything and return 0.
+        return_all_loops: return all h_t, [T, batch, seq_len, d_model]; a finished sample repeats its last.
+        n_grad_loops: only each sample's last k loops carry gradient.
+        halt_threshold: a sample stops after loop t once rms(h_t - h_{t-1}) < threshold * rms(h_{t-1}).
+        compute_dtype: dtype of matmul operands; default e's dtype.
+
+    Returns:
+        h_T (or all h_t) and the loops used, int64 [batch].
+    """
+    batch, seq_len, _ = e.shape
+    valid = None
+    if seq_lens is not None:
+        valid = torch.arange(seq_len, device=e.device) < seq_lens.to(e.device)[:, None]
+        e = _zero_where_not(valid[..., None], e)
+    w = _cast(weights, e.dtype, compute_dtype or e.dtype)
+    allowed = attention_mask(seq_len, spec.causal, valid, e.device)
+    rotary = rotary_table(seq_len, spec, e.device) if spec.position == "rope" else None
+
+    per_sample = isinstance(n_loops, Tensor)
+    loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
+    most, fewest = (int(loops.max()), int(loops.min())) if per_sample else (n_loops, n_loops)
+    running = torch.ones(batch, dtype=torch.bool, device=e.device)
+    used = torch.zeros(batch, dtype=torch.int64, device=e.device)
+    h = torch.zeros_like(e) if spec.injection == "add" else e
+    history = []
+    for t in range(1, most + 1):
+        carries_grad = n_grad_loops is None or t > fewest - n_grad_loops
+        with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
+            u = loop_body(h + e if spec.injection == "add" else h, w, spec, allowed, rotary)
+        if n_grad_loops is not None and carries_grad and per_sample:
+            u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
+        if per_sample or halt_threshold is not None:
+            active = running & (t <= loops)
+            used += active
+            if halt_threshold is not None:
+                running = active & ~(_rms(u - h, valid) < halt_threshold * _rms(h, valid))
+            u = torch.where(_column(active), u, h)
+        else:
+            used += 1
+        h = u
+        history.append(h)
+        if halt_threshold is not None and not running.any():
+            history += [h] * (most - t)
+            break
+    if return_all_loops:
+        h = torch.stack(history) if history else e.new_empty(0, *e.shape)
+    if valid is not None:
+        h = _zero_where_not(valid[..., None], h)
+    return h, used
+
+
+def loop_body(
+    x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, allowed: Tensor | None, rotary: Tensor | None
+) -> Tensor:
+    """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one."""
+    for i in range(spec.n_layers):
+        p = f"layers.{i}."
+        x = _residual(
+            x,
+            lambda y, p=p: self_attention(y, w, spec, p + "self_attn.", allowed, rotary),
+            w,
+            spec,
+            p + "norm1",
+        )
+        if spec.d_ff:
+            x = _residual(x, lambda y, p=p: mlp(y, w, spec, p), w, spec, p + "norm2")
+    return _norm(x, w, spec, "loop_norm") if spec.loop_norm else x
+
+
+def _residual(x: Tensor, branch, w: Mapping[str, Tensor], spec: BlockSpec, norm_name: str) -> Tensor:
+    """``x + scale * branch``, with the norm where ``norm_placement`` puts it."""
+    if spec.norm_placement == "post":
+        return _norm(x + spec.residual_scale * branch(x), w, spec, norm_name)
+    y = branch(_norm(x, w, spec, norm_name))
+    if spec.norm_placement == "sandwich":
+        y = _norm(y, w, spec, norm_name + "_post")
+    return x + (y if spec.residual_scale == 1 else spec.residual_scale * y)
+
+
+def _norm(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, name: str) -> Tensor:
+    if spec.norm == "layernorm":
+        return F.layer_norm(x, (spec.d_model,), w[f"{name}.weight"], w.get(f"{name}.bias"), spec.norm_eps)
+    if spec.norm == "rmsnorm":
+        return F.rms_norm(x, (spec.d_model,), w[f"{name}.weight"], spec.norm_eps)
+    return x
+
+
+def self_attention(
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    spec: BlockSpec,
+    prefix: str,
+    allowed: Tensor | None,
+    rotary: Tensor | None,
+) -> Tensor:
+    """Project to heads, attend, project back. x: [batch, seq_len, d_model]."""
+    qkv = _linear(x, w, prefix + "in_proj_weight", prefix + "in_proj_bias")
+    q, k, v = (
+        part.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+        for part in qkv.split(
+            [spec.n_heads * spec.head_dim] + 2 * [spec.n_kv_heads * spec.head_dim],
+            dim=-1,
+        )
+    )
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    o = attend(q, k, v, allowed).transpose(1, 2).flatten(-2)
+    return _linear(o, w, prefix + "out_proj.weight", prefix + "out_proj.bias").to(x.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seq_lens: Tensor | None = None
+) -> Tensor:
+    """Attention over padded batches; q [batch, n_heads, seq_len, head_dim], k and v may have fewer heads."""
+    valid = None
+    if seq_lens is not None:
+        valid = torch.arange(q.shape[2], device=q.device) < seq_lens.to(q.device)[:, None]
+        q, k, v = (_zero_where_not(valid[:, None, :, None], x) for x in (q, k, v))
+    o = attend(q, k, v, attention_mask(q.shape[2], causal, valid, q.device))
+    return o if valid is None else _zero_where_not(valid[:, None, :, None], o)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over the allowed pairs; a row with none of them gives 0."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if allowed is None:
+        return torch.softmax(scores, dim=-1) @ v
+    # The smallest number, not -inf: a row with nothing allowed stays finite, in the gradient too.
+    p = torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dim=-1)
+    return p.masked_fill(~allowed, 0) @ v
+
+
+def attention_mask(seq_len: int, causal: bool, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which query may see which key: bool [batch or 1, 1, seq_len, seq_len]; None means all."""
+    allowed = None
+    if causal:
+        allowed = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+    if valid is not None:
+        keys = valid[:, None, None, :].expand(-1, 1, seq_len, -1)
+        allowed = keys if allowed is None else allowed & keys
+    return allowed
+
+
+def rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
+    """cos and sin of position * frequency: float64 [2, seq_len, head_dim / 2]."""
+    half = spec.head_dim // 2
+    frequency = spec.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + head_dim/2}) by their angle. x: [..., seq_len, head_dim]."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def mlp(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, prefix: str) -> Tensor:
+    """linear -> activation -> linear; with swiglu the first map's rows are the gate, then the values."""
+    y = _linear(x, w, prefix + "linear1.weight", prefix + "linear1.bias")
+    if spec.activation == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    elif spec.activation == "relu":
+        y = F.relu(y)
+    else:
+        y = F.gelu(y, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+    return _linear(y, w, prefix + "linear2.weight", prefix + "linear2.bias").to(x.dtype)
+
+
+def _linear(x: Tensor, w: Mapping[str, Tensor], weight: str, bias: str) -> Tensor:
+    return F.linear(x.to(w[weight].dtype), w[weight], w.get(bias))
+
+
+def _cast(weights: Mapping[str, Tensor], state: torch.dtype, compute: torch.dtype) -> dict[str, Tensor]:
+    """Matmul weights in the compute dtype, norms in the residual stream's: once, not once a loop."""
+    return {name: w.to(state if "norm" in name else compute) for name, w in weights.items()}
+
+
+def _zero_where_not(keep: Tensor, x: Tensor) -> Tensor:
+    # where, not multiplication: a NaN in a pad must reach neither the result nor the gradient.
+    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _column(per_sample: Tensor) -> Tensor:
+    return per_sample[:, None, None]
+
+
+def _rms(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Root mean square per sample over its valid positions: [batch]."""
+    square = x.double().square().mean(-1)
+    if valid is None:
+        return square.mean(-1).sqrt()
+    return ((square * valid).sum(-1) / valid.sum(-1).clamp(min=1)).sqrt()

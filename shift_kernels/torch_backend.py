@@ -1,0 +1,97 @@
+"""The ``torch`` backend: the reference behind the backend interface. It serves every call.
+
+Its backward recomputes the forward under autograd, so nothing is kept between the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shift_kernels import reference
+from shift_kernels.problem import Problem
+from shift_kernels.spec import BlockSpec
+
+NAME = "torch"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine, or None."""
+    return None
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this backend does not serve the problem, or None."""
+    return None
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes kept for the backward pass, per loop: every activation that autograd records (estimate)."""
+    s = problem.spec
+    hidden = 2 * s.d_ff if s.activation == "swiglu" else s.d_ff
+    per_token = s.n_layers * (4 * s.d_model + 2 * s.qkv_dim + 2 * hidden + s.n_heads * problem.seq_len)
+    return problem.batch * problem.seq_len * per_token * problem.dtype.itemsize
+
+
+def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
+    """Empty tensors shaped as what :func:`forward` saves: nothing here."""
+    return []
+
+
+def forward(
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    halt_threshold: float | None,
+    compute_dtype: torch.dtype | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """h_T (or all h_t), the loops used, and what :func:`backward` needs besides the inputs (nothing)."""
+    h, used = reference.looped_block(
+        e,
+        weights,
+        spec,
+        n_loops,
+        seq_lens=seq_lens,
+        return_all_loops=return_all_loops,
+        halt_threshold=halt_threshold,
+        compute_dtype=compute_dtype,
+    )
+    return h, used, []
+
+
+def backward(
+    grad_h: Tensor,
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    compute_dtype: torch.dtype | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of e and of the weights, in the order of ``weights``."""
+    inputs = [x.detach().requires_grad_() for x in (e, *weights.values())]
+    with torch.enable_grad():
+        h, _ = reference.looped_block(
+            inputs[0],
+            dict(zip(weights, inputs[1:], strict=True)),
+            spec,
+            n_loops,
+            seq_lens=seq_lens,
+            return_all_loops=return_all_loops,
+            n_grad_loops=n_grad_loops,
+            compute_dtype=compute_dtype,
+        )
+    if not h.requires_grad:  # no loops, and the injected input is read by none
+        return torch.zeros_like(e), [torch.zeros_like(w) for w in weights.values()]
+    grads = torch.autograd.grad(h, inputs, grad_h, allow_unused=True, materialize_grads=True)
+    return grads[0], list(grads[1:])
