@@ -14,8 +14,9 @@ from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
-# In the order in which "auto" asks them. Each is a module with NAME, unavailable, refusal, saved_bytes,
-# forward and backward; the last one serves everything.
+# In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
+# unavailable, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors for
+# backward and saved_like(e, spec, n_loops) gives their shapes.
 BACKENDS: tuple[ModuleType, ...] = (torch_backend,)
 
 

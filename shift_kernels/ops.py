@@ -108,10 +108,13 @@ def _forward_fake(
     for_backward,
     backend,
 ):
-    saved = dispatch.module_of(backend).saved_like if for_backward else lambda e, spec, n_loops: []
-    most = n_loops if sample_loops is None else torch.library.get_ctx().new_dynamic_size()
-    h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
-    return h, e.new_empty(e.shape[0], dtype=torch.int64), saved(e, spec_from_key(spec), most)
+    module = dispatch.module_of(backend)
+    saves = for_backward and module.SAVES
+    if sample_loops is not None and (return_all_loops or saves):
+        n_loops = torch.library.get_ctx().new_dynamic_size()  # the largest entry: known only when it runs
+    h = e.new_empty((n_loops, *e.shape) if return_all_loops else e.shape)
+    saved = module.saved_like(e, spec_from_key(spec), n_loops) if saves else []
+    return h, e.new_empty(e.shape[0], dtype=torch.int64), saved
 
 
 @torch.library.register_fake("shift_kernels::looped_block_backward", lib=_LIB)

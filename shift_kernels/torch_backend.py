@@ -13,6 +13,7 @@ from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 NAME = "torch"
+SAVES = False  # forward keeps nothing for backward
 
 
 def unavailable() -> str | None:
@@ -31,11 +32,6 @@ def saved_bytes(problem: Problem) -> int:
     hidden = 2 * s.d_ff if s.activation == "swiglu" else s.d_ff
     per_token = s.n_layers * (4 * s.d_model + 2 * s.qkv_dim + 2 * hidden + s.n_heads * problem.seq_len)
     return problem.batch * problem.seq_len * per_token * problem.dtype.itemsize
-
-
-def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
-    """Empty tensors shaped as what :func:`forward` saves: nothing here."""
-    return []
 
 
 def forward(
