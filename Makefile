@@ -1,0 +1,56 @@
+# make demo     install, then the main job: train Single, Looped and SHIFT, write runs/demo/report.html
+# make test     install, then the tests
+# make check    install, then lint, types and tests
+# make install  only .venv, with what the demo needs
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
+# The package is built against the torch that is in .venv, so its build must see it.
+HERE   := --no-build-isolation -e
+
+.PHONY: install demo test lint types check clean
+install: $(VENV)/train.stamp
+
+demo: install
+	$(BIN)/shift-compare --preset demo --out runs/demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# A machine with a GPU keeps the torch it has; any other gets the tested version, as a CPU build where
+# pip can see one (where it can't, add a source of CPU wheels to pip's own configuration).
+$(VENV)/constraints.txt: constraints.txt
+	@if [ -e /dev/nvidiactl ] && $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	    torch=$$(grep '^torch==' constraints.txt); \
+	    $(PYTHON) -m venv $(VENV) && echo "installing $$torch" && \
+	    { { [ ! -e /dev/nvidiactl ] && $(BIN)/python -m pip install -q "$$torch+cpu" 2>/dev/null; } \
+	      || $(BIN)/python -m pip install -q "$$torch"; }; \
+	fi
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.new
+	@grep -v '^torch==' constraints.txt >> $@.new
+	@mv $@.new $@
+
+$(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py
+	$(PIP) "setuptools>=77" ninja
+	$(PIP) $(HERE) ".[train,plots]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	$(PIP) $(HERE) ".[dev]"
+	@touch $@
