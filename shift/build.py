@@ -1,0 +1,44 @@
+"""From a config to the objects it describes."""
+
+from __future__ import annotations
+
+import torch
+
+from shift.config import TrainConfig
+from shift.model import LoopedTransformer
+from shift.schedule import LoopSchedule, make_schedule
+from shift.tasks import make_task
+from shift.tasks.base import Task
+
+
+def build_task(config: TrainConfig) -> Task:
+    """The task, with its own data seed."""
+    return make_task(config.task.name, seed=config.task.seed, **config.task.options)
+
+
+def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
+    """The model on the CPU, with the weights of ``config.seed``: the same whatever device it moves to.
+
+    Seeds torch's global generator.
+    """
+    torch.manual_seed(config.seed)
+    return LoopedTransformer(
+        config.model.block_spec(task.causal),
+        vocab_size=task.vocab_size,
+        n_classes=task.n_classes,
+        max_seq_len=task.max_seq_len,
+        n_contexts=task.n_contexts,
+        learned_positions=config.model.learned_positions,
+        final_norm=config.model.final_norm,
+    )
+
+
+def build_schedule(config: TrainConfig) -> LoopSchedule:
+    """The schedule at step 0."""
+    return make_schedule(
+        config.schedule.kind,
+        max_loops=config.model.n_loops,
+        total_steps=config.steps,
+        seed=config.seed,
+        **config.schedule.options,
+    )

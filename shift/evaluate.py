@@ -1,0 +1,77 @@
+"""How good a model is on held-out samples of its task."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shift.tasks.base import IGNORE, Batch, Task
+
+
+def loops_of(batch: Batch, n_loops: int) -> int | Tensor:
+    """The loops a batch runs when ``n_loops`` are allowed: each sample's own T(n) up to that, if it has one.
+
+    T(n): Fan et al., arXiv 2409.15647, section 4. With one loop there is nothing to tell apart.
+    """
+    return n_loops if n_loops == 1 or batch.n_loops is None else batch.n_loops.clamp(max=n_loops)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    n_loops: int,
+    n_samples: int,
+    batch_size: int,
+    bf16: bool = False,
+    backend: str = "auto",
+    split: str = "eval",
+) -> dict[str, Any]:
+    """Loss and accuracy over the read positions of ``n_samples`` held-out sequences, always the same ones.
+
+    Returns:
+        ``loss`` (mean cross-entropy, nats), ``accuracy`` (share of read positions right), ``exact`` (share
+        of sequences with all read positions right) and ``groups`` (accuracy of each difficulty class that
+        occurs). The device is waited for once, at the end.
+    """
+    device = next(model.parameters()).device
+    n_groups = len(task.group_names)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    exact = torch.zeros((), dtype=torch.int64, device=device)
+    seen = torch.zeros(n_groups + 1, dtype=torch.int64, device=device)  # [0]: positions nobody reads
+    right = torch.zeros_like(seen)
+    was_training = model.training
+    model.eval()
+    for index, start in enumerate(range(0, n_samples, batch_size)):
+        batch = task.batch(min(batch_size, n_samples - start), index, split=split)
+        loops = loops_of(batch, n_loops)
+        batch = batch.to(device)
+        with autocast(device, bf16):
+            logits = model(batch.tokens, loops, context=batch.context, backend=backend)
+        loss += F.cross_entropy(
+            logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        read = batch.targets != IGNORE
+        hit = logits.argmax(-1) == batch.targets
+        exact += (hit | ~read).all(dim=1).sum()
+        group = (batch.group + 1).flatten()
+        seen.index_add_(0, group, read.flatten().long())
+        right.index_add_(0, group, (read & hit).flatten().long())
+    model.train(was_training)
+    counts, hits = seen.tolist()[1:], right.tolist()[1:]
+    return {
+        "loss": loss.item() / sum(counts),
+        "accuracy": sum(hits) / sum(counts),
+        "exact": exact.item() / n_samples,
+        "groups": {name: h / n for name, h, n in zip(task.group_names, hits, counts, strict=True) if n},
+    }
+
+
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matmuls around fp32 weights, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

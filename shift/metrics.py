@@ -1,0 +1,160 @@
+"""What a run writes down while it runs: rows in files, and a line for whoever watches.
+
+``metrics.jsonl`` holds facts that a repetition of the run reproduces byte for byte; clocks go to
+``timing.jsonl``. Values stay on the device until :meth:`PendingRows.read` fetches all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from shift_kernels.errors import input_error
+
+
+class RowFile:
+    """An append-only file of JSON rows that can be cut back to the length a checkpoint remembers."""
+
+    def __init__(self, path: Path, length: int = 0) -> None:
+        """Open ``path`` and keep its first ``length`` bytes.
+
+        Raises:
+            ShiftInputError: the file is shorter than that: it is not the file the checkpoint knew.
+        """
+        self.path = path
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        size = path.stat().st_size
+        if size < length:
+            raise input_error(
+                "shift.Trainer", "run_dir", str(path), f"a file of at least {length} bytes (it has {size})",
+                "It was changed since the checkpoint; start a new run directory.",
+            )  # fmt: skip
+        self._file.truncate(length)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows and hand them to the operating system."""
+        self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Wait until the disk has all rows; returns the file's length in bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class PendingRows:
+    """Rows whose values may still be 0-d tensors on the device."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows since the last call, in order, with one device-to-host copy for all their tensors.
+
+        Non-finite numbers become None, as JSON has no word for them.
+        """
+        rows, self._rows = self._rows, []
+        tensors = [v for row in rows for v in row.values() if isinstance(v, Tensor)]
+        values = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
+        return [
+            {k: _plain(next(values), v.dtype) if isinstance(v, Tensor) else v for k, v in row.items()}
+            for row in rows
+        ]
+
+
+def _plain(value: float, dtype: torch.dtype) -> bool | float | None:
+    if dtype == torch.bool:
+        return bool(value)
+    return value if math.isfinite(value) else None
+
+
+class StepTimer:
+    """Milliseconds of each step: on an accelerator by events in its stream, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        self._marks.append((self._begin, self._now()))
+
+    def read(self) -> list[float]:
+        """Times of the steps since the last call; waits for the last of them."""
+        marks, self._marks = self._marks, []
+        if not self._cuda:
+            return [1e3 * (end - begin) for begin, end in marks]
+        if marks:
+            marks[-1][1].synchronize()
+        return [begin.elapsed_time(end) for begin, end in marks]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Console:
+    """One line per report; below a bar on a terminal, plain in a log file."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._stream = stream or sys.stderr
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def train(self, row: dict[str, Any], ms: float, tokens: int) -> None:
+        """The state after a step: its metrics row, milliseconds a step, and tokens a step."""
+        facts = (
+            f"loss {_short(row['loss'])} | lr {row['lr']:.1e} | grad {_short(row['grad_norm'])} | "
+            f"T {row['n_loops']} stage {row['stage']} | {ms:.1f} ms | {1e3 * tokens / ms:,.0f} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.update(row["step"] - self._bar.n)
+            self._bar.set_postfix_str(facts)
+        else:
+            eta = (self._total - row["step"]) * ms / 1e3
+            self.say(f"step {row['step']:5d}/{self._total} | {facts} | eta {eta:.0f} s")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """The result of an evaluation: its metrics row."""
+        self.say(
+            f"eval {row['step']:5d}/{self._total} | loss {_short(row['loss'])} | T {row['n_loops']} | "
+            f"accuracy {row['accuracy']:.4f} | exact {row['exact']:.4f}"
+        )
+
+    def say(self, text: str) -> None:
+        """Any other line."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

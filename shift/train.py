@@ -1,0 +1,172 @@
+"""``shift-train``: one training run. Also ``python -m shift.train`` and ``torchrun ... -m shift.train``.
+
+    shift-train --run-dir runs/first --config demo --schedule.kind shift --schedule.options patience=3
+    shift-train --run-dir runs/first --resume auto
+
+Flags win over the TOML file or preset of ``--config``, which wins over the defaults; a resumed run starts
+from its own ``config.toml``. What was resolved is written there.
+
+Exit codes: 0 done; 1 failed (the traceback says why); 2 unusable input; 75 interrupted by SIGTERM or
+Ctrl-C: a checkpoint was saved, start again with ``--resume auto``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from shift.config import Options, TrainConfig, load_config, tomllib
+from shift.metrics import Console
+from shift.trainer import Trainer, TrainingInterrupted
+from shift_kernels import ShiftInputError
+
+INTERRUPTED = 75
+"""Exit code of a run that saved a checkpoint and wants to be started again (EX_TEMPFAIL)."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a looped transformer."""
+
+    run_dir: Path
+    """Where the run is written."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: str | None = None
+    """A TOML file, or the name of a preset."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on from the newest valid checkpoint in run_dir."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _train(parse(argv))
+    except ShiftInputError as error:
+        print(f"shift-train: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command of these arguments. Prints help or usage errors and exits as ``argparse`` does.
+
+    Raises:
+        ShiftInputError: an unusable config file.
+    """
+    base = _base_config(argv)
+    no_options = dataclasses.replace(
+        base,
+        task=dataclasses.replace(base.task, options={}),
+        schedule=dataclasses.replace(base.schedule, options={}),
+    )
+    command = tyro.cli(
+        Command,
+        args=argv,
+        default=Command(tyro.MISSING, no_options),
+        registry=_registry(),
+        prog="shift-train",
+    )
+    given = command.train
+    task_options = _merged(base.task.name == given.task.name, base.task.options, given.task.options)
+    schedule_options = _merged(
+        base.schedule.kind == given.schedule.kind, base.schedule.options, given.schedule.options
+    )
+    train = dataclasses.replace(
+        given,
+        task=dataclasses.replace(given.task, options=task_options),
+        schedule=dataclasses.replace(given.schedule, options=schedule_options),
+    )
+    return dataclasses.replace(command, train=train)
+
+
+def _base_config(argv: Sequence[str]) -> TrainConfig:
+    """What the flags start from: ``--config``, else the config of the run to resume, else the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("config", "run-dir", "resume"):
+        parser.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}", nargs="?")
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        return load_config(known.config)
+    own = Path(known.run_dir or "") / "config.toml"
+    return load_config(own) if known.resume == "auto" and own.is_file() else TrainConfig()
+
+
+def _merged(same: bool, base: Options, given: Options) -> Options:
+    """Options given as flags join those of the file, unless they belong to another task or schedule."""
+    return {**base, **given} if same else given
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Tells tyro to read option tables as ``key=value`` words, the values as in TOML."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def options(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if get_origin(info.type) is not dict:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="KEY=VALUE",
+            instance_from_str=lambda words: dict(_option(word) for word in words),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
+        )
+
+    return registry
+
+
+def _option(word: str) -> tuple[str, int | float | bool | str]:
+    key, equals, text = word.partition("=")
+    if not equals:
+        raise ValueError(f"{word!r} is not of the form KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text  # words need no quotes on a command line
+
+
+def _train(command: Command) -> int:
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if distributed:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    leader = not distributed or dist.get_rank() == 0
+    try:
+        console = Console(command.train.steps) if leader else None
+        trainer = Trainer(command.train, command.run_dir, resume=command.resume == "auto", console=console)
+        _stop_on_signals(trainer)
+        trainer.fit()
+    except TrainingInterrupted as interruption:
+        print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    return 0
+
+
+def _stop_on_signals(trainer: Trainer) -> None:
+    """SIGTERM and Ctrl-C end the run in order; a second one ends it at once."""
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        trainer.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The training loop: one run, from a config to a run directory.
+
+    for each step:  ask the schedule for the number of loops -> batch -> loss at the read positions
+                    -> gradients -> clip -> AdamW, which the device skips by itself if anything is not finite
+
+Nothing waits for the device but the reads of the metrics, once per ``log_every`` steps. A run that was
+killed and resumed writes the same metrics, weights, optimiser and schedule state, byte for byte, as one that
+was left alone (same machine, thread count and versions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shift import checkpoint
+from shift.build import build_model, build_schedule, build_task
+from shift.config import TrainConfig
+from shift.criterion import Signals
+from shift.evaluate import autocast, evaluate, loops_of
+from shift.flops import train_step_flops
+from shift.metrics import Console, PendingRows, StepTimer
+from shift.optim import build_optimizer, learning_rate
+from shift.result import batches_sha256, environment, switch_ms
+from shift.run_dir import RunDirectory
+from shift.tasks.base import IGNORE
+
+MAX_SKIPS = 5
+"""Skipped steps in a row after which a run stops: it will not recover by itself."""
+
+
+class TrainingInterrupted(Exception):
+    """:meth:`Trainer.stop` was called; a checkpoint was saved, and ``resume`` goes on from it."""
+
+
+class TrainingDiverged(Exception):
+    """Loss or gradient norm was not finite :data:`MAX_SKIPS` steps in a row."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; part of every checkpoint."""
+
+    step: int = 0
+    flops: int = 0
+    block_applications: float = 0
+    was_single: bool = False
+    switch_step: int | None = None
+    skipped_steps: int = 0
+    skips_in_row: int = 0
+    train_s: float = 0.0
+    wall_s: float = 0.0
+    initial_weights_sha256: str = ""
+    last_eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: what to run.
+        run_dir: where to write; created if need be.
+        resume: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none).
+            Without it a directory that already holds a run is refused.
+        console: where to report; None: nowhere.
+
+    In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
+    ranks' batches, and rank 0 writes. Seeds torch's global generator.
+
+    Raises:
+        ShiftInputError: an unusable config, a used directory, or a checkpoint of another config.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.config, self.console, self.device = config, console, _device(config.device)
+        self.task, self.schedule = build_task(config), build_schedule(config)
+        self.model = build_model(config, self.task).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optimiser)
+        self.signals: Signals | None = None
+        self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
+        self.run = RunDirectory(
+            Path(run_dir), config, world_size=self.world_size, resume=resume, writes=self.rank == 0
+        )
+        if self.run.checkpoint is not None:
+            self._restore(self.run.checkpoint)
+        self.network: nn.Module = self.model
+        if self.world_size > 1:
+            self.network = DistributedDataParallel(self.model)
+        self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
+
+    def stop(self) -> None:
+        """Ask :meth:`fit` to save a checkpoint and raise :class:`TrainingInterrupted` after this step."""
+        self._stop = True
+
+    def fit(self, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]:
+        """Train to the last step.
+
+        Args:
+            progress: called after every step with (steps done, total steps).
+
+        Returns:
+            What ``result.json`` holds.
+
+        Raises:
+            TrainingInterrupted: after :meth:`stop`.
+            TrainingDiverged: the loss stays non-finite.
+        """
+        c, p = self.config, self.progress
+        self._started = time.perf_counter() - p.wall_s
+        while p.step < c.steps:
+            n_loops = self.schedule.n_loops(p.step, self.signals)
+            for look in self.schedule.drain_looks():
+                self._rows.add({"kind": "look", **dataclasses.asdict(look)})
+            if p.step == 0:
+                self._evaluate(n_loops)
+            self._train_step(n_loops)
+
+            last = p.step == c.steps
+            if last or _due(p.step, c.eval_every):
+                self._evaluate(n_loops)
+            if _due(p.step, c.log_every):
+                self._flush()
+            stop = self._should_stop()
+            if last or stop or _due(p.step, c.checkpoint_every):
+                self._save()
+            if progress is not None:
+                progress(p.step, c.steps)
+            if stop and not last:
+                raise TrainingInterrupted(
+                    f"stopped after step {p.step} of {c.steps}; resume goes on from there"
+                )
+        return self._finish()
+
+    def _train_step(self, n_loops: int) -> None:
+        """One optimiser step. What it measured stays on the device, in ``_rows``."""
+        c, p = self.config, self.progress
+        self._timer.start()
+        batch = self.task.batch(c.batch_size, p.step, rank=self.rank)
+        loops = loops_of(batch, n_loops)
+        mean_loops = loops if isinstance(loops, int) else loops.double().mean().item()  # still on the CPU
+        batch = batch.to(self.device)
+        lr = learning_rate(c.optimiser, p.step, c.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        n_read = (batch.targets != IGNORE).sum()
+        self._sum_over_ranks(n_read)
+        with autocast(self.device, c.precision == "bf16"):
+            logits = self.network(
+                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
+            )
+        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
+        (loss * self.world_size).backward()  # DDP averages over ranks what is a sum here
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.optimiser.clip)
+        loss = loss.detach()
+        self._sum_over_ranks(loss)
+        skipped = ~(loss.isfinite() & grad_norm.isfinite())
+        self.optimizer.found_inf = skipped.float()  # 1: fused AdamW leaves weights and state as they are
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._timer.stop()
+
+        self.signals = Signals(loss, grad_norm)
+        if p.switch_step is None and p.was_single and n_loops > 1:
+            p.switch_step = p.step
+        p.was_single = p.was_single or n_loops == 1
+        p.step += 1
+        p.block_applications += mean_loops
+        p.flops += self.world_size * train_step_flops(
+            self.model, *batch.tokens.shape, mean_loops, c.n_grad_loops
+        )
+        measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        stage = 1 if n_loops == 1 and self.schedule.max_loops > 1 else 2
+        chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
+        self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **self._costs()})
+        self._tokens = self.world_size * batch.tokens.numel()
+
+    def _sum_over_ranks(self, x: torch.Tensor) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(x)
+
+    def _costs(self) -> dict[str, Any]:
+        return {"flops": self.progress.flops, "block_applications": self.progress.block_applications}
+
+    def _evaluate(self, n_loops: int) -> None:
+        c, p = self.config, self.progress
+        if self.rank > 0:
+            return
+        scores = evaluate(
+            self.model,
+            self.task,
+            n_loops=n_loops,
+            n_samples=c.eval_samples,
+            batch_size=c.batch_size,
+            bf16=c.precision == "bf16",
+            backend=c.backend,
+        )
+        p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **self._costs()}
+        self._rows.add(p.last_eval)
+        if self.console:
+            self.console.evaluation(p.last_eval)
+
+    def _flush(self) -> None:
+        """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
+        p = self.progress
+        rows, timing = self._rows.read(), []
+        train_rows = [row for row in rows if row["kind"] == "train"]
+        for row, ms in zip(train_rows, self._timer.read(), strict=True):
+            p.train_s += ms / 1e3
+            p.skipped_steps += row["skipped"]
+            p.skips_in_row = p.skips_in_row + 1 if row["skipped"] else 0
+            timing.append({"step": row["step"], "ms": ms, "elapsed_s": p.train_s})
+        self.run.write_rows(rows, timing)
+        if self.console and timing:
+            self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
+        if p.skips_in_row >= MAX_SKIPS:
+            raise TrainingDiverged(
+                f"loss or gradient norm was not finite in the last {p.skips_in_row} of {p.step} steps; the "
+                f"weights are those before them. Lower optimiser.lr, or use precision = 'fp32'."
+            )
+
+    def _should_stop(self) -> bool:
+        """Whether to stop after this step: all ranks or none, which takes a read, so not at every step."""
+        if self.world_size == 1:
+            return self._stop
+        if not _due(self.progress.step, self.config.log_every):
+            return False
+        asked = torch.tensor(int(self._stop), device=self.device)
+        self._sum_over_ranks(asked)
+        return bool(asked)
+
+    def _save(self) -> None:
+        self._flush()
+        assert self.signals is not None, "only called after a step"
+        self.progress.wall_s = time.perf_counter() - self._started
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "schedule": self.schedule.state_dict(),
+            "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
+        }
+        self.run.save(self.progress.step, self.model, self.optimizer, state)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        saved.restore(self.model, self.optimizer)
+        self.progress = Progress(**saved.state["progress"])
+        self.schedule.load_state_dict(saved.state["schedule"])
+        loss, grad_norm = (torch.tensor(x, device=self.device) for x in saved.state["signals"])
+        self.signals = Signals(loss, grad_norm)
+
+    def _finish(self) -> dict[str, Any]:
+        c, p = self.config, self.progress
+        first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
+        totals = dataclasses.asdict(p)
+        del totals["was_single"], totals["skips_in_row"]
+        result = totals | {
+            "switch_ms": switch_ms(self.run.path, p.switch_step),
+            "weights_sha256": checkpoint.digest(self.model.state_dict()),
+            "optimizer_sha256": checkpoint.digest(self.optimizer.state_dict()),
+            "schedule_sha256": checkpoint.digest(self.schedule.state_dict()),
+            "metrics_sha256": self.run.metrics_sha256(),
+            "first_batches_sha256": batches_sha256(self.task, c.batch_size, first, self.world_size),
+            "last_batches_sha256": batches_sha256(self.task, c.batch_size, last, self.world_size),
+            "config": c.to_dict(),
+            "world_size": self.world_size,
+            **environment(self.device),
+        }
+        self.run.finish(result)
+        if self.console:
+            self.console.close()
+        return result
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _device(name: str) -> torch.device:
+    """``auto``: this process's GPU where there is one (torchrun gives each process of a machine its own)."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
