@@ -61,7 +61,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
             "backend",
             backend,
             f"'auto' or one of {names}",
-            "shift_kernels.backends() lists them.",
+            "See shift_kernels.backends().",
         )
     refused: list[tuple[str, str]] = []
     for candidate in BACKENDS:

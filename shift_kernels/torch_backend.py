@@ -5,6 +5,9 @@ Its backward recomputes the forward under autograd, so nothing is kept between t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -75,8 +78,9 @@ def backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
-    inputs = [x.detach().requires_grad_() for x in (e, *weights.values())]
-    with torch.enable_grad():
+
+    with _recording():
+        inputs = [x.detach().requires_grad_() for x in (e, *weights.values())]
         h, _ = reference.looped_block(
             inputs[0],
             dict(zip(weights, inputs[1:], strict=True)),
@@ -87,7 +91,20 @@ def backward(
             n_grad_loops=n_grad_loops,
             compute_dtype=compute_dtype,
         )
-    if not h.requires_grad:  # no loops, and the injected input is read by none
-        return torch.zeros_like(e), [torch.zeros_like(w) for w in weights.values()]
-    grads = torch.autograd.grad(h, inputs, grad_h, allow_unused=True, materialize_grads=True)
-    return grads[0], list(grads[1:])
+        if not h.requires_grad:  # no loops, and with injection not even e is read
+            return torch.zeros_like(e), [torch.zeros_like(w) for w in weights.values()]
+        grad_e, *grad_weights = torch.autograd.grad(
+            h, inputs, grad_h, allow_unused=True, materialize_grads=True
+        )
+    return grad_e, grad_weights
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Let autograd record inside an operator's implementation, which runs below it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

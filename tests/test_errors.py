@@ -1,0 +1,182 @@
+"""Bad input: the right class, and a text with function, argument, value, what is allowed, what to do."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from shift_kernels import (
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    ShiftTypeError,
+    attention,
+    explain,
+    looped_block,
+)
+
+SPEC = BlockSpec(d_model=8, n_heads=2, d_ff=16)
+BLOCK = LoopedBlock(SPEC)
+W = {name: p.detach() for name, p in BLOCK.named_parameters()}
+E = torch.randn(3, 5, 8)
+Q = torch.randn(2, 4, 6, 8)
+
+
+def spec(**options):
+    return lambda: BlockSpec(**{"d_model": 8, "n_heads": 2, **options})
+
+
+def call(e=E, weights=W, n_loops=2, **options):
+    return lambda: looped_block(e, weights, options.pop("spec", SPEC), n_loops, **options)
+
+
+def attend(q=Q, k=Q, v=Q, **options):
+    return lambda: attention(q, k, v, **options)
+
+
+def without(name):
+    return {k: v for k, v in W.items() if k != name}
+
+
+def encoder_layer(**options):
+    return nn.TransformerEncoderLayer(8, 2, 16, **options)
+
+
+# (what is wrong, the call, the argument that is named, whether it is about a type)
+CASES = [
+    ("zero width", spec(d_model=0), "d_model", False),
+    ("width not an int", spec(d_model=8.0), "d_model", True),
+    ("bool as width", spec(d_model=True), "d_model", True),
+    ("no heads", spec(n_heads=0), "n_heads", False),
+    ("heads that do not divide", spec(n_heads=3), "n_heads", False),
+    ("kv heads that do not divide", spec(n_heads=4, n_kv_heads=3), "n_kv_heads", False),
+    ("no kv heads", spec(n_kv_heads=0), "n_kv_heads", False),
+    ("no layers", spec(n_layers=0), "n_layers", False),
+    ("negative d_ff", spec(d_ff=-1), "d_ff", False),
+    ("d_ff not an int", spec(d_ff="4x"), "d_ff", True),
+    ("zero head_dim", spec(head_dim=0), "head_dim", False),
+    ("odd head_dim with rope", spec(head_dim=3, position="rope"), "head_dim", False),
+    ("unknown activation", spec(activation="silu"), "activation", False),
+    ("unknown norm", spec(norm="batchnorm"), "norm", False),
+    ("unknown placement", spec(norm_placement="before"), "norm_placement", False),
+    ("unknown position", spec(position="alibi"), "position", False),
+    ("unknown injection", spec(injection="concat"), "injection", False),
+    ("zero eps", spec(norm_eps=0.0), "norm_eps", False),
+    ("NaN eps", spec(norm_eps=float("nan")), "norm_eps", False),
+    ("eps not a number", spec(norm_eps="small"), "norm_eps", True),
+    ("negative residual scale", spec(residual_scale=-1.0), "residual_scale", False),
+    ("infinite rope base", spec(rope_theta=float("inf")), "rope_theta", False),
+    ("causal not a bool", spec(causal=1), "causal", True),
+    ("bias not a bool", spec(bias="yes"), "bias", True),
+    ("loop norm without norm", spec(norm="none", loop_norm=True), "loop_norm", False),
+    ("placement without norm", spec(norm="none", norm_placement="post"), "norm_placement", False),
+    ("spec not a BlockSpec", call(spec={"d_model": 8}), "spec", True),
+    ("e not a tensor", call(e=[[1.0]]), "e", True),
+    ("e of ints", call(e=torch.ones(3, 5, 8, dtype=torch.int64)), "e", True),
+    ("e complex", call(e=torch.ones(3, 5, 8, dtype=torch.complex64)), "e", True),
+    ("e of rank 2", call(e=E[0]), "e", False),
+    ("e of rank 4", call(e=E[None]), "e", False),
+    ("e of other width", call(e=E[..., :7]), "e", False),
+    ("empty batch", call(e=E[:0]), "e", False),
+    ("empty sequence", call(e=E[:, :0]), "e", False),
+    ("weights a list", call(weights=list(W.values())), "weights", True),
+    ("a weight missing", call(weights=without("layers.0.linear1.weight")), "weights", False),
+    ("a weight too many", call(weights={**W, "extra": E}), "weights", False),
+    (
+        "a weight of other shape",
+        call(weights={**W, "layers.0.norm1.weight": torch.ones(7)}),
+        "layers.0.norm1",
+        False,
+    ),
+    (
+        "a weight of ints",
+        call(weights={**W, "layers.0.norm1.weight": torch.ones(8).long()}),
+        "layers.0.norm1",
+        True,
+    ),
+    ("a weight elsewhere", call(weights={k: v.to("meta") for k, v in W.items()}), "weights", False),
+    ("negative loops", call(n_loops=-1), "n_loops", False),
+    ("loops not whole", call(n_loops=1.5), "n_loops", True),
+    ("loops a bool", call(n_loops=True), "n_loops", True),
+    ("loops None", call(n_loops=None), "n_loops", True),
+    ("loops a float tensor", call(n_loops=torch.ones(3)), "n_loops", True),
+    ("loops of other length", call(n_loops=torch.ones(2, dtype=torch.int64)), "n_loops", False),
+    ("a negative own loop", call(n_loops=torch.tensor([1, -1, 2])), "n_loops", False),
+    ("lengths a list", call(seq_lens=[5, 5, 5]), "seq_lens", True),
+    ("lengths of floats", call(seq_lens=torch.tensor([5.0, 5, 5])), "seq_lens", True),
+    ("lengths of other length", call(seq_lens=torch.tensor([5, 5])), "seq_lens", False),
+    ("a length beyond the padding", call(seq_lens=torch.tensor([5, 6, 5])), "seq_lens", False),
+    ("a negative length", call(seq_lens=torch.tensor([5, -1, 5])), "seq_lens", False),
+    ("no grad loops", call(n_grad_loops=0), "n_grad_loops", False),
+    ("grad loops not whole", call(n_grad_loops=1.0), "n_grad_loops", True),
+    ("halting at zero", call(halt_threshold=0.0), "halt_threshold", False),
+    ("halting at NaN", call(halt_threshold=float("nan")), "halt_threshold", False),
+    ("halting threshold a word", call(halt_threshold="low"), "halt_threshold", True),
+    (
+        "halting while training",
+        call(e=E.clone().requires_grad_(), halt_threshold=0.1),
+        "halt_threshold",
+        False,
+    ),
+    ("unknown backend", call(backend="tpu"), "backend", False),
+    ("packed but padded", call(cu_seqlens=torch.tensor([0, 5])), "e", False),
+    (
+        "packed and lengths",
+        call(e=E[0], cu_seqlens=torch.tensor([0, 5]), seq_lens=torch.tensor([5])),
+        "seq_lens",
+        False,
+    ),
+    ("offsets of floats", call(e=E[0], cu_seqlens=torch.tensor([0.0, 5.0])), "cu_seqlens", True),
+    ("offsets that end early", call(e=E[0], cu_seqlens=torch.tensor([0, 4])), "cu_seqlens", False),
+    ("offsets that fall", call(e=E[0], cu_seqlens=torch.tensor([0, 4, 3, 5])), "cu_seqlens", False),
+    ("q of rank 3", attend(q=Q[0]), "q", False),
+    ("q of ints", attend(q=Q.long()), "q", True),
+    ("k of other dtype", attend(k=Q.double()), "k", True),
+    ("k of other length", attend(k=Q[:, :, :5], v=Q[:, :, :5]), "k", False),
+    ("v of other shape", attend(v=Q[:, :2]), "v", False),
+    ("kv heads that do not divide q's", attend(k=Q[:, :3], v=Q[:, :3]), "k", False),
+    ("attention length too long", attend(seq_lens=torch.tensor([7, 1])), "seq_lens", False),
+    ("explain without a spec", lambda: explain("gpt2", 1, 1), "spec", True),
+    ("module without a spec", lambda: LoopedBlock({"d_model": 8}), "spec", True),
+    (
+        "from_torch of something else",
+        lambda: LoopedBlock.from_torch(nn.Linear(2, 2), causal=True),
+        "layer",
+        True,
+    ),
+    ("from_torch with dropout", lambda: LoopedBlock.from_torch(encoder_layer(), causal=True), "layer", False),
+    (
+        "from_torch with another activation",
+        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0, activation=torch.tanh), causal=True),
+        "layer",
+        False,
+    ),
+    (
+        "to_torch of what torch lacks",
+        lambda: LoopedBlock(BlockSpec(8, 2, norm="rmsnorm")).to_torch(),
+        "spec",
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "argument", "is_type"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_bad_input_is_named_with_its_value_and_a_remedy(bad, argument, is_type):
+    with pytest.raises(ShiftInputError) as caught:
+        bad()
+    parts = re.fullmatch(
+        r"(?P<function>[\w.]+): argument '(?P<argument>.+?)' = (?P<value>.+) is not supported; "
+        r"allowed: (?P<allowed>.+?)\. (?P<remedy>[A-Z0-9].*\.)",
+        str(caught.value),
+        flags=re.DOTALL,
+    )
+    assert parts, f"not five parts: {caught.value}"
+    assert argument in parts["argument"]
+    assert isinstance(caught.value, ShiftTypeError) == is_type
+
+
+def test_the_package_still_works_after_an_error():
+    with pytest.raises(ShiftInputError):
+        BLOCK(E, -1)
+    assert BLOCK(E, 1).isfinite().all()

@@ -1,0 +1,164 @@
+"""The registered operator: its schema, its gradient, its autocast rule, and torch.compile around it."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError
+
+LOOPED_BLOCK = torch.ops.shift_kernels.looped_block
+
+
+def arguments(
+    e,
+    block,
+    n_loops=2,
+    sample_loops=None,
+    seq_lens=None,
+    all_loops=False,
+    n_grad_loops=None,
+    halt=None,
+    compute_dtype=None,
+    backend="torch",
+):
+    weights = [block.weights()[name] for name in block.spec.weight_shapes()]
+    save = halt is None
+    return (
+        e, weights, block.spec.key, n_loops, sample_loops, seq_lens, all_loops, n_grad_loops, halt,
+        compute_dtype, save, backend,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return LoopedBlock(BlockSpec(d_model=8, n_heads=2, d_ff=16, injection="add"))
+
+
+@pytest.fixture
+def e():
+    torch.manual_seed(1)
+    return torch.randn(3, 5, 8, requires_grad=True)
+
+
+CALLS = {
+    "plain": {},
+    "no loops": {"n_loops": 0},
+    "own loops": {"sample_loops": torch.tensor([2, 0, 3])},
+    "ragged": {"seq_lens": torch.tensor([5, 0, 2])},
+    "all loops": {"all_loops": True},
+    "all of own loops": {"all_loops": True, "sample_loops": torch.tensor([2, 1, 3])},
+    "truncated": {"n_loops": 3, "n_grad_loops": 1},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_operator_passes_opcheck(block, e, call):
+    torch.library.opcheck(LOOPED_BLOCK, arguments(e, block, **call))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_backward_operator_passes_opcheck(block, e, call):
+    _, weights, key, n_loops, own, lens, all_loops, n_grad_loops, _, dtype, _, backend = arguments(
+        e, block, **call
+    )
+    h = LOOPED_BLOCK(*arguments(e, block, **call))[0]
+    args = (
+        torch.randn_like(h), e.detach(), [w.detach() for w in weights], [], key, n_loops, own, lens,
+        all_loops, n_grad_loops, dtype, backend,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.shift_kernels.looped_block_backward, args)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_operator_equals_the_reference_with_all_gradients(block, e, call):
+    named = {"sample_loops": "n_loops", "all_loops": "return_all_loops"}
+    expected = block(e, **{"n_loops": 2, **{named.get(k, k): v for k, v in call.items()}})
+    out = LOOPED_BLOCK(*arguments(e, block, **call))[0]
+    assert torch.equal(out, expected)
+    if expected.requires_grad:
+        cotangent = torch.randn_like(expected)
+        inputs = [e, *block.parameters()]
+        ours = torch.autograd.grad(out, inputs, cotangent)
+        theirs = torch.autograd.grad(expected, inputs, cotangent, materialize_grads=True, allow_unused=True)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_halting_operator_returns_loops_used(block, e):
+    with torch.no_grad():
+        h, used, _ = LOOPED_BLOCK(*arguments(e, block, n_loops=9, halt=0.5))
+        expected, expected_used = block(e, 9, halt_threshold=0.5)
+    assert torch.equal(h, expected)
+    assert torch.equal(used, expected_used)
+
+
+def test_operator_obeys_autocast(block, e):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = LOOPED_BLOCK(*arguments(e, block))[0]
+        expected = block(e, 2)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    assert not torch.equal(out, block(e, 2))
+
+
+def test_second_derivatives_through_the_operator_say_what_to_do(block, e):
+    out = LOOPED_BLOCK(*arguments(e, block))[0]
+    (grad,) = torch.autograd.grad(out.square().sum(), e, create_graph=True)
+    with pytest.raises(ShiftInputError, match="backend='torch'"):
+        grad.sum().backward()
+
+
+class Model(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.inner, self.out = block, nn.Linear(8, 3)
+
+    def forward(self, x, n_loops, **call):
+        return self.out(self.inner(x.tanh(), n_loops, **call)).sin()
+
+
+@pytest.fixture
+def compiled(block):
+    torch._dynamo.reset()
+    counters.clear()
+    model = Model(block)
+    return model, torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def compare(model, compiled, e, *args, **call):
+    for p in (e, *model.parameters()):
+        p.grad = None
+    out, expected = compiled(e, *args, **call), model(e, *args, **call)
+    torch.testing.assert_close(out, expected)
+    inputs = [e, *model.parameters()]
+    ours = torch.autograd.grad(out.sum(), inputs)
+    for a, b in zip(ours, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_model_is_never_recompiled_when_a_tensor_of_loops_changes(compiled, e):
+    for n_loops in (1, 4, 2, 7, 1):
+        compare(*compiled, e, torch.tensor(n_loops))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_model_is_compiled_at_most_twice_for_any_ints(compiled, e):
+    # torch.compile takes the first int for a constant, and makes it a variable when it changes.
+    for n_loops in (1, 4, 2, 7, 1, 9):
+        compare(*compiled, e, n_loops)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_model_takes_own_loops_lengths_and_truncation(compiled, e):
+    own, lens = torch.tensor([1, 3, 2]), torch.tensor([5, 1, 3])
+    compare(*compiled, e, own, seq_lens=lens, n_grad_loops=1)
+    compare(*compiled, e, own.flip(0), seq_lens=lens.flip(0), n_grad_loops=1)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_inductor_compiles_it(block, e):
+    torch._dynamo.reset()
+    model = Model(block)
+    compare(model, torch.compile(model, fullgraph=True), e, torch.tensor(3))
