@@ -47,7 +47,8 @@ class LoopedTransformer(nn.Module):
         self.head = nn.Linear(d, n_classes)
         for embedding in (self.tokens, self.positions, self.contexts):
             if embedding is not None:
-                nn.init.normal_(embedding.weight, std=0.5)
+                # Small beside the block's own updates: with 0.5 the looped model took 1.8x the steps on hop.
+                nn.init.normal_(embedding.weight, std=0.1)
 
     def embed(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Input embeddings e, [batch, seq_len, d_model], of ids [batch, seq_len]."""
