@@ -1,0 +1,100 @@
+"""The arms of a comparison: each is a schedule, and that is all in which two arms differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shift.config import Options, ScheduleConfig, TrainConfig
+from shift_kernels.errors import input_error
+
+SMALLEST = "looped:smallest"
+"""Stands for looped:2, looped:3, ... up to the first T that reaches the target on all seeds."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Arms that share a schedule kind; ``name:value`` sets the option ``value_option``."""
+
+    kind: str
+    label: str
+    colour: str  # tells it from the others for colour-blind eyes too (Okabe-Ito, and Tol's muted scheme)
+    options: Options = dataclasses.field(default_factory=dict)
+    value_option: str | None = None
+    value_label: str = ""
+
+
+FAMILIES = {
+    "single": Family("constant", "Single (never looped)", "#767676", {"n_loops": 1}),
+    "looped": Family("constant", "Looped, T = {T}", "#0072B2", {}, "n_loops", "Looped, T = {value}"),
+    "shift": Family("shift", "SHIFT", "#D55E00"),
+    "ramp": Family("linear", "Linear ramp", "#009E73"),
+    "sqrt_ramp": Family("sqrt", "Square-root ramp", "#117733"),
+    "staged_ramp": Family("staged", "Staged ramp", "#8C6D1F"),
+    "ladder": Family("ladder", "SHIFT ladder", "#E69F00"),
+    "fixed": Family("fixed", "Fixed switch", "#CC79A7", {"at": 0.5}, "at", "Fixed switch at {value}"),
+    "random": Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One schedule among those compared. ``config`` is what the trainer is given but for the seeds."""
+
+    name: str
+    label: str
+    config: TrainConfig
+
+    @property
+    def directory(self) -> str:
+        """The arm's name as part of a path."""
+        return self.name.replace(":", "-")
+
+
+def make_arm(name: str, base: TrainConfig) -> Arm:
+    """The arm of that name.
+
+    Args:
+        name: a key of :data:`FAMILIES`, or ``key:value`` where the family takes one (``looped:2``,
+            ``fixed:0.25`` as a fraction of all steps, ``fixed:200`` as a step).
+        base: all but the schedule. Options of its schedule are kept where the kind is the arm's own.
+
+    Raises:
+        ShiftInputError: no such arm.
+    """
+    key, colon, value = name.partition(":")
+    family = FAMILIES.get(key)
+    if family is None or (colon and family.value_option is None) or (colon and not value):
+        with_value = ", ".join(f"{k}:<{f.value_option}>" for k, f in FAMILIES.items() if f.value_option)
+        raise input_error(
+            "shift-compare", "arms", name, f"{', '.join(FAMILIES)}, {with_value} or {SMALLEST}",
+            "Check the spelling.",
+        )  # fmt: skip
+    options = base.schedule.options if base.schedule.kind == family.kind else {}
+    options = {**options, **family.options}
+    if family.value_option and value:
+        options[family.value_option] = _number(value)
+    label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
+    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options)))
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour (``#rrggbb``) for each arm: its family's, and lighter for the family's further members."""
+    found: dict[str, str] = {}
+    for name in names:
+        key = name.partition(":")[0]
+        rank = sum(other.partition(":")[0] == key for other in found)
+        whiteness = 1 - 0.6**rank
+        parts = [int(FAMILIES[key].colour[i : i + 2], 16) for i in (1, 3, 5)]
+        found[name] = "#" + "".join(f"{round(part + (255 - part) * whiteness):02x}" for part in parts)
+    return found
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
