@@ -1,0 +1,239 @@
+"""Who decides how many loops a step runs. One protocol; every schedule is a baseline of every other.
+
+constant   T always                         fixed    1, then T from a given step on
+shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
+linear, sqrt, staged   rise from 1 to T over the first part of the run
+random     drawn anew at every step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from shift.criterion import SCP, Look, SCPConfig, Signals
+from shift_kernels.errors import input_error
+
+
+class LoopSchedule(ABC):
+    """The number of loops of every step.
+
+    Args:
+        max_loops: T, the most it ever asks for.
+        total_steps: length of the run, for what is given as a fraction of it.
+    """
+
+    def __init__(self, max_loops: int, total_steps: int) -> None:
+        self.max_loops, self.total_steps = max_loops, total_steps
+        self._looks: list[Look] = []
+
+    @abstractmethod
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        """Loops of step ``step`` (0, 1, 2, ...; call it once for each, in order).
+
+        Args:
+            step: steps done before this one.
+            signals: what the step before measured; None at step 0.
+        """
+
+    def drain_looks(self) -> list[Look]:
+        """The criterion's looks since the last call; none for schedules without a criterion."""
+        looks, self._looks = self._looks, []
+        return looks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values; schedules that only count steps have none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have nothing to load)
+        """Continue from what :meth:`state_dict` gave."""
+
+
+class Constant(LoopSchedule):
+    """``n_loops`` at every step (default: ``max_loops``): Looped-Attn, or with 1 Single-Attn."""
+
+    def __init__(self, max_loops: int, total_steps: int, n_loops: int | None = None) -> None:
+        self.loops = max_loops if n_loops is None else n_loops
+        _check(_is_int(self.loops) and self.loops >= 1, "n_loops", n_loops, "an int >= 1")
+        super().__init__(self.loops, total_steps)
+
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        return self.loops
+
+
+class FixedSwitch(LoopSchedule):
+    """1 loop, and ``max_loops`` from ``at`` on: a step (int), or a fraction of all steps (float below 1)."""
+
+    def __init__(self, max_loops: int, total_steps: int, at: float = 0.5) -> None:
+        super().__init__(max_loops, total_steps)
+        good = (_is_int(at) and at >= 0) or (isinstance(at, float) and 0 <= at < 1)
+        _check(good, "at", at, "a step (int >= 0) or a fraction of all steps (float in [0, 1))")
+        self.at = at if isinstance(at, int) else round(at * total_steps)
+
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        return 1 if step < self.at else self.max_loops
+
+
+class Ladder(LoopSchedule):
+    """Climbs the ``rungs`` in turn, one each time a fresh criterion fires.
+
+    Args:
+        max_loops, total_steps: see :class:`LoopSchedule`.
+        rungs: rising loop counts that start at 1; default 1, 2, 4, .., ``max_loops``.
+        scp: options of :class:`shift.criterion.SCPConfig`, counted from the start of each rung.
+    """
+
+    def __init__(
+        self, max_loops: int, total_steps: int, rungs: list[int] | tuple[int, ...] | None = None, **scp: Any
+    ) -> None:
+        super().__init__(max_loops, total_steps)
+        if rungs is None:
+            powers = [2**i for i in range(max_loops.bit_length())]
+            rungs = [r for r in powers if r < max_loops] + [max_loops]
+        good = all(map(_is_int, rungs)) and list(rungs) == sorted(set(rungs)) and rungs and rungs[0] >= 1
+        _check(good and rungs[-1] == max_loops, "rungs", rungs, f"rising ints >= 1 that end at {max_loops}")
+        self.rungs, self.rung = tuple(rungs), 0
+        self.config = SCPConfig(**scp)
+        self.criterion = SCP(self.config)
+
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        if signals is not None and self.rung < len(self.rungs) - 1:
+            look = self.criterion.observe(signals)
+            if look is not None:
+                self._looks.append(dataclasses.replace(look, step=step))  # it counts from the rung's start
+                if look.fired:
+                    self.rung += 1
+                    self.criterion = SCP(self.config)
+        return self.rungs[self.rung]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rung": self.rung, "criterion": self.criterion.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rung = state["rung"]
+        self.criterion.load_state_dict(state["criterion"])
+
+
+class Shift(Ladder):
+    """SHIFT (arXiv 2510.10089): Stage I with one loop, Stage II with ``max_loops`` once SCP has fired."""
+
+    def __init__(self, max_loops: int, total_steps: int, **scp: Any) -> None:
+        super().__init__(max_loops, total_steps, rungs=(1, max_loops) if max_loops > 1 else (1,), **scp)
+
+
+class Ramp(LoopSchedule):
+    """Rises from 1 to ``max_loops`` over the first ``fraction`` of the steps.
+
+    With s in [0, 1) the position in the ramp: 1 + floor(s (T - 1)) for ``linear``, so that T itself begins
+    when the ramp is over and the mean within it is about T / 2; the same with sqrt(s) for ``sqrt`` (early
+    loops, as looped language models ramp); ``staged`` doubles: 1, 2, 4, .. below T, for equal times.
+    """
+
+    def __init__(self, max_loops: int, total_steps: int, shape: str, fraction: float = 0.5) -> None:
+        super().__init__(max_loops, total_steps)
+        _check(_is_number(fraction) and 0 < fraction <= 1, "fraction", fraction, "a number in (0, 1]")
+        self.shape, self.ramp_steps = shape, fraction * total_steps
+
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        s = step / self.ramp_steps
+        if s >= 1:
+            return self.max_loops
+        if self.shape == "staged":
+            return 2 ** int(s * math.ceil(math.log2(self.max_loops)))
+        return 1 + int((s if self.shape == "linear" else math.sqrt(s)) * (self.max_loops - 1))
+
+
+class Random(LoopSchedule):
+    """A draw a step that depends on (seed, step) alone, so that any step can be repeated.
+
+    Args:
+        max_loops, total_steps: see :class:`LoopSchedule`.
+        seed: of the draws.
+        distribution: ``uniform`` over 1 .. T; or ``poisson_lognormal``, 1 + Poisson(rate) with a log-normal
+            rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models).
+        mean: of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
+        ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
+    """
+
+    def __init__(
+        self,
+        max_loops: int,
+        total_steps: int,
+        seed: int = 0,
+        distribution: str = "uniform",
+        mean: float | None = None,
+        ramp: float = 0.0,
+    ) -> None:
+        super().__init__(max_loops, total_steps)
+        known = ("uniform", "poisson_lognormal")
+        _check(distribution in known, "distribution", distribution, " or ".join(map(repr, known)))
+        mean = (1 + max_loops) / 2 if mean is None else mean
+        _check(_is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
+        _check(_is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
+        self.seed, self.distribution, self.mean, self.ramp_steps = (
+            seed,
+            distribution,
+            mean,
+            ramp * total_steps,
+        )
+
+    def n_loops(self, step: int, signals: Signals | None) -> int:
+        reached = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
+        cap = 1 + round(reached * (self.max_loops - 1))
+        draw = np.random.default_rng([self.seed, step])
+        if self.distribution == "uniform":
+            return int(draw.integers(1, cap + 1))
+        spread = 0.5
+        mean_rate = reached * (self.mean - 1)
+        rate = mean_rate * math.exp(spread * draw.standard_normal() - spread**2 / 2)
+        return min(1 + int(draw.poisson(rate)), cap)
+
+
+KINDS = ("constant", "fixed", "shift", "ladder", "linear", "sqrt", "staged", "random")
+
+
+def make_schedule(
+    kind: str, *, max_loops: int, total_steps: int, seed: int = 0, **options: Any
+) -> LoopSchedule:
+    """The schedule of that kind; ``options`` are those of its class.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        max_loops: T.
+        total_steps: length of the run.
+        seed: of schedules that draw.
+
+    Raises:
+        ShiftInputError: an unknown kind or option, or a value outside what is allowed.
+    """
+    _check(kind in KINDS, "kind", kind, "one of " + ", ".join(map(repr, KINDS)))
+    _check(_is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
+    _check(_is_int(total_steps) and total_steps >= 1, "total_steps", total_steps, "an int >= 1")
+    try:
+        if kind in ("linear", "sqrt", "staged"):
+            return Ramp(max_loops, total_steps, kind, **options)
+        if kind == "random":
+            return Random(max_loops, total_steps, seed, **options)
+        chosen = {"constant": Constant, "fixed": FixedSwitch, "shift": Shift, "ladder": Ladder}[kind]
+        return chosen(max_loops, total_steps, **options)
+    except TypeError as error:
+        raise input_error(
+            "make_schedule", "options", options, f"the options of {kind!r} ({error})", "Check their names."
+        ) from None
+
+
+def _check(good: object, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise input_error("make_schedule", name, value, allowed, "Change the schedule's options.")
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

@@ -1,0 +1,128 @@
+"""Each schedule answers with the loops it promises, at every step, before and after a resume."""
+
+import json
+
+import pytest
+import torch
+
+from shift.criterion import Signals
+from shift.schedule import KINDS, make_schedule
+from shift_kernels import ShiftInputError
+
+
+def plateau_after(step, flat):
+    loss = 2.0 * 0.99 ** min(step, flat)
+    return Signals(torch.tensor(loss), torch.tensor(1.0))
+
+
+def loops(schedule, steps, start=0, flat=100):
+    return [schedule.n_loops(s, plateau_after(s, flat) if s else None) for s in range(start, steps)]
+
+
+def make(kind, max_loops=4, total_steps=800, **options):
+    return make_schedule(kind, max_loops=max_loops, total_steps=total_steps, **options)
+
+
+def test_constant_is_looped_or_single():
+    assert set(loops(make("constant"), 50)) == {4}
+    assert set(loops(make("constant", n_loops=1), 50)) == {1}
+
+
+@pytest.mark.parametrize(("at", "step"), [(0.25, 200), (300, 300), (0, 0)])
+def test_fixed_switches_at_its_step(at, step):
+    assert loops(make("fixed", at=at), 800) == [1] * step + [4] * (800 - step)
+
+
+def test_shift_switches_once_when_the_criterion_fires():
+    schedule = make("shift")
+    got = loops(schedule, 800)
+    switch = got.index(4)
+    assert got == [1] * switch + [4] * (800 - switch)
+    looks = schedule.drain_looks()
+    assert [look.step for look in looks if look.fired] == [switch]
+    assert looks[-1].step == switch  # nothing is looked at afterwards
+    assert schedule.drain_looks() == []
+
+
+def test_shift_that_never_sees_a_plateau_stays_single():
+    assert set(loops(make("shift"), 800, flat=800)) == {1}
+
+
+def test_ladder_climbs_rung_by_rung_with_a_fresh_criterion():
+    got = loops(make("ladder", max_loops=6), 800)
+    assert sorted(set(got)) == [1, 2, 4, 6]
+    assert got == sorted(got)
+    times = [got.count(r) for r in (2, 4)]
+    assert min(times) >= 120  # six looks of 20 steps on each rung: the first has nothing to compare with
+    assert set(loops(make("ladder", max_loops=6, rungs=[2, 6]), 800)) == {2, 6}
+
+
+def test_linear_ramp_costs_what_the_docs_say():
+    got = loops(make("linear"), 800)
+    assert got == sorted(got)
+    assert got[400:] == [4] * 400
+    assert got[399] == 3
+    assert sum(got) == pytest.approx(400 * 2 + 400 * 4, abs=4)
+
+
+def test_square_root_ramp_loops_earlier_than_the_linear_one():
+    linear, root = loops(make("linear"), 800), loops(make("sqrt"), 800)
+    assert all(a <= b for a, b in zip(linear, root, strict=True))
+    assert sum(root) > sum(linear)
+
+
+def test_staged_ramp_doubles():
+    got = loops(make("staged", max_loops=8, fraction=0.75), 800)
+    assert got == [1] * 200 + [2] * 200 + [4] * 200 + [8] * 200
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal"])
+def test_random_draws_depend_on_seed_and_step_alone(distribution):
+    a, b = (make("random", seed=1, distribution=distribution) for _ in range(2))
+    forward = loops(a, 300)
+    assert forward == [b.n_loops(s, None) for s in reversed(range(300))][::-1]
+    assert forward != loops(make("random", seed=2, distribution=distribution), 300)
+    assert set(forward) == {1, 2, 3, 4}
+
+
+def test_random_ramp_starts_with_one_loop():
+    got = loops(make("random", ramp=0.5), 800)
+    assert set(got[:20]) == {1}
+    assert max(got[:120]) < 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [0, 1, 119, 120, 121, 333])
+def test_a_resumed_schedule_goes_on_exactly(kind, cut):
+    whole = loops(make(kind), 400)
+    first, second = make(kind), make(kind)
+    got = loops(first, cut)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert got + loops(second, 400, start=cut) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_loop_is_a_schedule_too(kind):
+    assert set(loops(make(kind, max_loops=1), 50)) == {1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("scp", {}, "kind"),
+        ("constant", {"n_loops": 0}, "n_loops"),
+        ("fixed", {"at": 1.5}, "at"),
+        ("fixed", {"at": -1}, "at"),
+        ("shift", {"patience": 0}, "patience"),
+        ("shift", {"patients": 3}, "options"),
+        ("ladder", {"rungs": [4, 2]}, "rungs"),
+        ("ladder", {"rungs": [1, 2]}, "rungs"),
+        ("linear", {"fraction": 0.0}, "fraction"),
+        ("random", {"distribution": "normal"}, "distribution"),
+        ("random", {"distribution": "poisson_lognormal", "mean": 0.5}, "mean"),
+        ("random", {"ramp": 2.0}, "ramp"),
+    ],
+)
+def test_bad_options_are_named(kind, options, named):
+    with pytest.raises(ShiftInputError, match=f"'{named}'"):
+        make(kind, **options)
