@@ -1,0 +1,101 @@
+"""What a task is: batches on the fly, each a function of (seed, split, step, rank) alone.
+
+There is no iterator state to lose: a resumed run asks for the steps that are left and gets them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shift_kernels.errors import input_error
+
+IGNORE = -100
+"""Target where no answer is read; torch's cross-entropy skips it by default."""
+
+SPLITS = ("train", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Samples with their answers.
+
+    Args:
+        tokens: int64 [batch, seq_len].
+        targets: int64 [batch, seq_len]; :data:`IGNORE` where no answer is read.
+        group: int64 [batch, seq_len], index into the task's ``group_names``; -1 where no answer is read.
+        context: int64 [batch] in [0, n_contexts), what is asked of the sample; None without contexts.
+        n_loops: int64 [batch], Fan et al.'s T(n): the loops this sample needs; None if the task has none.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    group: Tensor
+    context: Tensor | None = None
+    n_loops: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with all tensors on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: None if v is None else v.to(device) for k, v in values.items()})
+
+
+class Task(ABC):
+    """A source of batches. Subclasses set the sizes and write :meth:`sample`.
+
+    Args:
+        seed: of the data.
+    """
+
+    name: str
+    vocab_size: int
+    n_classes: int
+    max_seq_len: int
+    n_contexts: int = 0
+    causal: bool = True
+    group_names: tuple[str, ...] = ("all",)
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = self.check_int("seed", seed, 0)
+
+    def batch(self, batch_size: int, step: int, *, split: str = "train", rank: int = 0) -> Batch:
+        """The batch of this step and rank: the same on any machine, in any order of calls."""
+        if split not in SPLITS:
+            raise input_error(
+                f"{self.name}.batch", "split", split, " or ".join(map(repr, SPLITS)), "Check the spelling."
+            )
+        rng = np.random.default_rng([self.seed, SPLITS.index(split), step, rank])
+        return self.sample(rng, batch_size, step, split)
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, batch_size: int, step: int, split: str) -> Batch:
+        """``batch_size`` samples. All randomness comes from ``rng``; step and split only choose lengths."""
+
+    def check_int(self, option: str, value: int, low: int) -> int:
+        """The value of an option, if it is an int >= ``low``.
+
+        Raises:
+            ShiftInputError: it is not.
+        """
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise input_error(f"task {self.name!r}", option, value, f"an int >= {low}", "Change the option.")
+        return value
+
+
+def to_batch(
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    group: np.ndarray | int = 0,
+    context: np.ndarray | None = None,
+    n_loops: np.ndarray | None = None,
+) -> Batch:
+    """A :class:`Batch` of numpy arrays; ``group`` is broadcast over positions and blanked where unread."""
+    group = np.where(targets == IGNORE, -1, group)
+    arrays = (tokens, targets, group, context, n_loops)
+    return Batch(
+        *(None if a is None else torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in arrays)
+    )

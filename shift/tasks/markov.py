@@ -1,0 +1,95 @@
+"""markov: a Markov language of known information content, half of it learnable by heart, half in context.
+
+The idea of a Markov language with simple and complex samples, told apart by their information content, is
+that of arXiv 2510.10089; this construction is ours.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from shift.tasks.base import Batch, Task, to_batch
+from shift_kernels.errors import input_error
+
+
+class Markov(Task):
+    """Next-token prediction; causal.
+
+    From a state s the next token is f(s) with probability ``follow``, else uniform over the alphabet. With
+    probability 1/2 f is one map for the whole language, which weights can hold; else it is drawn anew for the
+    sequence and has to be inferred from it. The best possible accuracy where f(s) is known is
+    ``follow + (1 - follow) / vocab``.
+
+    groups    "simple" and "complex": below or above the median of a sample's mean information content
+
+    Args:
+        seed: of the data and of the language's own map.
+        vocab: size of the alphabet.
+        length: tokens read by the model (one more is drawn, as the last target).
+        follow: probability to follow f.
+    """
+
+    name = "markov"
+    group_names = ("simple", "complex")
+
+    def __init__(self, seed: int = 0, vocab: int = 8, length: int = 32, follow: float = 0.9) -> None:
+        super().__init__(seed)
+        self.vocab_size = self.n_classes = self.check_int("vocab", vocab, 2)
+        self.max_seq_len = self.check_int("length", length, 2)
+        if not (isinstance(follow, float) and 0 < follow < 1):
+            raise input_error("task 'markov'", "follow", follow, "a float in (0, 1)", "Change the option.")
+        self.follow = follow
+        self.language_map = np.random.default_rng([seed, len(self.group_names)]).integers(vocab, size=vocab)
+
+    def sample(self, rng: np.random.Generator, batch_size: int, step: int, split: str) -> Batch:
+        sequences = self.sequences(rng, batch_size)
+        mean = self.information_content(sequences).mean(axis=1)
+        is_complex = (mean > self.cut).astype(np.int64)
+        return to_batch(sequences[:, :-1], sequences[:, 1:], is_complex[:, None])
+
+    def sequences(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Tokens [batch, length + 1] drawn from the language."""
+        v, rows = self.vocab_size, np.arange(batch_size)
+        own = rng.integers(v, size=(batch_size, v))
+        f = np.where(rng.random(batch_size)[:, None] < 0.5, self.language_map, own)
+        tokens = rng.integers(v, size=(batch_size, self.max_seq_len + 1))
+        follows = rng.random(tokens.shape) < self.follow
+        for i in range(self.max_seq_len):
+            tokens[:, i + 1] = np.where(follows[:, i + 1], f[rows, tokens[:, i]], tokens[:, i + 1])
+        return tokens
+
+    def information_content(self, tokens: np.ndarray) -> np.ndarray:
+        """-log2 P(x_i | x_<i) under the language, in bits: float64 [batch, length], exact.
+
+        P averages over what the reader cannot know, which kind of sequence it is and its map: for the
+        sequence's own map, the posterior of f(s) = v after n transitions out of s, c of them to v, is
+        proportional to hit^c * miss^(n - c), states being independent; the kind's posterior is updated by
+        what each kind predicted.
+        """
+        batch, length = tokens.shape
+        v, rows = self.vocab_size, np.arange(batch)
+        miss = (1 - self.follow) / v
+        hit = self.follow + miss
+        counts = np.zeros((batch, v, v))
+        log_odds = np.zeros(batch)  # own map against the language's
+        bits = np.empty((batch, length))
+        bits[:, 0] = np.log2(v)
+        for i in range(1, length):
+            state, token = tokens[:, i - 1], tokens[:, i]
+            known = np.where(self.language_map[state] == token, hit, miss)
+            weight = (hit / miss) ** counts[rows, state]
+            posterior = weight[rows, token] / weight.sum(axis=1)
+            own = posterior * hit + (1 - posterior) * miss
+            share_own = 1 / (1 + np.exp(-log_odds))
+            bits[:, i] = -np.log2(share_own * own + (1 - share_own) * known)
+            log_odds += np.log(own) - np.log(known)
+            counts[rows, state, token] += 1
+        return bits
+
+    @cached_property
+    def cut(self) -> float:
+        """Bits a token that tell simple samples from complex ones: the median of 4,096 samples."""
+        reference = self.sequences(np.random.default_rng([self.seed, len(self.group_names) + 1]), 4096)
+        return float(np.median(self.information_content(reference).mean(axis=1)))
