@@ -126,7 +126,7 @@ def read(path: Path) -> Checkpoint:
 
 def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the damaged ones (path, reason) that are newer."""
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for _, path in reversed(checkpoints(directory)):
         try:
             return read(path), damaged
@@ -170,6 +170,7 @@ def _feed(sha256: Any, value: Any) -> None:
         sha256.update(f"{value.dtype}{list(value.shape)}".encode())
         sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
+        sha256.update(f"{{{len(value)}}}".encode())
         for key in sorted(value, key=str):
             sha256.update(f"{key!r}:".encode())
             _feed(sha256, value[key])

@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Options = dict[str, int | float | bool | str]
+Options = dict[str, int | float | bool | str | list[int]]
 """A table of constructor arguments of something chosen by name."""
 
 PRESETS = Path(__file__).parent / "presets"
@@ -220,18 +220,19 @@ def _build(cls: type, table: Mapping[str, Any], source: str, prefix: str) -> Any
 
 def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
     """A TOML value as the type a field declares. TOML writes 1 for 1.0 and arrays for tuples."""
-    allowed = [t for t in typing.get_args(kind) if t is not types.NoneType]
+    inner = [t for t in typing.get_args(kind) if t is not types.NoneType]
     if isinstance(kind, types.UnionType):
-        kind = allowed[0]
+        kind = inner[0]
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _build(typing.cast(type, kind), value, source, name + ".")
     if kind == Options and isinstance(value, Mapping):
         for key, option in value.items():
-            if not isinstance(option, (int, float, str)):
-                raise type_error(source, f"{name}.{key}", option, "a number, bool or string", "Change it.")
+            if not isinstance(option, (int, float, str, list)):
+                allowed = "a number, bool, string or list"
+                raise type_error(source, f"{name}.{key}", option, allowed, "Change it.")
         return dict(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)) and len(value) == len(allowed):
-        return tuple(_convert(t, v, source, name) for t, v in zip(allowed, value, strict=True))
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)) and len(value) == len(inner):
+        return tuple(_convert(t, v, source, name) for t, v in zip(inner, value, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
@@ -247,7 +248,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

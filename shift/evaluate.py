@@ -35,9 +35,9 @@ def evaluate(
     """Loss and accuracy over the read positions of ``n_samples`` held-out sequences, always the same ones.
 
     Returns:
-        ``loss`` (mean cross-entropy, nats), ``accuracy`` (share of read positions right), ``exact`` (share
-        of sequences with all read positions right) and ``groups`` (accuracy of each difficulty class that
-        occurs). The device is waited for once, at the end.
+        ``loss`` (mean cross-entropy, nats; None if not finite), ``accuracy`` (share of read positions right),
+        ``exact`` (share of sequences with all read positions right) and ``groups`` (accuracy of each
+        difficulty class that occurs). The device is waited for once, at the end.
     """
     device = next(model.parameters()).device
     n_groups = len(task.group_names)
@@ -65,7 +65,7 @@ def evaluate(
     model.train(was_training)
     counts, hits = seen.tolist()[1:], right.tolist()[1:]
     return {
-        "loss": loss.item() / sum(counts),
+        "loss": loss.item() / sum(counts) if loss.isfinite() else None,
         "accuracy": sum(hits) / sum(counts),
         "exact": exact.item() / n_samples,
         "groups": {name: h / n for name, h, n in zip(task.group_names, hits, counts, strict=True) if n},

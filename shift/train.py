@@ -13,11 +13,12 @@ Ctrl-C: a checkpoint was saved, start again with ``--resume auto``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -126,7 +127,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _option(word: str) -> tuple[str, int | float | bool | str]:
+def _option(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     if not equals:
         raise ValueError(f"{word!r} is not of the form KEY=VALUE")
@@ -143,29 +144,36 @@ def _train(command: Command) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     leader = not distributed or dist.get_rank() == 0
+    console = Console(command.train.steps) if leader else None
     try:
-        console = Console(command.train.steps) if leader else None
         trainer = Trainer(command.train, command.run_dir, resume=command.resume == "auto", console=console)
-        _stop_on_signals(trainer)
-        trainer.fit()
+        with _stopped_by_signals(trainer):
+            trainer.fit()
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
     finally:
+        if console:
+            console.close()
         if distributed:
             dist.destroy_process_group()
     return 0
 
 
-def _stop_on_signals(trainer: Trainer) -> None:
+@contextlib.contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the run in order; a second one ends it at once."""
 
     def stop(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before[number])
         trainer.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

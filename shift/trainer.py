@@ -32,8 +32,8 @@ from shift.evaluate import autocast, evaluate, loops_of
 from shift.flops import train_step_flops
 from shift.metrics import Console, PendingRows, StepTimer
 from shift.optim import build_optimizer, learning_rate
-from shift.result import batches_sha256, environment, switch_ms
 from shift.run_dir import RunDirectory
+from shift.summary import batches_sha256, environment, switch_ms
 from shift.tasks.base import IGNORE
 
 MAX_SKIPS = 5
@@ -120,12 +120,21 @@ class Trainer:
             progress: called after every step with (steps done, total steps).
 
         Returns:
-            What ``result.json`` holds.
+            What ``result.json`` holds; nothing on ranks other than 0.
 
         Raises:
             TrainingInterrupted: after :meth:`stop`.
             TrainingDiverged: the loss stays non-finite.
         """
+        try:
+            self._train(progress)
+            return self._finish() if self.rank == 0 else {}
+        finally:
+            # The wrapper must not outlive the process group: if it drops the group's last reference, gloo's
+            # destructor joins a thread that waits for the interpreter lock which the destructor holds.
+            self.network = self.model
+
+    def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
         self._started = time.perf_counter() - p.wall_s
         while p.step < c.steps:
@@ -137,10 +146,10 @@ class Trainer:
             self._train_step(n_loops)
 
             last = p.step == c.steps
-            if last or _due(p.step, c.eval_every):
-                self._evaluate(n_loops)
             if _due(p.step, c.log_every):
                 self._flush()
+            if last or _due(p.step, c.eval_every):
+                self._evaluate(n_loops)
             stop = self._should_stop()
             if last or stop or _due(p.step, c.checkpoint_every):
                 self._save()
@@ -150,7 +159,6 @@ class Trainer:
                 raise TrainingInterrupted(
                     f"stopped after step {p.step} of {c.steps}; resume goes on from there"
                 )
-        return self._finish()
 
     def _train_step(self, n_loops: int) -> None:
         """One optimiser step. What it measured stays on the device, in ``_rows``."""
@@ -177,7 +185,8 @@ class Trainer:
         loss = loss.detach()
         self._sum_over_ranks(loss)
         skipped = ~(loss.isfinite() & grad_norm.isfinite())
-        self.optimizer.found_inf = skipped.float()  # 1: fused AdamW leaves weights and state as they are
+        # Where this is 1, fused AdamW leaves weights and state as they are (torch's gradient scaler uses it).
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._timer.stop()
@@ -189,10 +198,10 @@ class Trainer:
         p.step += 1
         p.block_applications += mean_loops
         p.flops += self.world_size * train_step_flops(
-            self.model, *batch.tokens.shape, mean_loops, c.n_grad_loops
+            self.model, *batch.tokens.shape[:2], mean_loops, c.n_grad_loops
         )
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-        stage = 1 if n_loops == 1 and self.schedule.max_loops > 1 else 2
+        stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **self._costs()})
         self._tokens = self.world_size * batch.tokens.numel()
@@ -233,7 +242,7 @@ class Trainer:
             p.skips_in_row = p.skips_in_row + 1 if row["skipped"] else 0
             timing.append({"step": row["step"], "ms": ms, "elapsed_s": p.train_s})
         self.run.write_rows(rows, timing)
-        if self.console and timing:
+        if self.console and timing and _due(p.step, self.config.log_every):
             self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
         if p.skips_in_row >= MAX_SKIPS:
             raise TrainingDiverged(
@@ -272,10 +281,17 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         c, p = self.config, self.progress
         first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
-        totals = dataclasses.asdict(p)
-        del totals["was_single"], totals["skips_in_row"]
-        result = totals | {
+        result = {
+            "steps": p.step,
+            "switch_step": p.switch_step,
+            "final_eval": p.last_eval,
+            "flops_total": p.flops,
+            "block_applications": p.block_applications,
+            "skipped_steps": p.skipped_steps,
+            "train_s": p.train_s,
+            "wall_s": p.wall_s,
             "switch_ms": switch_ms(self.run.path, p.switch_step),
+            "initial_weights_sha256": p.initial_weights_sha256,
             "weights_sha256": checkpoint.digest(self.model.state_dict()),
             "optimizer_sha256": checkpoint.digest(self.optimizer.state_dict()),
             "schedule_sha256": checkpoint.digest(self.schedule.state_dict()),
@@ -287,8 +303,6 @@ class Trainer:
             **environment(self.device),
         }
         self.run.finish(result)
-        if self.console:
-            self.console.close()
         return result
 
 

@@ -43,7 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "machine": {
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor(),
+            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
@@ -54,6 +54,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def _cpu_name() -> str:
+    """Python's own ``platform.processor`` is empty on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
