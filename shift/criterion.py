@@ -142,7 +142,7 @@ class SCP:
         plateau, stable = abs(drop) < c.delta_1, change < c.delta_2
         forced = c.max_steps is not None and self.steps >= c.max_steps
         fired = self._count(plateau, stable) or forced
-        return Look(self.steps, *now, drop, change, self.hits, fired)
+        return Look(self.steps, now[0], now[1], drop, change, self.hits, fired)
 
     def _count(self, plateau: bool, stable: bool) -> bool:
         """Count this look; whether the criterion fires."""

@@ -197,9 +197,9 @@ class Trainer:
         p.was_single = p.was_single or n_loops == 1
         p.step += 1
         p.block_applications += mean_loops
-        p.flops += self.world_size * train_step_flops(
-            self.model, *batch.tokens.shape[:2], mean_loops, c.n_grad_loops
-        )
+        batch_size, seq_len = batch.tokens.shape
+        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, c.n_grad_loops)
+        p.flops += self.world_size * flops
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}

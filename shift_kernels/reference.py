@@ -54,9 +54,10 @@ def looped_block(
     allowed = attention_mask(seq_len, spec.causal, valid, e.device)
     rotary = rotary_table(seq_len, spec, e.device) if spec.position == "rope" else None
 
-    per_sample = isinstance(n_loops, Tensor)
     loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
-    most, fewest = (int(loops.max()), int(loops.min())) if per_sample else (n_loops, n_loops)
+    per_sample = isinstance(n_loops, Tensor)
+    most = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
+    fewest = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
     running = torch.ones(batch, dtype=torch.bool, device=e.device)
     used = torch.zeros(batch, dtype=torch.int64, device=e.device)
     h = torch.zeros_like(e) if spec.injection == "add" else e

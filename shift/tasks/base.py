@@ -40,8 +40,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all tensors on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: None if v is None else v.to(device) for k, v in values.items()})
+        return dataclasses.replace(
+            self, **{name: x.to(device) for name, x in vars(self).items() if x is not None}
+        )
 
 
 class Task(ABC):
@@ -94,8 +95,14 @@ def to_batch(
     n_loops: np.ndarray | None = None,
 ) -> Batch:
     """A :class:`Batch` of numpy arrays; ``group`` is broadcast over positions and blanked where unread."""
-    group = np.where(targets == IGNORE, -1, group)
-    arrays = (tokens, targets, group, context, n_loops)
+
+    def tensor(a: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
+
     return Batch(
-        *(None if a is None else torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in arrays)
+        tensor(tokens),
+        tensor(targets),
+        tensor(np.where(targets == IGNORE, -1, group)),
+        None if context is None else tensor(context),
+        None if n_loops is None else tensor(n_loops),
     )
