@@ -37,6 +37,9 @@ FAMILIES = {
     "random": Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
 }
 
+CRITERION_OF = {"ladder": "shift"}
+"""Kinds that use the criterion of another kind, and so its options."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -58,7 +61,8 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
     Args:
         name: a key of :data:`FAMILIES`, or ``key:value`` where the family takes one (``looped:2``,
             ``fixed:0.25`` as a fraction of all steps, ``fixed:200`` as a step).
-        base: all but the schedule. Options of its schedule are kept where the kind is the arm's own.
+        base: all but the schedule. Options of its schedule are kept where the
+            arm is of that kind, or uses its criterion.
 
     Raises:
         ShiftInputError: no such arm.
@@ -71,8 +75,8 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
             "shift-compare", "arms", name, f"{', '.join(FAMILIES)}, {with_value} or {SMALLEST}",
             "Check the spelling.",
         )  # fmt: skip
-    options = base.schedule.options if base.schedule.kind == family.kind else {}
-    options = {**options, **family.options}
+    inherits = base.schedule.kind in (family.kind, CRITERION_OF.get(family.kind))
+    options = {**(base.schedule.options if inherits else {}), **family.options}
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)

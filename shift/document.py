@@ -71,6 +71,9 @@ class Picture:
     caption: str
 
 
+FEW_COLUMNS = 5
+"""Tables with more may be broader than the text, where the window is."""
+
 Block = Heading | Paragraph | Items | Table | Picture
 
 
@@ -175,7 +178,7 @@ p.lead { font-size: 1.15rem; font-weight: 600; background: #f3f6f9; border-left:
 figure { margin: 1.2rem 0; overflow-x: auto; }
 img { display: block; width: 100%; min-width: 560px; height: auto; }
 .wide { overflow-x: auto; margin: .8rem 0; }
-@media (min-width: 1100px) { .wide { margin: .8rem -130px; } }
+@media (min-width: 1100px) { .broad { margin: .8rem -130px; } }
 table { border-collapse: collapse; font-size: .88rem; line-height: 1.4; min-width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .7rem; border-bottom: 1px solid #e8ebee; }

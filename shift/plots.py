@@ -87,8 +87,9 @@ def cost_figure(results: Mapping[str, Any]) -> Figure | None:
     axes.text(never_x, head_y, "never", ha="center", va="center", color=FAINT)
     for row, name in enumerate(names):
         own, found = colour[name], costs(name)
-        apart = [row + 0.11 * (i - (len(found) - 1) / 2) for i in range(len(found))]
-        axes.plot(found, apart, "o", ms=7.5, color=own, mec="white", mew=1)
+        gap = min(0.11, 0.55 / max(len(found) - 1, 1))  # equal costs must not hide each other
+        apart = [row + gap * (i - (len(found) - 1) / 2) for i in range(len(found))]
+        axes.plot(found, apart, "o", ms=7.5 if len(found) <= 5 else 6, color=own, mec="white", mew=1)
         if found:
             axes.plot(statistics.mean(found), row, "|", ms=21, mew=2.5, color=own, zorder=1.9)
         if misses(name):
@@ -185,24 +186,25 @@ def criterion_figure(results: Mapping[str, Any]) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 5.2))
     panels = figure.subplots(2, 1, sharex=True)
     signals = (
-        ("improvement", "delta_1", "δ₁", "Is the loss still falling? Relative improvement per look"),
-        ("grad_change", "delta_2", "δ₂", "Is the gradient steady? Relative change of its norm per look"),
+        ("improvement", "delta_1", "δ₁", "Does the loss still move?"),
+        ("grad_change", "delta_2", "δ₂", "Does the size of the gradient still move?"),
     )
     for axes, (key, threshold, symbol, title) in zip(panels, signals, strict=True):
-        shown = [look[key] for facts in arm["seeds"] for look in facts["looks"] if look[key] is not None]
-        top = max(4 * limits[threshold], sorted(shown)[int(0.9 * (len(shown) - 1))])
-        axes.axhspan(-top, limits[threshold], color=SHADE, lw=0, zorder=0)
-        axes.axhline(limits[threshold], color=INK, lw=1, ls=(0, (4, 3)))
-        axes.text(1.0, limits[threshold], f" {symbol} = {limits[threshold]:g}", va="center", fontsize=9.5,
+        limit = limits[threshold]
+        most = max(abs(look[key]) for facts in arm["seeds"] for look in facts["looks"])
+        top = min(max(1.1 * most, 1.5 * limit), 6 * limit)  # the first looks may be far above
+        axes.axhspan(0, limit, color=SHADE, lw=0, zorder=0)
+        axes.axhline(limit, color=INK, lw=1, ls=(0, (4, 3)))
+        axes.text(1.0, limit, f" {symbol} = {limit:g}", va="center", fontsize=9.5,
                   transform=axes.get_yaxis_transform(), color=INK)  # fmt: skip
         for facts in arm["seeds"]:
-            looks = [look for look in facts["looks"] if look[key] is not None]
-            axes.plot([l["step"] for l in looks], [l[key] for l in looks], color=colour, lw=1.3, alpha=0.75,
-                      marker=".", ms=4)  # fmt: skip
-            fired = [look for look in looks if look["fired"]]
-            axes.plot([l["step"] for l in fired], [l[key] for l in fired], "o", ms=8, mfc="white", mec=colour,
-                      mew=1.8, zorder=4)  # fmt: skip
-        axes.set(title=title, ylim=(min(0.0, *shown, -0.1 * top), top))
+            steps = [look["step"] for look in facts["looks"]]
+            line = [abs(look[key]) for look in facts["looks"]]
+            axes.plot(steps, line, color=colour, lw=1.3, alpha=0.75, marker=".", ms=4)
+            if facts["looks"] and facts["looks"][-1]["fired"]:
+                axes.plot(steps[-1], line[-1], "o", ms=8, mfc="white", mec=colour, mew=1.8, zorder=4,
+                          clip_on=False)  # fmt: skip
+        axes.set(title=title, ylim=(0, top), ylabel=f"{limits['change']} change")
     panels[1].set(xlabel="training steps (a ring: the criterion fires, the loops begin)", xlim=(0, None))
     return figure
 

@@ -69,7 +69,7 @@ class Display:
     def __init__(self, n_runs: int, total_steps: int, stream: TextIO) -> None:
         self._n_runs, self._total, self._stream = n_runs, total_steps, stream
         self._steps: dict[str, int] = {}
-        self._resumed = 0  # steps that earlier calls have done: they say nothing about the speed of this one
+        self._before = 0  # steps at each run's first report: done before, so no part of this call's speed
         self._started = self._shown = time.monotonic()
         self._bar = None
         if stream.isatty():
@@ -79,8 +79,10 @@ class Display:
 
     def step(self, run: str, step: int) -> None:
         """A run has done so many steps."""
+        if not self._steps:
+            self._started = time.monotonic()  # the workers' start is over
         if run not in self._steps:
-            self._resumed += step - 1
+            self._before += step
         self._steps[run] = step
 
     def show(self, runs_done: int) -> None:
@@ -88,12 +90,12 @@ class Display:
         done = sum(self._steps.values())
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.initial = self._resumed
+            self._bar.initial = self._before
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(f"{runs_done} of {self._n_runs} runs")
-        elif now - self._shown >= self.EVERY_S and done > self._resumed:
+        elif now - self._shown >= self.EVERY_S and done > self._before:
             self._shown = now
-            left = (self._total - done) * (now - self._started) / (done - self._resumed)
+            left = (self._total - done) * (now - self._started) / (done - self._before)
             text = (
                 f"{runs_done} of {self._n_runs} runs, {done} of {self._total} steps, about {left:.0f} s left"
             )

@@ -6,6 +6,7 @@ training FLOPs up to there. A run that never gets there, or did not finish, coun
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shift.config import tomllib
+from shift.criterion import SCPConfig
 from shift.fairness import fairness
 from shift.ratios import against_looped, smallest_sufficient, stopped_at
 
@@ -58,8 +60,8 @@ def read_run(path: Path) -> Run:
 
 
 def first_crossing(evals: Sequence[Mapping[str, Any]], target: float) -> Mapping[str, Any] | None:
-    """The first evaluation at or above the target accuracy; None: never."""
-    return next((row for row in evals if row["accuracy"] >= target), None)
+    """The first evaluation of a trained model at or above the target accuracy; None: never."""
+    return next((row for row in evals if row["step"] > 0 and row["accuracy"] >= target), None)
 
 
 def share_of_looped(looped: Mapping[int, Run], share: float) -> float | None:
@@ -119,7 +121,7 @@ def collect(
             "label": labels[name],
             "schedule": config.get("schedule", {}),
             "n_loops": _constant_loops(config),
-            "criterion": {"delta_1": 0.03, "delta_2": 0.2},
+            "criterion": _criterion(config),
             "seeds": [seed_facts(run, seed, target) for seed, run in by_seed.items()],
         }
     if "looped" in arms:
@@ -155,6 +157,16 @@ def _constant_loops(config: Mapping[str, Any]) -> int | None:
     if schedule.get("kind") != "constant":
         return None
     return schedule.get("options", {}).get("n_loops", config["model"]["n_loops"])
+
+
+def _criterion(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The criterion's options, defaults included, of an arm that has one."""
+    schedule = config.get("schedule", {})
+    if schedule.get("kind") not in ("shift", "ladder"):
+        return None
+    names = {field.name for field in dataclasses.fields(SCPConfig)}
+    given = {name: value for name, value in schedule.get("options", {}).items() if name in names}
+    return dataclasses.asdict(SCPConfig(**given))
 
 
 def _stretches(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:

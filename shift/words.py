@@ -52,11 +52,11 @@ def listing(words: Iterable[object]) -> str:
 
 
 def each(values: Sequence[object]) -> str:
-    """All of a few values; the first and last of many, sorted."""
+    """All of a few numbers; the smallest and largest of many."""
     if len(values) <= FEW:
         return ", ".join(map(str, values))
     ordered = sorted(values, key=lambda value: float(str(value)))
-    return f"{ordered[0]} to {ordered[-1]}"
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
 def count(n: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from synthetic_runs import (
 )
 
 from shift.arms import colours, make_arm
+from shift.compare import main
 from shift.config import OptimiserConfig, ScheduleConfig, TrainConfig
 from shift.fairness import fairness
+from shift.pool import Display
 from shift.ratios import against_looped
 from shift.results import first_crossing, share_of_looped
 from shift_kernels import ShiftInputError
@@ -82,7 +85,7 @@ def test_arms_of_one_family_differ_in_tone():
 
 def test_the_first_evaluation_at_the_target_counts_even_if_accuracy_falls_again():
     evals = [{"step": s, "accuracy": a} for s, a in [(0, 0.1), (10, 0.99), (20, 0.8), (30, 1.0)]]
-    assert first_crossing(evals, 0.99)["step"] == 10
+    assert first_crossing(evals, 0.99) is evals[1]
     assert first_crossing(evals, 1.01) is None
 
 
@@ -231,3 +234,72 @@ def test_runs_of_which_none_finished_make_results_too(tmp_path):
     results = collected(tmp_path, ["looped", "shift"], SEEDS)
     assert not check(results, "Every seed")["ok"]
     assert not check(results, "same initial weights")["ok"]
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+TINY = """
+steps = 6
+batch_size = 4
+eval_every = 3
+eval_samples = 8
+[task]
+name = "hop"
+options = { n_nodes = 4, max_hops = 2 }
+[model]
+n_loops = 3
+d_model = 8
+n_heads = 2
+d_ff = 16
+"""
+
+
+def test_the_command_trains_compares_and_reuses_what_is_done(tmp_path, capsys):
+    config, out = tmp_path / "tiny.toml", tmp_path / "out"
+    config.write_text(TINY)
+    command = ["--config", str(config), "--arms", "looped", "fixed:0.5", "--seeds", "5", "--jobs", "1"]
+    command += ["--out", str(out), "--target", "0.01"]
+    assert main(command) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["arms"]) == ["looped", "fixed:0.5"]
+    looped, fixed = (arm["seeds"][0] for arm in results["arms"].values())
+    assert (looped["switch_step"], fixed["switch_step"]) == (None, 3)
+    assert (looped["block_applications"], fixed["block_applications"]) == (6 * 3, 3 * 1 + 3 * 3)
+    assert all(c["ok"] for c in results["fairness"] if "same" in c["rule"])
+    assert results["target_accuracy"] == 0.01
+    assert {path.name for path in out.iterdir()} >= {"report.md", "report.html", "figures", "plan.json"}
+
+    written = (out / "looped" / "seed-5" / "result.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (out / "looped" / "seed-5" / "result.json").stat().st_mtime_ns == written
+    assert main([*command, "--steps", "7"]) == 2
+    assert "argument 'steps' = 7 is not supported; allowed: 6, as in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "hops"], "argument 'name' = 'hops'"),
+        (["--arms", "spiral"], "argument 'arms' = 'spiral'"),
+        (["--arms", "fixed:2.5"], "argument 'at' = 2.5"),
+        (["--target", "99"], "argument 'target' = 99"),
+        (["--arms", "shift"], "argument 'target' = None"),
+        (["--seeds", "1", "1"], "argument 'seeds' = (1, 1)"),
+        (["--jobs", "0"], "argument 'jobs' = 0"),
+        (["--preset", "nowhere"], "argument 'config' = 'nowhere'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, capsys, arguments, message):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_in_a_log_file_is_a_line_with_what_is_done():
+    stream = io.StringIO()
+    display = Display(n_runs=2, total_steps=200, stream=stream)
+    display.EVERY_S = 0
+    display.step("a", 101)  # resumed at step 100
+    display.step("a", 150)
+    display.show(runs_done=1)
+    assert stream.getvalue().startswith("1 of 2 runs, 150 of 200 steps, about ")

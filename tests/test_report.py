@@ -12,7 +12,7 @@ from synthetic_runs import collected, reaches, switches, write_arm
 
 from shift.report import write_report
 from shift.verdict import caveat, verdict
-from shift.words import duration, flops, percent
+from shift.words import duration, each, flops, percent
 
 NEVER = 1000
 
@@ -84,7 +84,7 @@ def test_no_saving_is_claimed_without_looped(tmp_path):
 
 
 def test_few_seeds_are_called_few(tmp_path):
-    assert caveat(results_of(tmp_path, [50] * 3, [50] * 3)).startswith("3 seeds prove little")
+    assert "3 seeds prove little" in str(caveat(results_of(tmp_path, [50] * 3, [50] * 3)))
     assert caveat({"seeds": list(range(10))}) is None
 
 
@@ -149,6 +149,12 @@ def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, page = write_report(results, tmp_path)
     assert "matplotlib is not installed" in page.read_text()
+
+
+def test_many_seeds_are_shown_by_their_range():
+    assert each(["9.5", "10.0", "9.0"]) == "9.5, 10.0, 9.0"
+    assert each(["9.5", "10.0", "9.0", "9.9", "9.8", "9.7"]) == "9.0 to 10.0"
+    assert each([134] * 6) == "134"
 
 
 def test_numbers_are_not_prettied_up():
