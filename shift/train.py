@@ -6,8 +6,8 @@
 Flags win over the TOML file or preset of ``--config``, which wins over the defaults; a resumed run starts
 from its own ``config.toml``. What was resolved is written there.
 
-Exit codes: 0 done; 1 failed (the traceback says why); 2 unusable input; 75 interrupted by SIGTERM or
-Ctrl-C: a checkpoint was saved, start again with ``--resume auto``.
+Exit codes: 0 done; 1 failed; 2 unusable input; 75 interrupted by SIGTERM or Ctrl-C: a checkpoint was saved,
+start again with ``--resume auto``. (``torchrun`` has codes of its own; the checkpoint is there all the same.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import tyro
 
 from shift.config import Options, TrainConfig, load_config, tomllib
 from shift.metrics import Console
-from shift.trainer import Trainer, TrainingInterrupted
+from shift.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
 INTERRUPTED = 75
@@ -152,6 +152,9 @@ def _train(command: Command) -> int:
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
+    except TrainingDiverged as error:
+        print(f"shift-train: {error}", file=sys.stderr)
+        return 1
     finally:
         if console:
             console.close()

@@ -166,7 +166,8 @@ class Trainer:
         self._timer.start()
         batch = self.task.batch(c.batch_size, p.step, rank=self.rank)
         loops = loops_of(batch, n_loops)
-        mean_loops = loops if isinstance(loops, int) else loops.double().mean().item()  # still on the CPU
+        # Still on the CPU: nothing to wait for. In the ledger rank 0's mean stands for all ranks.
+        mean_loops = loops if isinstance(loops, int) else loops.double().mean().item()
         batch = batch.to(self.device)
         lr = learning_rate(c.optimiser, p.step, c.steps)
         for group in self.optimizer.param_groups:
@@ -234,20 +235,22 @@ class Trainer:
     def _flush(self) -> None:
         """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
         p = self.progress
-        rows, timing = self._rows.read(), []
+        rows, timing, hopeless_at = self._rows.read(), [], None
         train_rows = [row for row in rows if row["kind"] == "train"]
         for row, ms in zip(train_rows, self._timer.read(), strict=True):
             p.train_s += ms / 1e3
             p.skipped_steps += row["skipped"]
             p.skips_in_row = p.skips_in_row + 1 if row["skipped"] else 0
+            if p.skips_in_row == MAX_SKIPS:
+                hopeless_at = row["step"]
             timing.append({"step": row["step"], "ms": ms, "elapsed_s": p.train_s})
         self.run.write_rows(rows, timing)
         if self.console and timing and _due(p.step, self.config.log_every):
             self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
-        if p.skips_in_row >= MAX_SKIPS:
+        if hopeless_at is not None:
             raise TrainingDiverged(
-                f"loss or gradient norm was not finite in the last {p.skips_in_row} of {p.step} steps; the "
-                f"weights are those before them. Lower optimiser.lr, or use precision = 'fp32'."
+                f"loss or gradient norm was not finite in the {MAX_SKIPS} steps up to {hopeless_at}, which "
+                f"changed no weight. Lower optimiser.lr, or use precision = 'fp32'."
             )
 
     def _should_stop(self) -> bool:

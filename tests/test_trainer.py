@@ -233,10 +233,17 @@ def test_five_bad_steps_in_a_row_stop_the_run_with_its_weights(tmp_path):
     trainer = Trainer(tiny(log_every=1, checkpoint_every=0), tmp_path)
     poison(trainer, set(range(4, 100)), "loss")
     weights = {}
-    with pytest.raises(TrainingDiverged, match=r"last 5 of 9 steps.*optimiser\.lr"):
+    with pytest.raises(TrainingDiverged, match=r"5 steps up to 9.*optimiser\.lr"):
         trainer.fit(lambda done, _: weights.update({done: digest(trainer.model.state_dict())}))
     assert digest(trainer.model.state_dict()) == weights[4]
     assert [row["loss"] for row in rows(tmp_path, "train")][4:] == [None] * 5
+
+
+def test_five_bad_steps_stop_the_run_whenever_they_are_noticed(tmp_path):
+    trainer = Trainer(tiny(log_every=100, checkpoint_every=0), tmp_path)
+    poison(trainer, set(range(2, 7)), "loss")
+    with pytest.raises(TrainingDiverged, match="5 steps up to 7"):
+        trainer.fit()
 
 
 def test_an_evaluation_that_is_not_finite_is_written_as_such(tmp_path):
@@ -250,6 +257,19 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_the_run(tmp_path):
     trainer = Trainer(tiny(log_every=1), tmp_path)
     poison(trainer, {0, 1, 2, 3, 5, 6, 7, 8}, "loss")
     assert trainer.fit()["skipped_steps"] == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_gpu(tmp_path):
+    criterion = ScheduleConfig("shift", {"interval": 100})
+    config = tiny(device="cuda", schedule=criterion, eval_every=0, log_every=100, checkpoint_every=0)
+    trainer = Trainer(config, tmp_path)
+    modes = {2: "error", 11: "default"}  # but for the first two steps and the last, which reads and saves
+    try:
+        trainer.fit(lambda done, _: torch.cuda.set_sync_debug_mode(modes[done]) if done in modes else None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- optimiser --------------------------------------------------------------------------------------------
