@@ -64,21 +64,23 @@ def _savings(results: Mapping[str, Any]) -> str:
         reasons = "; ".join(f"seed {seed}: {failed[seed]}" for seed in ratio["seeds_never"])
         rest = f" On the other {pairs} it needed {_times(ratio)}." if pairs else ""
         return (
-            f"SHIFT did not save reliably: on {len(ratio['seeds_never'])} of {n} seeds it never reached the "
+            f"SHIFT did not save reliably: on {len(ratio['seeds_never'])} of {count(n, 'seed')} it never reached the "
             f"target of {target}, which Looped did reach ({reasons}).{rest}"
         )
     if not pairs:
         return (
-            f"SHIFT reached the target of {target} on {hits} of {n} seeds, Looped on none of them, so a "
+            f"SHIFT reached the target of {target} on {hits} of {count(n, 'seed')}, Looped on none of them, so a "
             f"saving has no number."
         )
     also = ""
     if ratio["seeds_only_looped_never"]:
         also = f" On seeds {listing(ratio['seeds_only_looped_never'])} only SHIFT reached it."
     elif hits < n:
-        also = f" On {n - hits} of {n} seeds neither reached it."
+        also = f" On {n - hits} of {count(n, 'seed')} neither reached it."
     where = (
-        f"to the target of {target} on {pairs} of {n} seeds" if pairs < n else f"to the target of {target}"
+        f"to the target of {target} on {pairs} of {count(n, 'seed')}"
+        if pairs < n
+        else f"to the target of {target}"
     )
     if ratio["mean"] > 1 + EVEN:
         return f"SHIFT did not save: {where} it needed {_times(ratio)}.{also}"
