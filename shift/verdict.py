@@ -64,13 +64,13 @@ def _savings(results: Mapping[str, Any]) -> str:
         reasons = "; ".join(f"seed {seed}: {failed[seed]}" for seed in ratio["seeds_never"])
         rest = f" On the other {pairs} it needed {_times(ratio)}." if pairs else ""
         return (
-            f"SHIFT did not save reliably: on {len(ratio['seeds_never'])} of {count(n, 'seed')} it never reached the "
-            f"target of {target}, which Looped did reach ({reasons}).{rest}"
+            f"SHIFT did not save reliably: on {len(ratio['seeds_never'])} of {count(n, 'seed')} it never "
+            f"reached the target of {target}, which Looped did reach ({reasons}).{rest}"
         )
     if not pairs:
         return (
-            f"SHIFT reached the target of {target} on {hits} of {count(n, 'seed')}, Looped on none of them, so a "
-            f"saving has no number."
+            f"SHIFT reached the target of {target} on {hits} of {count(n, 'seed')}, Looped on none of them, "
+            f"so a saving has no number."
         )
     also = ""
     if ratio["seeds_only_looped_never"]:
