@@ -186,7 +186,8 @@ def _average(state: Tensor, signals: Signals, beta: float) -> Tensor:
     mean = state[:2] / state[2]  # NaN before the first step, which fmin and fmax ignore
     x_in_reach = torch.fmin(torch.fmax(x, mean - mean.abs()), mean + mean.abs())
     new = torch.cat([state[:3] * beta, state[3:]])
-    new += torch.cat([(1 - beta) * x_in_reach, new.new_tensor([1 - beta, 1.0])])
+    # Filled on the device: a tensor from Python numbers would wait for it.
+    new += torch.cat([(1 - beta) * x_in_reach, x.new_full((1,), 1 - beta), x.new_ones(1)])
     return torch.where(x.isfinite().all(), new, state)
 
 

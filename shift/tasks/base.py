@@ -40,9 +40,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all tensors on ``device``."""
-        return dataclasses.replace(
-            self, **{name: x.to(device) for name, x in vars(self).items() if x is not None}
-        )
+
+        def moved(x: Tensor) -> Tensor:
+            # From pinned memory, or the copy would wait for what the GPU is doing.
+            return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
+
+        on_gpu = torch.device(device).type == "cuda"
+        return dataclasses.replace(self, **{k: moved(x) for k, x in vars(self).items() if x is not None})
 
 
 class Task(ABC):
