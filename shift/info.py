@@ -1,0 +1,6 @@
+"""``shift-info``, also ``python -m shift.info``: what is installed here and which backends work."""
+
+from shift_kernels.info import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What is installed here and which backends work: what to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+import shift_kernels
+
+
+def report() -> str:
+    """Versions, devices and backends, one fact a line."""
+    rows = [
+        ("shift_kernels", shift_kernels.__version__),
+        ("python", sys.version.split()[0]),
+        ("platform", platform.platform()),
+        ("torch", torch.__version__),
+        ("numpy", np.__version__),
+        ("triton", _version("triton")),
+        ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
+        ("cuda", _cuda()),
+    ]
+    rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def main() -> None:
+    """``shift-info``."""
+    print(report())
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no device" if torch.version.cuda else "no device (torch is a CPU build)"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    main()
