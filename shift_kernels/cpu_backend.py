@@ -1,13 +1,16 @@
 """The ``cpu`` backend: all T loops in one C++ call (csrc/cpu), activations in the core's cache.
 
-Saves the loop boundaries h_0 .. h_{T-1}; the backward computes each loop again.
+Keeps what the matrix products need again in the backward; of very large batches only the loop boundaries.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,9 @@ MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 384
 """Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many there
 are follows from the problem, not from the threads, so that the result has the same bits for any number of
 those; zeroing and adding a slice costs about as much as 20 rows in one loop."""
+MOST_KEPT_BYTES = 64 * 2**20
+"""Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
+beyond it only the loop boundaries are, and the backward computes every loop again."""
 MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
 # The order of `enum Weight` in csrc/cpu/call.h.
 _LAYER_WEIGHTS = (
@@ -54,13 +60,38 @@ def refusal(problem: Problem) -> str | None:
 
 
 def saved_bytes(problem: Problem) -> int:
-    """Bytes kept for the backward pass, per loop: one boundary."""
-    return problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
+    """Bytes kept for the backward pass, per loop."""
+    rows = problem.batch * problem.seq_len
+    return 4 * rows * (_kept_width(problem.spec) if _keeps(rows, problem.spec) else problem.spec.d_model)
 
 
 def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
     """Empty tensors shaped as what :func:`forward` saves."""
-    return [e.new_empty((n_loops, *e.shape))]
+    return [e.new_empty(_saved_shape(e, spec, n_loops))]
+
+
+def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int) -> tuple[int, ...]:
+    """Activations, or loop boundaries where those are many. 16 numbers are slack for vector loads."""
+    rows = e.shape[0] * e.shape[1]
+    if _keeps(rows, spec):
+        return (n_loops * rows * _kept_width(spec) + 16,)
+    return (n_loops, *e.shape)
+
+
+def _keeps(rows: int, spec: BlockSpec) -> bool:
+    return 4 * rows * _kept_width(spec) <= MOST_KEPT_BYTES
+
+
+def _kept_width(spec: BlockSpec) -> int:
+    """``kept_width`` of csrc/cpu/block.cpp: numbers kept of a token in a loop."""
+    d, up = _padded(spec.d_model), _padded(spec.d_ff) * (2 if spec.activation == "swiglu" else 1)
+    sums = 0 if spec.norm_placement == "pre" else 2 * d
+    layer = 2 * d + _padded(spec.qkv_dim) + _padded(spec.n_heads * spec.head_dim) + up + sums
+    return spec.n_layers * layer + (d if spec.loop_norm else 0)
+
+
+def _padded(n: int) -> int:
+    return (n + 15) // 16 * 16
 
 
 def forward(
@@ -82,9 +113,9 @@ def forward(
     shape = (call.most_loops, *e.shape) if return_all_loops else e.shape
     out = e.new_empty(shape) if seq_lens is None else e.new_zeros(shape)  # pads are never written
     used = torch.empty(e.shape[0], dtype=torch.int64)
-    saved = saved_like(e, spec, call.most_loops) if for_backward else []
+    saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
-    call.boundaries = saved[0].data_ptr() if saved else None
+    _set_saved(call, saved)
     native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
     del keep
     return out, used, saved
@@ -106,11 +137,12 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
     call, keep = _call(e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, None)
-    grad_h, boundaries = grad_h.contiguous(), saved[0].contiguous()
+    grad_h = grad_h.contiguous()
     grad_e = torch.zeros(e.shape)
     grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
     addresses = _addresses(grads, spec)
-    call.grad_out, call.boundaries = grad_h.data_ptr(), boundaries.data_ptr()
+    _set_saved(call, saved)
+    call.grad_out = grad_h.data_ptr()
     call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
     native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
     del keep
@@ -164,6 +196,32 @@ def _call(
         },
     )
     return call, (e, loops, lengths, rotary, values, addresses)
+
+
+_FREE: list[np.ndarray] = []  # at most one buffer that no step uses
+
+
+def _buffer(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised float32 tensor, in the memory that an earlier step has given back if that is enough.
+
+    Fresh memory of this size comes from the system page by page, which took as long as the forward itself.
+    """
+    n = math.prod(shape)
+    memory = _FREE.pop() if _FREE and len(_FREE[0]) >= n else np.empty(n, dtype=np.float32)
+    part = memory[:n]
+    weakref.finalize(part, _give_back, memory)
+    return torch.from_numpy(part).view(shape)
+
+
+def _give_back(memory: np.ndarray) -> None:
+    if not _FREE or len(memory) > len(_FREE[0]):
+        _FREE[:] = [memory]
+
+
+def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
+    for x in saved:
+        assert x.is_contiguous()
+        setattr(call, "kept" if x.ndim == 1 else "boundaries", x.data_ptr())
 
 
 def _addresses(tensors: dict[str, Tensor], spec: BlockSpec) -> ctypes.Array[ctypes.c_void_p]:

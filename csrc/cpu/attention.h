@@ -16,11 +16,6 @@ struct Heads {
 
 constexpr int BLOCK = 32;  // query rows that share one causal cut
 
-// keys^T (or values^T) of n rows as packed panels [padded(n) / VL][head_dim][VL]
-inline void pack_rows(const float* x, int64_t ld, int n, int head_dim, float* out) {
-    pack_transposed(x, ld, n, head_dim, padded(n), out);
-}
-
 // Probabilities [n, padded(n)] of one head; zero where a query may not look.
 inline void probabilities(const Heads& heads, int n, const float* q, const float* keys_t, float* p) {
     const int np = padded(n);
@@ -57,7 +52,7 @@ inline void attend(const Heads& heads, int n, const float* qkv, float* o, float*
     float *keys_t = scratch, *p = keys_t + np * heads.head_dim, *result = p + n * np;
     for (int h = 0; h < heads.n_heads; h++) {
         const int g = h / heads.group();
-        if (h % heads.group() == 0) pack_rows(heads.k(qkv, g), heads.ld_qkv, n, heads.head_dim, keys_t);
+        if (h % heads.group() == 0) pack_transposed(heads.k(qkv, g), heads.ld_qkv, n, heads.head_dim, np, keys_t);
         probabilities(heads, n, heads.q(qkv, h), keys_t, p);
         for (int i0 = 0; i0 < n; i0 += BLOCK) {
             const int m = n - i0 < BLOCK ? n - i0 : BLOCK;
@@ -79,8 +74,8 @@ inline void attend_backward(const Heads& heads, int n, const float* qkv, const f
         const int g = h / heads.group();
         const bool first = h % heads.group() == 0, last = (h + 1) % heads.group() == 0;
         if (first) {
-            pack_rows(heads.k(qkv, g), heads.ld_qkv, n, hd, keys_t);
-            pack_rows(heads.v(qkv, g), heads.ld_qkv, n, hd, values_t);
+            pack_transposed(heads.k(qkv, g), heads.ld_qkv, n, hd, np, keys_t);
+            pack_transposed(heads.v(qkv, g), heads.ld_qkv, n, hd, np, values_t);
         }
         const float* d_oh = d_o + h * hd;
         probabilities(heads, n, heads.q(qkv, h), keys_t, p);

@@ -2,9 +2,9 @@
 //
 // A tile is a few sequences whose rows together fill the cache, longest-looping first, so that the rows still
 // running are always the first ones. A thread takes a tile through all its loops before it takes the next:
-// the residual stream and everything a loop computes stay in L2 (about 60 d_model bytes a row), the packed
-// weights are read T times from there too. The backward walks the loops down from the saved boundaries and
-// computes each again. Weight gradients are summed within a slice (a fixed share of the tiles) in order, and
+// the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
+// weights are read T times from there too. The backward walks the loops down from what the forward kept of
+// each (about 40 d_model bytes a row and loop), or from the boundaries alone, computing each again. Weight gradients are summed within a slice (a fixed share of the tiles) in order, and
 // over the slices in order: the same bits for any number of threads.
 #include <cstdlib>
 
@@ -12,13 +12,6 @@
 
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
-
-// What plan.cpp worked out: samples in the order they run, and where tiles begin in it.
-struct Plan {
-    const int64_t* order;   // [batch] samples
-    const int64_t* tiles;   // [n_tiles + 1] positions in order
-    int64_t n_tiles, most_rows, most_samples;
-};
 
 namespace {
 
@@ -105,18 +98,15 @@ Kept take_kept(Memory& m, const Shape& s, int64_t rows) {
 
 template <class Memory>
 Temporaries take_temporaries(Memory& m, const Shape& s, int64_t rows) {
-    return {m.take(rows * s.dp), m.take(rows * s.dp), m.take(rows * s.ap),
-            m.take(rows * s.qp), m.take(rows * s.fp), m.take(rows * s.up)};
+    const int widest = s.ap > s.dp ? s.ap : s.dp;
+    return {m.take(rows * s.dp), m.take(rows * s.dp), m.take(rows * s.ap), m.take(rows * s.qp),
+            m.take(rows * s.fp), m.take(rows * s.up), m.take(rows * (s.fp > widest ? s.fp : widest))};
 }
 
 inline float* mut(const float* p) { return const_cast<float*>(p); }  // our own buffers, being filled
 
 void copy_vector(const float* from, int n, const float* to) {
     if (from) std::memcpy(mut(to), from, n * sizeof(float));
-}
-
-void copy_padded(const float* from, int outs, int ins, int ld, const float* to) {
-    copy_columns(outs, ins, from, ins, mut(to), ld);
 }
 
 void fill_norm(const float* gain, const float* shift, int d, NormWeights w) {
@@ -129,20 +119,20 @@ void fill_weights(const Shape& s, const float* const* from, bool backward, Layer
     copy_vector(from[QKV_B], s.qkv, w.qkv_bias), copy_vector(from[OUT_B], s.d, w.out_bias);
     fill_norm(from[N1_W], from[N1_B], s.d, w.n1), fill_norm(from[N1P_W], from[N1P_B], s.d, w.n1_post);
     if (backward) {
-        copy_padded(from[QKV_W], s.qkv, s.d, s.dp, w.qkv_t);
-        copy_padded(from[OUT_W], s.d, s.a, s.ap, w.out_t);
+        pack_rows(from[QKV_W], s.d, s.qkv, s.d, s.dp, s.qkv, mut(w.qkv_t));
+        pack_rows(from[OUT_W], s.a, s.d, s.a, s.ap, s.d, mut(w.out_t));
     }
     if (!s.f) return;
     for (int half = 0; half < s.up / s.fp; half++) {  // swiglu: gate, then values
         const float* rows = from[UP_W] + int64_t(half) * s.f * s.d;
         pack_transposed(rows, s.d, s.f, s.d, s.fp, mut(w.up) + int64_t(half) * s.fp * s.d);
         if (from[UP_B]) copy_vector(from[UP_B] + half * s.f, s.f, w.up_bias + half * s.fp);
-        if (backward) copy_padded(rows, s.f, s.d, s.dp, w.up_t + int64_t(half) * s.fp * s.dp);
+        if (backward) pack_rows(rows, s.d, s.f, s.d, s.dp, s.up, mut(w.up_t) + int64_t(half) * s.fp * VL);
     }
     pack_transposed(from[DOWN_W], s.f, s.d, s.f, s.dp, mut(w.down));
     copy_vector(from[DOWN_B], s.d, w.down_bias);
     fill_norm(from[N2_W], from[N2_B], s.d, w.n2), fill_norm(from[N2P_W], from[N2P_B], s.d, w.n2_post);
-    if (backward) copy_padded(from[DOWN_W], s.d, s.f, s.fp, w.down_t);
+    if (backward) pack_rows(from[DOWN_W], s.f, s.d, s.f, s.fp, s.d, mut(w.down_t));
 }
 
 constexpr int MOST_LAYERS = 64;
@@ -166,15 +156,15 @@ struct Model {
 
 // What one thread needs for the largest tile.
 struct Workspace {
-    Kept layers[MOST_LAYERS];
-    float *e, *h, *u, *scratch;  // u: what the last layer left, before the loop norm
+    Kept own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
+    float *e, *h, *own_u, *u, *scratch;          // u: what the last layer left, before the loop norm
     Temporaries t;
     float *dh, *de, *dx;
 
     template <class Memory>
     Workspace(const Call& c, const Shape& s, int64_t rows, Memory& m, bool backward) {
-        for (int l = 0; l < c.n_layers; l++) layers[l] = take_kept(m, s, rows);
-        e = m.take(rows * s.dp), h = m.take(rows * s.dp), u = m.take(rows * s.dp);
+        for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = take_kept(m, s, rows);
+        e = m.take(rows * s.dp), h = m.take(rows * s.dp), own_u = u = m.take(rows * s.dp);
         const int64_t n = c.seq_len, np = padded(n), hp = padded(c.head_dim);
         scratch = m.take(2 * np * (c.head_dim + n) + 3 * n * hp);
         if (backward) {
@@ -184,6 +174,12 @@ struct Workspace {
     }
 };
 
+// Numbers that are kept of a row in a loop; what is cheap to compute again is not.
+int64_t kept_width(const Call& c, const Shape& s) {
+    const int sums = s.placement == PRE ? 0 : 2 * s.dp;
+    return c.n_layers * int64_t(2 * s.dp + s.qp + s.ap + s.up + sums) + (c.loop_norm ? s.dp : 0);
+}
+
 // The sequences of one tile, in the order they finish in, last first.
 struct Tile {
     const Call& c;
@@ -191,10 +187,12 @@ struct Tile {
     const int64_t* samples;
     int* lengths;
     int* starts;  // [count + 1] first row of each
+    int64_t rows_before;  // in the tiles before this one
 
     Tile(const Call& call, const Plan& plan, int64_t index, int* room) : c(call), dp(padded(call.d_model)) {
         samples = plan.order + plan.tiles[index];
         count = plan.tiles[index + 1] - plan.tiles[index];
+        rows_before = plan.rows_before[index];
         lengths = room, starts = room + count;
         rows = 0;
         for (int i = 0; i < count; i++) {
@@ -236,7 +234,25 @@ struct Tile {
     }
 };
 
-// One loop on `rows` rows of h (and e): from h_{t-1} in ws.h + offset to h_t in `out`.
+// Let ws.layers and ws.u point at what is kept of loop t, from the tile's row `from` on.
+void bind(const Call& c, const Shape& s, const Tile& tile, int64_t t, int64_t from, Workspace& ws) {
+    if (!c.kept) return;
+    float* at = c.kept + (tile.rows_before * c.most_loops + (t - 1) * tile.rows) * kept_width(c, s);
+    const auto take = [&](int width) {
+        float* piece = at + from * width;
+        at += int64_t(tile.rows) * width;
+        return piece;
+    };
+    for (int l = 0; l < c.n_layers; l++) {
+        Kept& k = ws.layers[l];
+        k = ws.own[l];
+        k.in = take(s.dp), k.mid = take(s.dp), k.qkv = take(s.qp), k.o = take(s.ap), k.u = take(s.up);
+        if (s.placement != PRE) k.z1 = take(s.dp), k.z2 = take(s.dp);
+    }
+    ws.u = c.loop_norm ? take(s.dp) : ws.own_u;
+}
+
+// One loop on `rows` rows of h (and e): from h_{t-1} to h_t in `out`.
 void one_loop(const Call& c, const Model& m, Workspace& ws, Rows seqs, int rows, const float* h, const float* e,
               float* out) {
     const Shape& s = m.shape;
@@ -276,6 +292,7 @@ void forward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& ws
         if (!running && !c.return_all) break;
         if (running) {
             if (c.boundaries) tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size);
+            bind(c, m.shape, tile, t, 0, ws);
             float* after = c.halting ? ws.layers[0].z2 : ws.h;  // z2 is free once its loop is over
             one_loop(c, m, ws, {running, tile.lengths}, rows, ws.h, ws.e, after);
             if (c.halting) {  // then a tile is one sequence
@@ -305,8 +322,12 @@ void backward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& w
         const int rows = tile.starts[end] - tile.starts[begin];
         const int64_t from = int64_t(tile.starts[begin]) * tile.dp, n = int64_t(rows) * tile.dp;
         const Rows seqs = {end - begin, tile.lengths + begin};
-        tile.gather(c.boundaries + (t - 1) * size, begin, end, ws.h);
-        one_loop(c, m, ws, seqs, rows, ws.h + from, ws.e + from, ws.dx);
+        if (c.kept) {
+            bind(c, s, tile, t, tile.starts[begin], ws);
+        } else {
+            tile.gather(c.boundaries + (t - 1) * size, begin, end, ws.h);
+            one_loop(c, m, ws, seqs, rows, ws.h + from, ws.e + from, ws.dx);
+        }
         if (c.loop_norm)
             norm_backward(s.norm_kind, rows, s.d, ws.u, ws.dh + from, m.loop_norm, s.eps, loop_norm_grads, ws.dx,
                           false);

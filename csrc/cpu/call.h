@@ -20,11 +20,20 @@ struct Call {
     const float* const* weights;  // 16 a layer in the order of `Weight`, null where absent, then the loop norm's 2
     float* out;              // [batch, seq_len, d_model], or [most_loops, ...] with return_all
     float* boundaries;       // [most_loops, batch, seq_len, d_model]: h_0 .. h_{T-1}; null if not wanted
+    float* kept;             // kept_floats() numbers: what every loop computed, instead of the boundaries; or null
     int64_t* used;           // [batch]
     // backward only
     const float* grad_out;   // as out
     float* grad_e;           // as e, zeroed
     float* const* grad_weights;  // as weights, zeroed
+};
+
+// What plan.cpp worked out: samples in the order they run, and where tiles begin in it.
+struct Plan {
+    const int64_t* order;        // [batch] samples
+    const int64_t* tiles;        // [n_tiles + 1] positions in order
+    const int64_t* rows_before;  // [n_tiles] rows in earlier tiles
+    int64_t n_tiles, most_rows, most_samples;
 };
 
 enum Weight { QKV_W, QKV_B, OUT_W, OUT_B, N1_W, N1_B, N1P_W, N1P_B, UP_W, UP_B, DOWN_W, DOWN_B, N2_W, N2_B, N2P_W, N2P_B };

@@ -61,4 +61,18 @@ inline void pack_transposed(const float* w, int64_t ldw, int n, int k, int n_pad
             for (int i = 0; i < VL; i++) *out++ = j + i < n ? w[(j + i) * ldw + t] : 0.0f;
 }
 
+// B = row-major x[k, n], packed; columns n .. n_padded are zero. `k_total`: rows that a panel of `out` has.
+inline void pack_rows(const float* x, int64_t ldx, int k, int n, int n_padded, int k_total, float* out) {
+    for (int j = 0; j < n_padded; j += VL, out += int64_t(k_total) * VL)
+        for (int t = 0; t < k; t++)
+            for (int i = 0; i < VL; i++) out[t * VL + i] = j + i < n ? x[t * ldx + j + i] : 0.0f;
+}
+
+// C[m, n] += A[k, m]^T B[k, n] for few k and many m: a block of A's columns stays in L1 while B passes by.
+inline void gemm_outer(int m, int n, int k, const float* a, int64_t lda, MatB b, float* c, int64_t ldc) {
+    constexpr int STEP = 24;  // a multiple of every MR
+    for (int i = 0; i < m; i += STEP)
+        gemm(m - i < STEP ? m - i : STEP, n, k, {a + i, 1, lda}, b, c + i * ldc, ldc, true);
+}
+
 }  // namespace

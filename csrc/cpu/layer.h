@@ -32,7 +32,7 @@ inline int up_rows(const Shape& s) { return s.activation == SWIGLU ? 2 * s.f : s
 
 struct LayerWeights {
     const float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;  // packed for x W^T
-    const float *qkv_t, *out_t, *up_t, *down_t;  // row-major and padded, for dy W; backward only
+    const float *qkv_t, *out_t, *up_t, *down_t;  // packed for dy W; backward only
     NormWeights n1, n1_post, n2, n2_post;
 };
 
@@ -41,7 +41,9 @@ struct LayerGrads {  // row-major, padded
     NormGrads n1, n1_post, n2, n2_post;
 };
 
-struct Kept {  // of one layer, [rows, width]: y1, y2 normed inputs, z1, z2 branch outputs (post: the sums)
+// Of one layer, [rows, width]: y1, y2 normed inputs, z1, z2 branch outputs (with post-norm: the sums). The
+// backward computes y1, y2 and act again, for they are cheap.
+struct Kept {
     float *in, *y1, *qkv, *o, *z1, *mid, *y2, *u, *act, *z2;
 };
 
@@ -69,23 +71,37 @@ inline void activation_rows(const Shape& s, int rows, const float* u, float* act
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < s.fp; j += VL) {
             const vf x = load(u + i * s.up + j);
-            store(act + i * s.fp + j, A == SWIGLU ? x * sigmoid(x) * load(u + i * s.up + s.fp + j) : activate<A>(x));
+            store(act + i * s.fp + j,
+                  A == SWIGLU ? x * sigmoid(x) * load(u + i * s.up + s.fp + j) : activation<A>(x).value);
         }
 }
 
+// act again, and in du what its gradient is to be multiplied with (swiglu: for gate and values apart).
 template <Activation A>
-inline void activation_rows_backward(const Shape& s, int rows, const float* u, const float* d_act, float* du) {
+inline void activation_slopes(const Shape& s, int rows, const float* u, float* act, float* du) {
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < s.fp; j += VL) {
-            const vf x = load(u + i * s.up + j), g = load(d_act + i * s.fp + j);
+            const vf x = load(u + i * s.up + j);
             if (A == SWIGLU) {
-                const vf gate = sigmoid(x);
-                store(du + i * s.up + j, g * load(u + i * s.up + s.fp + j) * gate * (1.0f + x * (1.0f - gate)));
-                store(du + i * s.up + s.fp + j, g * x * gate);
+                const vf gate = sigmoid(x), value = load(u + i * s.up + s.fp + j);
+                store(act + i * s.fp + j, x * gate * value);
+                store(du + i * s.up + j, value * gate * (1.0f + x * (1.0f - gate)));
+                store(du + i * s.up + s.fp + j, x * gate);
             } else {
-                store(du + i * s.up + j, g * activate_slope<A>(x));
+                const ValueSlope f = activation<A>(x);
+                store(act + i * s.fp + j, f.value);
+                store(du + i * s.up + j, f.slope);
             }
         }
+}
+
+inline void times_gradient(const Shape& s, int rows, const float* d_act, float* du) {
+    for (int i = 0; i < rows; i++)
+        for (int half = 0; half < s.up; half += s.fp)
+            for (int j = 0; j < s.fp; j += VL) {
+                float* slope = du + i * s.up + half + j;
+                store(slope, load(slope) * load(d_act + i * s.fp + j));
+            }
 }
 
 #define WITH_ACTIVATION(function, s, ...)                              \
@@ -165,32 +181,35 @@ inline void layer_forward(const Shape& s, const LayerWeights& w, const float* ro
     close_branch(s, rows, mid, k.z2, w.n2, w.n2_post, out);
 }
 
-struct Temporaries {  // [rows, width] each
-    float *dz, *dy, *d_o, *d_qkv, *d_act, *du;
+struct Temporaries {  // [rows, width] each; packed: the widest of them
+    float *dz, *dy, *d_o, *d_qkv, *d_act, *du, *packed;
 };
 
 // weight += dy^T x, bias += column sums of dy
 inline void weight_grads(int rows, int outs, int ldy, const float* dy, int ldx, const float* x, float* weight,
-                         float* bias) {
-    gemm(outs, ldx, rows, {dy, 1, ldy}, row_major(x, ldx), weight, ldx, true);
+                         float* bias, float* packed) {
+    pack_rows(x, ldx, rows, ldx, ldx, rows, packed);
+    gemm_outer(outs, ldx, rows, dy, ldy, panels(packed, rows), weight, ldx);
     add_columns(rows, ldy, dy, bias);
 }
 
 inline void layer_backward(const Shape& s, const LayerWeights& w, const float* rotary, Rows seqs, int rows,
                            Kept k, LayerGrads g, Temporaries t, float* dx, float* scratch) {
-    const bool in_is_y = s.norm_kind == NO_NORM || s.placement == POST;
+    const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
     if (s.f) {
+        const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
+        WITH_ACTIVATION(activation_slopes, s, rows, k.u, k.act, t.du)
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
-        weight_grads(rows, s.d, s.dp, t.dz, s.fp, k.act, g.down, g.down_bias);
-        gemm(rows, s.fp, s.d, {t.dz, s.dp, 1}, row_major(w.down_t, s.fp), t.d_act, s.fp);
-        WITH_ACTIVATION(activation_rows_backward, s, rows, k.u, t.d_act, t.du)
-        weight_grads(rows, s.up, s.up, t.du, s.dp, in_is_y ? k.mid : k.y2, g.up, g.up_bias);
-        gemm(rows, s.dp, s.up, {t.du, s.up, 1}, row_major(w.up_t, s.dp), t.dy, s.dp);
+        weight_grads(rows, s.d, s.dp, t.dz, s.fp, k.act, g.down, g.down_bias, t.packed);
+        gemm(rows, s.fp, s.d, {t.dz, s.dp, 1}, panels(w.down_t, s.d), t.d_act, s.fp);
+        times_gradient(s, rows, t.d_act, t.du);
+        weight_grads(rows, s.up, s.up, t.du, s.dp, y2, g.up, g.up_bias, t.packed);
+        gemm(rows, s.dp, s.up, {t.du, s.up, 1}, panels(w.up_t, s.up), t.dy, s.dp);
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
     open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads(rows, s.d, s.dp, t.dz, s.ap, k.o, g.out, g.out_bias);
-    gemm(rows, s.ap, s.d, {t.dz, s.dp, 1}, row_major(w.out_t, s.ap), t.d_o, s.ap);
+    weight_grads(rows, s.d, s.dp, t.dz, s.ap, k.o, g.out, g.out_bias, t.packed);
+    gemm(rows, s.ap, s.d, {t.dz, s.dp, 1}, panels(w.out_t, s.d), t.d_o, s.ap);
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
         float* d_qkv = t.d_qkv + int64_t(at) * s.qp;
@@ -198,8 +217,8 @@ inline void layer_backward(const Shape& s, const LayerWeights& w, const float* r
                         scratch);
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
     }
-    weight_grads(rows, s.qkv, s.qp, t.d_qkv, s.dp, in_is_y ? k.in : k.y1, g.qkv, g.qkv_bias);
-    gemm(rows, s.dp, s.qkv, {t.d_qkv, s.qp, 1}, row_major(w.qkv_t, s.dp), t.dy, s.dp);
+    weight_grads(rows, s.qkv, s.qp, t.d_qkv, s.dp, y1, g.qkv, g.qkv_bias, t.packed);
+    gemm(rows, s.dp, s.qkv, {t.d_qkv, s.qp, 1}, panels(w.qkv_t, s.qkv), t.dy, s.dp);
     close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
 }
 

@@ -6,12 +6,6 @@
 
 #include "call.h"
 
-struct Plan {
-    const int64_t* order;
-    const int64_t* tiles;
-    int64_t n_tiles, most_rows, most_samples;
-};
-
 extern "C" {
 int shift_forward_portable(const Call*, const Plan*);
 int shift_backward_portable(const Call*, const Plan*);
@@ -26,14 +20,14 @@ int shift_backward_avx512(const Call*, const Plan*);
 namespace {
 
 struct Tiles {
-    std::vector<int64_t> order, begins;
+    std::vector<int64_t> order, begins, rows_before;
     Plan plan;
 
     // Samples that loop longest come first; a tile is closed once it has rows_per_tile rows.
     Tiles(const Call& c, int64_t rows_per_tile) : order(c.batch), begins{0} {
         std::iota(order.begin(), order.end(), int64_t{0});
         std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return c.loops[a] > c.loops[b]; });
-        int64_t rows = 0;
+        int64_t rows = 0, total = 0;
         plan = {};
         for (int64_t i = 0; i < c.batch; i++) {
             rows += c.lengths[order[i]];
@@ -42,9 +36,12 @@ struct Tiles {
             plan.most_rows = std::max(plan.most_rows, rows);
             plan.most_samples = std::max(plan.most_samples, i + 1 - begins.back());
             begins.push_back(i + 1);
+            rows_before.push_back(total);
+            total += rows;
             rows = 0;
         }
-        plan.order = order.data(), plan.tiles = begins.data(), plan.n_tiles = begins.size() - 1;
+        plan.order = order.data(), plan.tiles = begins.data(), plan.rows_before = rows_before.data();
+        plan.n_tiles = begins.size() - 1;
     }
 };
 

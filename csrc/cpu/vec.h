@@ -82,20 +82,20 @@ constexpr float TANH_A = 0.7978845608f, TANH_B = 0.044715f;  // sqrt(2 / pi), an
 // Half of 1 + tanh(y), which is the logistic function of 2 y.
 inline vf half_tanh(vf x) { return sigmoid(2 * TANH_A * (x + TANH_B * x * x * x)); }
 
-template <Activation A>
-inline vf activate(vf x) {
-    if (A == RELU) return max(x, all(0));
-    if (A == GELU) return 0.5f * x * (1.0f + erf(x * 0.70710678f));
-    return x * half_tanh(x);
-}
+struct ValueSlope {
+    vf value, slope;
+};
 
+// The activation and its derivative, which share what is expensive. (SWIGLU's is not of this form.)
 template <Activation A>
-inline vf activate_slope(vf x) {
-    if (A == RELU) return pick(x > 0.0f, all(1), all(0));
-    if (A == GELU)  // cdf + x * density
-        return 0.5f * (1.0f + erf(x * 0.70710678f)) + x * 0.39894228f * exp(-0.5f * x * x);
+inline ValueSlope activation(vf x) {
+    if (A == RELU) return {max(x, all(0)), pick(x > 0.0f, all(1), all(0))};
+    if (A == GELU) {
+        const vf cdf = 0.5f + 0.5f * erf(x * 0.70710678f);
+        return {x * cdf, cdf + x * 0.39894228f * exp(-0.5f * x * x)};
+    }
     const vf s = half_tanh(x);
-    return s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x);
+    return {x * s, s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x)};
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ class Call(ctypes.Structure):
             (_INT, "batch seq_len d_model n_heads n_kv_heads head_dim n_layers d_ff most_loops n_slices n_threads"),
             (_INT, "activation norm placement causal rope injection loop_norm return_all n_grad_loops halting"),
             (_FLOAT, "eps residual_scale halt_threshold"),
-            (_POINTER, "e loops lengths rotary weights out boundaries used grad_out grad_e grad_weights"),
+            (_POINTER, "e loops lengths rotary weights out boundaries kept used grad_out grad_e grad_weights"),
         )
         for name in names.split()
     ]  # fmt: skip
