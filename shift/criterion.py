@@ -1,18 +1,22 @@
 """SCP, the SHIFT criterion with patience: has the loss reached a plateau, with stable gradients?
 
-Loss and gradient norm are smoothed (bias-corrected exponential averages that stay on the device) and looked
-at every ``interval`` steps, which is the only time that their values reach the host. A look is a hit when
+Loss and gradient norm stay on the device until a look, every ``interval`` steps, reads those of all steps
+since the last look in one transfer. They are smoothed by a running median of three, which takes out a lone
+spike of any size, and then by a bias-corrected exponential average. A look is a hit when
 
-    A  |smoothed loss now - a look ago|           < delta_1  (relative to a look ago, or absolute)
-    B  |smoothed gradient norm now - a look ago|  < delta_2
+    A  |smoothed loss now - a look ago|           < delta_1    (relative to a look ago,
+    B  |smoothed gradient norm now - a look ago|  < delta_2     or absolute)
 
-and the criterion fires after ``patience`` hits in a row. A rise of the loss is no plateau either.
-The idea is Gong et al.'s (arXiv 2510.10089); this form and its defaults are ours, from a sweep over traces
-of Single-Attn on ten tasks.
+and the criterion fires after ``patience`` hits in a row. A rise of the loss is no plateau either. Steps with
+a non-finite value do not exist for it: they are not averaged, not counted, and bring no look nearer.
+
+The idea is Gong et al.'s (arXiv 2510.10089). This form and its defaults are ours: chosen by a sweep over 13
+loss traces of Single-Attn on small synthetic tasks.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -34,7 +38,11 @@ class Signals:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """One look of the criterion; ``step`` counts steps done. ``hits`` is the count after this look."""
+    """One look of the criterion. All numbers are finite.
+
+    ``step``: steps so far; ``loss_ema``, ``grad_ema``: the smoothed signals; ``improvement`` (falling: above
+    0), ``grad_change``: what A and B compare with their limits; ``hits``: the count after this look.
+    """
 
     step: int
     loss_ema: float
@@ -56,10 +64,11 @@ class SCPConfig:
         interval: steps between two looks.
         beta: decay of the averages a step; 0.98 remembers about 50 steps.
         mode: ``joint``: A and B in the same look; ``sequential``: first A ``patience`` times, then B.
-        change: ``relative`` or ``absolute`` differences.
+        change: ``relative`` or ``absolute`` differences; or ``progress``: A is relative to all that the loss
+            has gained since the first look, so that a plateau before anything was learnt is none.
         reset: what a miss does to the hits: ``hard`` forgets them all, ``decay`` one of them.
         min_steps: looks before this step are no hits.
-        max_steps: fire at this step at the latest; None: only when the signals say so.
+        max_steps: fire at the first look at or after this step in any case; None: never by force.
 
     Raises:
         ShiftInputError: a value outside what is allowed.
@@ -82,122 +91,138 @@ class SCPConfig:
                 raise input_error("SCP", name, getattr(self, name), allowed, "Change the schedule's options.")
 
         for name in ("delta_1", "delta_2"):
-            check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number > 0")
+            check(name, is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number > 0")
         for name in ("patience", "interval"):
-            check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an int >= 1")
-        check("beta", _is_number(self.beta) and 0 <= self.beta < 1, "a number in [0, 1)")
+            check(name, is_int(getattr(self, name)) and getattr(self, name) >= 1, "an int >= 1")
+        check("beta", is_number(self.beta) and 0 <= self.beta < 1, "a number in [0, 1)")
         for name, choices in (
             ("mode", ("joint", "sequential")),
-            ("change", ("relative", "absolute")),
+            ("change", ("relative", "absolute", "progress")),
             ("reset", ("hard", "decay")),
         ):
             check(name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
-        check("min_steps", _is_int(self.min_steps) and self.min_steps >= 0, "an int >= 0")
-        good = self.max_steps is None or (_is_int(self.max_steps) and self.max_steps > self.min_steps)
+        check("min_steps", is_int(self.min_steps) and self.min_steps >= 0, "an int >= 0")
+        good = self.max_steps is None or (is_int(self.max_steps) and self.max_steps > self.min_steps)
         check("max_steps", good, "None or an int above min_steps")
 
 
+@dataclasses.dataclass
+class _State:
+    """What the criterion remembers from look to look, in plain numbers. Pairs are of loss and grad_norm."""
+
+    steps: int = 0
+    hits: int = 0
+    plateau_held: bool = False  # of mode="sequential": A is done with, B is being watched
+    last_two: list[list[float]] = dataclasses.field(default_factory=list)
+    sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
+    weight: float = 0.0  # sums / weight is the average; the weight tends to 1
+    first: list[float] | None = None  # the averages at the first look,
+    before: list[float] | None = None  # and at the last
+
+
 class SCP:
-    """The criterion's state. Feed it every step; it answers with a :class:`Look` where one is due."""
+    """The criterion. Feed it every step; it answers with a :class:`Look` where one is due.
+
+    Its decision is the same on all ranks of a process group: signals are averaged over them at a look, so
+    every rank must feed every step.
+    """
 
     def __init__(self, config: SCPConfig | None = None) -> None:
         self.config = config or SCPConfig()
-        self.steps = 0
-        self.hits = 0
-        self.stable_phase = False  # of mode="sequential": A has held, B is being watched
-        self.before: list[float] | None = None  # smoothed loss and gradient norm at the last look
-        # Sums of the two averages, the sum of their weights, finite steps since the last look.
-        self._state = torch.zeros(4)
+        self._state = _State()
+        # [loss, grad_norm] float32 of each step since the last look; a read drops those that are not finite.
+        self._pending: list[Tensor] = []
 
     def observe(self, signals: Signals) -> Look | None:
-        """Take in one step; no wait for the device but at a look.
-
-        A step with a non-finite value changes nothing. One value counts at most as twice the average so far,
-        so a lone spike moves the average by at most 1 - beta = 2 %: less than delta_1, hence no plateau.
-        """
-        self.steps += 1
-        self._state = _average(self._state, signals, self.config.beta)
-        if self.steps % self.config.interval:
+        """Take in one step; waits for the device only where a look may be due."""
+        self._pending.append(torch.stack((signals.loss, signals.grad_norm)).detach().float())
+        if len(self._pending) < self.config.interval:
             return None
-        return self._look()
+        on_device = self._stacked()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(on_device)
+            on_device /= dist.get_world_size()
+        pairs = on_device.tolist()
+        finite = [math.isfinite(loss) and math.isfinite(grad_norm) for loss, grad_norm in pairs]
+        if all(finite):
+            self._pending = []
+            return self._look(pairs)
+        self._pending = [p for p, good in zip(self._pending, finite, strict=True) if good]
+        return None
 
-    def _look(self) -> Look | None:
-        c = self.config
-        state = self._state
-        if dist.is_available() and dist.is_initialized():  # the same decision on all ranks
-            state = state.clone()
-            dist.all_reduce(state)
-            state /= dist.get_world_size()
-        loss_sum, grad_sum, weight, counted = state.tolist()
-        if counted < c.interval / 2:
-            return None  # mostly skipped steps: an average that did not move is no plateau
-        self._state[3] = 0
-        now = [loss_sum / weight, grad_sum / weight]
-        before, self.before = self.before, now
-        if before is None:
+    def _stacked(self) -> Tensor:
+        device = self._pending[-1].device  # in a resumed run the first ones are on the host
+        return torch.stack([p.to(device) for p in self._pending])
+
+    def _look(self, pairs: list[list[float]]) -> Look | None:
+        """Take in the steps since the last look, and compare."""
+        c, s = self.config, self._state
+        s.steps += c.interval
+        for pair in pairs:
+            self._average(pair)
+        if not s.weight:
+            return None  # an interval too short for a median
+        now = [x / s.weight for x in s.sums]
+        before, s.before = s.before, now
+        if before is None or s.first is None:
+            s.first = now
             return None
-        drop, change = before[0] - now[0], abs(now[1] - before[1])
-        if c.change == "relative":
-            drop, change = _ratio(drop, before[0]), _ratio(change, before[1])
-        plateau, stable = abs(drop) < c.delta_1, change < c.delta_2
-        forced = c.max_steps is not None and self.steps >= c.max_steps
-        fired = self._count(plateau, stable) or forced
-        return Look(self.steps, now[0], now[1], drop, change, self.hits, fired)
+
+        gain, change = before[0] - now[0], abs(now[1] - before[1])
+        loss_unit = {"relative": abs(before[0]), "absolute": 1.0, "progress": s.first[0] - now[0]}[c.change]
+        grad_unit = 1.0 if c.change == "absolute" else abs(before[1])
+        # Products, not quotients: a unit may be 0, and where all in all nothing was gained it is negative.
+        plateau, stable = abs(gain) < c.delta_1 * loss_unit, change < c.delta_2 * grad_unit
+        fired = self._count(plateau, stable) or (c.max_steps is not None and s.steps >= c.max_steps)
+        improvement, grad_change = gain / (abs(loss_unit) or 1.0), change / (grad_unit or 1.0)
+        return Look(s.steps, now[0], now[1], improvement, grad_change, s.hits, fired)
+
+    def _average(self, pair: list[float]) -> None:
+        """Let one step into the averages, as the median of itself and the two before it."""
+        c, s = self.config, self._state
+        if len(s.last_two) == 2:
+            for i in range(2):
+                median = sorted((s.last_two[0][i], s.last_two[1][i], pair[i]))[1]
+                s.sums[i] = c.beta * s.sums[i] + (1 - c.beta) * median
+            s.weight = c.beta * s.weight + 1 - c.beta
+        s.last_two = [*s.last_two[-1:], pair]
 
     def _count(self, plateau: bool, stable: bool) -> bool:
-        """Count this look; whether the criterion fires."""
-        c = self.config
+        """Count this look; whether the signals say to fire."""
+        c, s = self.config, self._state
         if c.mode == "joint":
             hit = plateau and stable
         else:
-            hit = stable if self.stable_phase else plateau
-        if not hit or self.steps < c.min_steps:
-            self.hits = 0 if c.reset == "hard" else max(self.hits - 1, 0)
+            hit = stable if s.plateau_held else plateau
+        if not hit or s.steps < c.min_steps:
+            s.hits = 0 if c.reset == "hard" else max(s.hits - 1, 0)
             return False
-        self.hits += 1
-        if self.hits < c.patience:
+        s.hits += 1
+        if s.hits < c.patience:
             return False
-        if c.mode == "sequential" and not self.stable_phase:
-            self.stable_phase, self.hits = True, 0
+        if c.mode == "sequential" and not s.plateau_held:
+            s.plateau_held, s.hits = True, 0
             return False
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; loading them continues exactly."""
-        return {
-            "steps": self.steps,
-            "hits": self.hits,
-            "stable_phase": self.stable_phase,
-            "before": self.before,
-            "averages": self._state.tolist(),
-        }
+        """Finite plain numbers; loading them continues exactly. Reads what is pending, of this rank alone."""
+        pending = self._stacked().tolist() if self._pending else []
+        pending = [pair for pair in pending if all(map(math.isfinite, pair))]
+        return {**dataclasses.asdict(self._state), "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave."""
-        self.steps, self.hits = state["steps"], state["hits"]
-        self.stable_phase, self.before = state["stable_phase"], state["before"]
-        self._state = torch.tensor(state["averages"])
+        state = copy.deepcopy(state)
+        self._pending = list(torch.tensor(state.pop("pending"), dtype=torch.float32))
+        self._state = _State(**state)
 
 
-def _average(state: Tensor, signals: Signals, beta: float) -> Tensor:
-    """The next packed state (see :class:`SCP`), on the signals' device and without reading a value."""
-    state = state.to(signals.loss.device)
-    x = torch.stack([signals.loss, signals.grad_norm]).float()
-    mean = state[:2] / state[2]  # NaN before the first step, which fmin and fmax ignore
-    x_in_reach = torch.fmin(torch.fmax(x, mean - mean.abs()), mean + mean.abs())
-    new = torch.cat([state[:3] * beta, state[3:]])
-    # Filled on the device: a tensor from Python numbers would wait for it.
-    new += torch.cat([(1 - beta) * x_in_reach, x.new_full((1,), 1 - beta), x.new_ones(1)])
-    return torch.where(x.isfinite().all(), new, state)
-
-
-def _ratio(difference: float, base: float) -> float:
-    return difference / abs(base) if base else math.copysign(math.inf, difference) if difference else 0.0
-
-
-def _is_int(x: object) -> bool:
+def is_int(x: object) -> bool:
+    """Whether ``x`` is an int, and no bool."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _is_number(x: object) -> bool:
+def is_number(x: object) -> bool:
+    """Whether ``x`` is a finite int or float."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shift.criterion import SCP, Look, SCPConfig, Signals
+from shift.criterion import SCP, Look, SCPConfig, Signals, is_int, is_number
 from shift_kernels.errors import input_error
 
 
@@ -25,9 +25,17 @@ class LoopSchedule(ABC):
     Args:
         max_loops: T, the most it ever asks for.
         total_steps: length of the run, for what is given as a fraction of it.
+
+    Raises:
+        ShiftInputError: a value outside what is allowed, here and in all subclasses.
     """
 
+    switch_step: int | None = None
+    """The step (0-based) at which the last switch happened; None before, and where nothing switches."""
+
     def __init__(self, max_loops: int, total_steps: int) -> None:
+        _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
+        _check(is_int(total_steps) and total_steps >= 1, "total_steps", total_steps, "an int >= 1")
         self.max_loops, self.total_steps = max_loops, total_steps
         self._looks: list[Look] = []
 
@@ -40,8 +48,13 @@ class LoopSchedule(ABC):
             signals: what the step before measured; None at step 0.
         """
 
+    @property
+    def looks(self) -> list[Look]:
+        """The criterion's looks since the last :meth:`drain_looks`; none where there is no criterion."""
+        return list(self._looks)
+
     def drain_looks(self) -> list[Look]:
-        """The criterion's looks since the last call; none for schedules without a criterion."""
+        """:attr:`looks`, which are then forgotten. They are no part of the state: drain before saving."""
         looks, self._looks = self._looks, []
         return looks
 
@@ -57,24 +70,29 @@ class Constant(LoopSchedule):
     """``n_loops`` at every step (default: ``max_loops``): Looped-Attn, or with 1 Single-Attn."""
 
     def __init__(self, max_loops: int, total_steps: int, n_loops: int | None = None) -> None:
-        self.loops = max_loops if n_loops is None else n_loops
-        _check(_is_int(self.loops) and self.loops >= 1, "n_loops", n_loops, "an int >= 1")
-        super().__init__(self.loops, total_steps)
+        super().__init__(max_loops, total_steps)
+        if n_loops is not None:
+            _check(is_int(n_loops) and n_loops >= 1, "n_loops", n_loops, "an int >= 1")
+            self.max_loops = n_loops
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
-        return self.loops
+        return self.max_loops
 
 
 class FixedSwitch(LoopSchedule):
-    """1 loop, and ``max_loops`` from ``at`` on: a step (int), or a fraction of all steps (float below 1)."""
+    """1 loop, and ``max_loops`` from ``at`` on: a step (int), or a fraction of all steps (float below 1).
+
+    The fraction is rounded to the nearest step. An ``at`` beyond the last step never switches.
+    """
 
     def __init__(self, max_loops: int, total_steps: int, at: float = 0.5) -> None:
         super().__init__(max_loops, total_steps)
-        good = (_is_int(at) and at >= 0) or (isinstance(at, float) and 0 <= at < 1)
+        good = (is_int(at) and at >= 0) or (isinstance(at, float) and 0 <= at < 1)
         _check(good, "at", at, "a step (int >= 0) or a fraction of all steps (float in [0, 1))")
         self.at = at if isinstance(at, int) else round(at * total_steps)
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
+        self.switch_step = self.at if 0 < self.at <= step else None
         return 1 if step < self.at else self.max_loops
 
 
@@ -83,19 +101,18 @@ class Ladder(LoopSchedule):
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
-        rungs: rising loop counts that start at 1; default 1, 2, 4, .., ``max_loops``.
-        scp: options of :class:`shift.criterion.SCPConfig`, counted from the start of each rung.
+        rungs: rising loop counts that end at ``max_loops``; default 1, 2, 4, .., ``max_loops``.
+        scp: options of :class:`shift.criterion.SCPConfig`; its steps count from the start of each rung.
     """
 
     def __init__(
         self, max_loops: int, total_steps: int, rungs: list[int] | tuple[int, ...] | None = None, **scp: Any
     ) -> None:
         super().__init__(max_loops, total_steps)
-        if rungs is None:
-            powers = [2**i for i in range(max_loops.bit_length())]
-            rungs = [r for r in powers if r < max_loops] + [max_loops]
-        good = all(map(_is_int, rungs)) and list(rungs) == sorted(set(rungs)) and rungs and rungs[0] >= 1
-        _check(good and rungs[-1] == max_loops, "rungs", rungs, f"rising ints >= 1 that end at {max_loops}")
+        rungs = _doublings(max_loops) if rungs is None else rungs
+        good = isinstance(rungs, (list, tuple)) and all(map(is_int, rungs)) and max_loops in rungs[-1:]
+        good = good and list(rungs) == sorted(set(rungs)) and rungs[0] >= 1
+        _check(good, "rungs", rungs, f"a list of rising ints >= 1 that ends with max_loops = {max_loops}")
         self.rungs, self.rung = tuple(rungs), 0
         self.config = SCPConfig(**scp)
         self.criterion = SCP(self.config)
@@ -104,25 +121,30 @@ class Ladder(LoopSchedule):
         if signals is not None and self.rung < len(self.rungs) - 1:
             look = self.criterion.observe(signals)
             if look is not None:
-                self._looks.append(dataclasses.replace(look, step=step))  # it counts from the rung's start
+                # The run's step; the criterion counts finite steps from the start of the rung.
+                self._looks.append(dataclasses.replace(look, step=step))
                 if look.fired:
-                    self.rung += 1
+                    self.rung, self.switch_step = self.rung + 1, step
                     self.criterion = SCP(self.config)
         return self.rungs[self.rung]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rung": self.rung, "criterion": self.criterion.state_dict()}
+        criterion = self.criterion.state_dict()
+        return {"rung": self.rung, "switch_step": self.switch_step, "criterion": criterion}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rung = state["rung"]
+        self.rung, self.switch_step = state["rung"], state["switch_step"]
         self.criterion.load_state_dict(state["criterion"])
 
 
-class Shift(Ladder):
+class ShiftSchedule(Ladder):
     """SHIFT (arXiv 2510.10089): Stage I with one loop, Stage II with ``max_loops`` once SCP has fired."""
 
     def __init__(self, max_loops: int, total_steps: int, **scp: Any) -> None:
         super().__init__(max_loops, total_steps, rungs=(1, max_loops) if max_loops > 1 else (1,), **scp)
+
+
+RAMPS = ("linear", "sqrt", "staged")
 
 
 class Ramp(LoopSchedule):
@@ -135,7 +157,8 @@ class Ramp(LoopSchedule):
 
     def __init__(self, max_loops: int, total_steps: int, shape: str, fraction: float = 0.5) -> None:
         super().__init__(max_loops, total_steps)
-        _check(_is_number(fraction) and 0 < fraction <= 1, "fraction", fraction, "a number in (0, 1]")
+        _check(shape in RAMPS, "shape", shape, " or ".join(map(repr, RAMPS)))
+        _check(is_number(fraction) and 0 < fraction <= 1, "fraction", fraction, "a number in (0, 1]")
         self.shape, self.ramp_steps = shape, fraction * total_steps
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
@@ -143,7 +166,8 @@ class Ramp(LoopSchedule):
         if s >= 1:
             return self.max_loops
         if self.shape == "staged":
-            return 2 ** int(s * math.ceil(math.log2(self.max_loops)))
+            stages = _doublings(self.max_loops)
+            return stages[int(s * (len(stages) - 1))]
         return 1 + int((s if self.shape == "linear" else math.sqrt(s)) * (self.max_loops - 1))
 
 
@@ -169,17 +193,14 @@ class Random(LoopSchedule):
         ramp: float = 0.0,
     ) -> None:
         super().__init__(max_loops, total_steps)
+        _check(is_int(seed) and seed >= 0, "seed", seed, "an int >= 0")
         known = ("uniform", "poisson_lognormal")
         _check(distribution in known, "distribution", distribution, " or ".join(map(repr, known)))
         mean = (1 + max_loops) / 2 if mean is None else mean
-        _check(_is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
-        _check(_is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
-        self.seed, self.distribution, self.mean, self.ramp_steps = (
-            seed,
-            distribution,
-            mean,
-            ramp * total_steps,
-        )
+        _check(is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
+        _check(is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
+        self.seed, self.distribution = seed, distribution
+        self.mean, self.ramp_steps = mean, ramp * total_steps
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
         reached = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
@@ -193,7 +214,7 @@ class Random(LoopSchedule):
         return min(1 + int(draw.poisson(rate)), cap)
 
 
-KINDS = ("constant", "fixed", "shift", "ladder", "linear", "sqrt", "staged", "random")
+KINDS = ("constant", "fixed", "shift", "ladder", *RAMPS, "random")
 
 
 def make_schedule(
@@ -211,14 +232,12 @@ def make_schedule(
         ShiftInputError: an unknown kind or option, or a value outside what is allowed.
     """
     _check(kind in KINDS, "kind", kind, "one of " + ", ".join(map(repr, KINDS)))
-    _check(_is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
-    _check(_is_int(total_steps) and total_steps >= 1, "total_steps", total_steps, "an int >= 1")
     try:
-        if kind in ("linear", "sqrt", "staged"):
+        if kind in RAMPS:
             return Ramp(max_loops, total_steps, kind, **options)
         if kind == "random":
             return Random(max_loops, total_steps, seed, **options)
-        chosen = {"constant": Constant, "fixed": FixedSwitch, "shift": Shift, "ladder": Ladder}[kind]
+        chosen = {"constant": Constant, "fixed": FixedSwitch, "shift": ShiftSchedule, "ladder": Ladder}[kind]
         return chosen(max_loops, total_steps, **options)
     except TypeError as error:
         raise input_error(
@@ -226,14 +245,11 @@ def make_schedule(
         ) from None
 
 
+def _doublings(max_loops: int) -> list[int]:
+    """1, 2, 4, .. below ``max_loops``, and ``max_loops``."""
+    return [2**i for i in range((max_loops - 1).bit_length())] + [max_loops]
+
+
 def _check(good: object, name: str, value: object, allowed: str) -> None:
     if not good:
         raise input_error("make_schedule", name, value, allowed, "Change the schedule's options.")
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

@@ -1,12 +1,13 @@
 """Each schedule answers with the loops it promises, at every step, before and after a resume."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from shift.criterion import Signals
-from shift.schedule import KINDS, make_schedule
+from shift.schedule import KINDS, Ramp, make_schedule
 from shift_kernels import ShiftInputError
 
 
@@ -30,7 +31,9 @@ def test_constant_is_looped_or_single():
 
 @pytest.mark.parametrize(("at", "step"), [(0.25, 200), (300, 300), (0, 0)])
 def test_fixed_switches_at_its_step(at, step):
-    assert loops(make("fixed", at=at), 800) == [1] * step + [4] * (800 - step)
+    schedule = make("fixed", at=at)
+    assert loops(schedule, 800) == [1] * step + [4] * (800 - step)
+    assert schedule.switch_step == (step or None)
 
 
 def test_shift_switches_once_when_the_criterion_fires():
@@ -38,20 +41,36 @@ def test_shift_switches_once_when_the_criterion_fires():
     got = loops(schedule, 800)
     switch = got.index(4)
     assert got == [1] * switch + [4] * (800 - switch)
-    looks = schedule.drain_looks()
+    assert schedule.switch_step == switch
+    looks = schedule.looks
+    assert schedule.drain_looks() == looks
     assert [look.step for look in looks if look.fired] == [switch]
     assert looks[-1].step == switch  # nothing is looked at afterwards
     assert schedule.drain_looks() == []
 
 
 def test_shift_that_never_sees_a_plateau_stays_single():
-    assert set(loops(make("shift"), 800, flat=800)) == {1}
+    schedule = make("shift")
+    assert set(loops(schedule, 800, flat=800)) == {1}
+    assert schedule.switch_step is None
+
+
+def test_a_look_names_the_step_of_the_run_though_skipped_steps_do_not_count():
+    schedule = make("shift")
+    skipped = Signals(torch.tensor(math.nan), torch.tensor(1.0))
+    for step in range(101):
+        schedule.n_loops(
+            step, None if step == 0 else skipped if 50 < step <= 57 else plateau_after(step, 100)
+        )
+    assert [look.step for look in schedule.drain_looks()] == [40, 67, 87]
 
 
 def test_ladder_climbs_rung_by_rung_with_a_fresh_criterion():
-    got = loops(make("ladder", max_loops=6), 800)
+    schedule = make("ladder", max_loops=6)
+    got = loops(schedule, 800)
     assert sorted(set(got)) == [1, 2, 4, 6]
     assert got == sorted(got)
+    assert schedule.switch_step == got.index(6)
     times = [got.count(r) for r in (2, 4)]
     assert min(times) >= 120  # six looks of 20 steps on each rung: the first has nothing to compare with
     assert set(loops(make("ladder", max_loops=6, rungs=[2, 6]), 800)) == {2, 6}
@@ -62,7 +81,7 @@ def test_linear_ramp_costs_what_the_docs_say():
     assert got == sorted(got)
     assert got[400:] == [4] * 400
     assert got[399] == 3
-    assert sum(got) == pytest.approx(400 * 2 + 400 * 4, abs=4)
+    assert sum(got) == 134 * 1 + 133 * 2 + 133 * 3 + 400 * 4 == 2399
 
 
 def test_square_root_ramp_loops_earlier_than_the_linear_one():
@@ -74,6 +93,7 @@ def test_square_root_ramp_loops_earlier_than_the_linear_one():
 def test_staged_ramp_doubles():
     got = loops(make("staged", max_loops=8, fraction=0.75), 800)
     assert got == [1] * 200 + [2] * 200 + [4] * 200 + [8] * 200
+    assert sorted(set(loops(make("staged", max_loops=6), 800))) == [1, 2, 4, 6]
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal"])
@@ -85,6 +105,11 @@ def test_random_draws_depend_on_seed_and_step_alone(distribution):
     assert set(forward) == {1, 2, 3, 4}
 
 
+def test_poisson_lognormal_has_the_mean_it_is_given():
+    got = loops(make("random", max_loops=100, distribution="poisson_lognormal", mean=5.0), 4000)
+    assert sum(got) / 4000 == pytest.approx(5.0, abs=0.3)  # five standard errors
+
+
 def test_random_ramp_starts_with_one_loop():
     got = loops(make("random", ramp=0.5), 800)
     assert set(got[:20]) == {1}
@@ -94,11 +119,12 @@ def test_random_ramp_starts_with_one_loop():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [0, 1, 119, 120, 121, 333])
 def test_a_resumed_schedule_goes_on_exactly(kind, cut):
-    whole = loops(make(kind), 400)
-    first, second = make(kind), make(kind)
+    undisturbed, first, second = make(kind), make(kind), make(kind)
+    whole = loops(undisturbed, 400)
     got = loops(first, cut)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + loops(second, 400, start=cut) == whole
+    assert second.switch_step == undisturbed.switch_step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,8 +147,19 @@ def test_one_loop_is_a_schedule_too(kind):
         ("random", {"distribution": "normal"}, "distribution"),
         ("random", {"distribution": "poisson_lognormal", "mean": 0.5}, "mean"),
         ("random", {"ramp": 2.0}, "ramp"),
+        ("random", {"seed": -1}, "seed"),
+        ("ladder", {"rungs": 4}, "rungs"),
+        ("ladder", {"rungs": []}, "rungs"),
+        ("constant", {"max_loops": 0}, "max_loops"),
+        ("constant", {"total_steps": 1.5}, "total_steps"),
+        ("shift", {"rungs": [1, 4]}, "options"),
     ],
 )
 def test_bad_options_are_named(kind, options, named):
     with pytest.raises(ShiftInputError, match=f"'{named}'"):
         make(kind, **options)
+
+
+def test_an_unknown_ramp_is_no_silent_square_root():
+    with pytest.raises(ShiftInputError, match="'shape'"):
+        Ramp(4, 800, "cosine")
