@@ -22,36 +22,46 @@ NAME = "cpu"
 SAVES = True
 
 ROWS_PER_TILE = 64
-"""Tokens that a thread takes through all loops together: enough to feed the matrix products, few enough for L2."""
+"""Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""
 MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 384
-"""Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many there
-are follows from the problem, not from the threads, so that the result has the same bits for any number of
-those; zeroing and adding a slice costs about as much as 20 rows in one loop."""
+"""Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many
+there are follows from the problem, not from the threads: the result has the same bits for any number.
+Zeroing and adding a slice costs about as much as 20 rows in one loop."""
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
 MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
 # The order of `enum Weight` in csrc/cpu/call.h.
 _LAYER_WEIGHTS = (
-    "self_attn.in_proj_weight", "self_attn.in_proj_bias", "self_attn.out_proj.weight", "self_attn.out_proj.bias",
-    "norm1.weight", "norm1.bias", "norm1_post.weight", "norm1_post.bias",
-    "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias",
-    "norm2.weight", "norm2.bias", "norm2_post.weight", "norm2_post.bias",
-)  # fmt: skip
+    *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
+    *("self_attn.out_proj.weight", "self_attn.out_proj.bias"),
+    *("norm1.weight", "norm1.bias", "norm1_post.weight", "norm1_post.bias"),
+    *("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"),
+    *("norm2.weight", "norm2.bias", "norm2_post.weight", "norm2_post.bias"),
+)
 
 
+_SPEC_FIELDS = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff", "causal", "loop_norm")
+
+
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
     library, status = native.load()
     return status if library is None else None
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why this backend does not serve the problem, or None."""
+def meant_for(problem: Problem) -> str | None:
+    """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != "cpu":
-        return f"serves CPU tensors, not {problem.device.type}"
+        return f"is for CPU tensors, not {problem.device.type}"
     if (problem.dtype, problem.compute_dtype) != (torch.float32, torch.float32):
-        return f"serves float32, not {problem.dtype} with matmuls in {problem.compute_dtype}"
+        return f"is for float32, not {problem.dtype} with matrix products in {problem.compute_dtype}"
+    return None
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this backend does not serve a problem that it is meant for, or None."""
     if problem.seq_len > MAX_SEQ_LEN:
         return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
     if problem.spec.n_layers > MAX_LAYERS:
@@ -74,7 +84,7 @@ def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int) -> tuple[int, ...]:
     """Activations, or loop boundaries where those are many. 16 numbers are slack for vector loads."""
     rows = e.shape[0] * e.shape[1]
     if _keeps(rows, spec):
-        return (n_loops * rows * _kept_width(spec) + 16,)
+        return (n_loops, rows * _kept_width(spec) + 16)
     return (n_loops, *e.shape)
 
 
@@ -162,7 +172,9 @@ def _call(
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
     loops = torch.as_tensor(n_loops).expand(batch).to(torch.int64).contiguous()
-    lengths = torch.full((batch,), seq_len) if seq_lens is None else seq_lens.to("cpu", torch.int64).contiguous()
+    lengths = (
+        torch.full((batch,), seq_len) if seq_lens is None else seq_lens.to("cpu", torch.int64).contiguous()
+    )
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
@@ -185,15 +197,13 @@ def _call(
         halting=halt_threshold is not None,
         halt_threshold=halt_threshold or 0.0,
         eps=spec.norm_eps,
+        residual_scale=spec.residual_scale,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
         rotary=None if rotary is None else rotary.data_ptr(),
         weights=ctypes.addressof(addresses),
-        **{
-            name: getattr(spec, name)
-            for name in "d_model n_heads n_kv_heads head_dim n_layers d_ff causal loop_norm residual_scale".split()
-        },
+        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
     )
     return call, (e, loops, lengths, rotary, values, addresses)
 
@@ -221,7 +231,7 @@ def _give_back(memory: np.ndarray) -> None:
 def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
     for x in saved:
         assert x.is_contiguous()
-        setattr(call, "kept" if x.ndim == 1 else "boundaries", x.data_ptr())
+        setattr(call, "kept" if x.ndim == 2 else "boundaries", x.data_ptr())
 
 
 def _addresses(tensors: dict[str, Tensor], spec: BlockSpec) -> ctypes.Array[ctypes.c_void_p]:

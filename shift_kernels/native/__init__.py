@@ -6,10 +6,12 @@ The library is built by setup.py where there is a C++ compiler. Nothing is loade
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import lru_cache
 from pathlib import Path
 
-LIBRARY = Path(__file__).parent / "libshift_cpu.so"
+LIBRARY = Path(os.environ.get("SHIFT_KERNELS_CPU_LIBRARY", Path(__file__).parent / "libshift_cpu.so"))
+"""The environment variable is for builds with sanitizers."""
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets that are in the library; the best that the processor has is used."""
 
@@ -22,20 +24,26 @@ class Call(ctypes.Structure):
     _fields_ = [
         (name, kind)
         for kind, names in (
-            (_INT, "batch seq_len d_model n_heads n_kv_heads head_dim n_layers d_ff most_loops n_slices n_threads"),
-            (_INT, "activation norm placement causal rope injection loop_norm return_all n_grad_loops halting"),
+            (_INT, "batch seq_len d_model n_heads n_kv_heads head_dim n_layers d_ff"),
+            (_INT, "most_loops n_slices n_threads"),
+            (_INT, "activation norm placement causal rope injection loop_norm"),
+            (_INT, "return_all n_grad_loops halting"),
             (_FLOAT, "eps residual_scale halt_threshold"),
-            (_POINTER, "e loops lengths rotary weights out boundaries kept used grad_out grad_e grad_weights"),
+            (_POINTER, "e loops lengths rotary weights out boundaries kept used"),
+            (_POINTER, "grad_out grad_e grad_weights"),
         )
         for name in names.split()
-    ]  # fmt: skip
+    ]
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None, and a sentence on it."""
     if not LIBRARY.exists():
-        return None, "not built: there was no C++ compiler, or its build failed, when shift-kernels was installed"
+        return (
+            None,
+            "not built: there was no C++ compiler, or its build failed, when shift-kernels was installed",
+        )
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
