@@ -42,15 +42,38 @@ def test_sizes_are_kept(name):
         assert batch.tokens.shape[1] <= task.max_seq_len
         assert set(batch.tokens.flatten().tolist()) <= set(range(task.vocab_size))
         assert set(batch.targets[read].tolist()) <= set(range(task.n_classes))
-        assert torch.equal(batch.group >= 0, read)
-        assert batch.group.max() < len(task.group_names)
+        assert torch.equal(batch.group == -1, ~read)
+        assert set(batch.group[read].tolist()) <= set(range(len(task.group_names)))
         assert (batch.context is None) == (task.n_contexts == 0)
         if batch.context is not None:
             assert set(batch.context.tolist()) <= set(range(task.n_contexts))
         assert all(x is None or x.dtype == torch.int64 for x in vars(batch).values())
 
 
+class Scripted:
+    """A random generator that says what it is told to, one item a call."""
+
+    def __init__(self, draws):
+        self.draws = iter(draws)
+
+    def integers(self, *args, **kwargs):
+        return np.array(next(self.draws))
+
+    random = permuted = integers
+
+
 def test_hop_by_hand():
+    f = [2, 0, 3, 1, 4]
+    task = make_task("hop", n_nodes=5, max_hops=3)
+    batch = task.sample(Scripted([[f, f, f], [0, 1, 2]]), 3, 0, "train")
+    assert batch.tokens.tolist() == [f, f, f]
+    assert batch.targets.tolist() == [[2, 0, 3, 1, 4], [3, 2, 1, 0, 4], [1, 3, 0, 2, 4]]
+    assert batch.group.tolist() == [[0] * 5, [1] * 5, [2] * 5]
+    assert batch.context.tolist() == [0, 1, 2]
+    assert batch.n_loops is None
+
+
+def test_hop_answers_by_a_slow_walk():
     task = make_task("hop", n_nodes=5, max_hops=3)
     batch = task.batch(200, 0)
     for f, answer, context in zip(batch.tokens.tolist(), batch.targets.tolist(), batch.context, strict=True):
@@ -64,8 +87,18 @@ def test_hop_by_hand():
 
 
 def test_p_hop_jumps_to_what_followed_the_last_occurrence():
-    tokens = np.array([[0, 1, 0, 2, 1, 0]])
-    assert PHop.find(tokens).tolist() == [[-1, -1, 1, -1, 2, 3]]
+    tokens = np.array([[0, 1, 0, 2, 1, 0], [1, 1, 1, 0, 0, 1]])
+    assert PHop.find(tokens).tolist() == [[-1, -1, 1, -1, 2, 3], [-1, 1, 2, -1, 4, 3]]
+
+
+def test_p_hop_by_hand():
+    tokens = [0, 1, 0, 2, 1, 0]
+    task = make_task("p_hop", vocab=3, length=6, max_hops=3)
+    batch = task.sample(Scripted([[tokens] * 3, [0, 1, 2]]), 3, 0, "train")
+    assert batch.tokens.tolist() == [tokens] * 3
+    assert batch.targets.tolist() == [[X, X, 1, X, 0, 2], [X, X, X, X, 1, X], [X] * 6]
+    assert batch.group.tolist() == [[-1, -1, 0, -1, 0, 0], [-1, -1, -1, -1, 1, -1], [-1] * 6]
+    assert batch.context.tolist() == [0, 1, 2]
 
 
 def test_p_hop_answers_by_a_slow_search():
@@ -132,14 +165,6 @@ DRAWS = {  # what the random generator is made to say after the length, 4
 }
 
 
-class Scripted:
-    def __init__(self, draws):
-        self.draws = iter(draws)
-
-    def integers(self, *args, **kwargs):
-        return np.array(next(self.draws))
-
-
 @pytest.mark.parametrize("name", FAN)
 def test_fans_formats_to_the_bit(name):
     tokens, targets = FAN[name]
@@ -169,6 +194,26 @@ def test_fans_answers_by_a_second_solution(name):
     assert {1, 6} <= lengths
 
 
+def test_both_short_factors_occur_in_multiplication():
+    questions = make_task("multiplication").batch(64, 0).tokens.tolist()
+    assert {tokens.index(2) for tokens in questions} == {1, 2}
+
+
+@pytest.mark.parametrize("name", FAN)
+@pytest.mark.parametrize("longest", [1, 2, 3, 100])
+def test_the_longest_sample_fits_its_tensor_with_an_end(name, longest):
+    task = make_task(name, eval_length=longest)
+    batch = task.batch(16, 0, split="eval")
+    assert batch.tokens.shape == (16, task.width(longest))
+    assert (batch.targets[:, -1] == task.eos).all()
+
+
+def test_binary_sum_counts_as_far_as_its_tensor_reaches():
+    task = make_task("binary_sum", eval_length=511)
+    batch = task.sample(Scripted([[511], [1] * 511]), 1, 0, "eval")
+    assert batch.targets.tolist() == [[X] * 511 + [1] * 9]
+
+
 @pytest.mark.parametrize("name", FAN)
 def test_default_lengths_are_those_of_the_released_configurations(name):
     longest = {"parity": 20, "multiplication": 11}.get(name, 19)
@@ -194,6 +239,33 @@ def test_every_fan_task_is_tested_here():
     assert set(FAN) == {name for name, task in TASKS.items() if issubclass(task, FullOutputTask)}
 
 
+def test_markov_by_hand():
+    task = make_task("markov", vocab=3, length=4, follow=0.9)
+    task.language_map = np.array([2, 2, 0])
+    own_maps, kinds = [[1, 2, 0], [0, 0, 0]], [0.7, 0.2]  # the first follows its own map
+    noise, luck = [[2, 0, 0, 1, 1], [0, 0, 0, 1, 1]], [[0.0, 0.1, 0.1, 0.95, 0.1]] * 2
+    batch = task.sample(Scripted([own_maps, kinds, noise, luck]), 2, 0, "train")
+    assert batch.tokens.tolist() == [[2, 0, 1, 1], [0, 2, 0, 1]]
+    assert batch.targets.tolist() == [[0, 1, 1, 2], [2, 0, 1, 2]]
+    assert (batch.context, batch.n_loops) == (None, None)
+
+
+def test_markov_ceiling_is_how_often_the_map_is_right():
+    task = make_task("markov", length=500)
+    assert task.ceiling == pytest.approx(0.9125)
+    sequences = task.sequences(np.random.default_rng(0), 400)
+    followed = (task.language_map[sequences[:, :-1]] == sequences[:, 1:]).mean(axis=1)
+    # Few sequences with a map of their own agree with the language's by chance as often as this.
+    assert followed[followed > 0.86].mean() == pytest.approx(task.ceiling, abs=0.005)
+
+
+def test_markov_information_content_of_long_sequences_is_finite():
+    task = make_task("markov", length=800)
+    bits = task.information_content(np.zeros((1, 800), dtype=np.int64))
+    # A state that always leads to itself is soon known to: all that is left is the chance to stray.
+    assert bits[0, -1] == pytest.approx(-np.log2(task.ceiling))
+
+
 def test_markov_information_content_is_the_exact_one():
     task = make_task("markov", vocab=3, length=4, follow=0.8)
     sequences = np.array(list(itertools.product(range(3), repeat=4)))
@@ -203,13 +275,14 @@ def test_markov_information_content_is_the_exact_one():
         return np.prod(steps) / 3
 
     maps = list(itertools.product(range(3), repeat=3))
-    probability = [
-        0.5 * likelihood(s, task.language_map) + 0.5 * np.mean([likelihood(s, f) for f in maps])
-        for s in sequences
-    ]
-    bits = task.information_content(sequences).sum(axis=1)
-    np.testing.assert_allclose(bits, -np.log2(probability), rtol=1e-12)
-    assert np.sum(2.0**-bits) == pytest.approx(1)
+    bits = task.information_content(sequences)
+    for length in range(1, 5):  # of a prefix: so that every token's own bits are right, not just their sum
+        probability = [
+            0.5 * likelihood(s, task.language_map) + 0.5 * np.mean([likelihood(s, f) for f in maps])
+            for s in sequences[:, :length]
+        ]
+        np.testing.assert_allclose(bits[:, :length].sum(axis=1), -np.log2(probability), rtol=1e-12)
+    assert np.sum(2.0 ** -bits.sum(axis=1)) == pytest.approx(1)
 
 
 def test_markov_targets_are_the_next_tokens_and_groups_split_the_samples():
@@ -238,6 +311,8 @@ def test_markov_targets_are_the_next_tokens_and_groups_split_the_samples():
         ("parity", {"max_length": 0}, "max_length"),
         ("copy", {"eval_length": -1}, "eval_length"),
         ("addition", {"curriculum_interval": True}, "curriculum_interval"),
+        ("binary_sum", {"max_length": 512}, "max_length"),
+        ("binary_sum", {"eval_length": 512}, "eval_length"),
     ],
 )
 def test_bad_options_are_named(name, options, named):
@@ -245,6 +320,9 @@ def test_bad_options_are_named(name, options, named):
         make_task(name, **options)
 
 
-def test_an_unknown_split_is_named():
-    with pytest.raises(ShiftInputError, match="'split'"):
-        make_task("hop").batch(1, 0, split="test")
+@pytest.mark.parametrize(
+    "bad", [{"split": "test"}, {"batch_size": 0}, {"step": -1}, {"step": 1.5}, {"rank": -1}]
+)
+def test_bad_arguments_of_a_batch_are_named(bad):
+    with pytest.raises(ShiftInputError, match=f"'{next(iter(bad))}'"):
+        make_task("hop").batch(**{"batch_size": 1, "step": 0, **bad})

@@ -6,6 +6,7 @@ There is no iterator state to lose: a resumed run asks for the steps that are le
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -68,7 +69,20 @@ class Task(ABC):
         self.seed = self.check_int("seed", seed, 0)
 
     def batch(self, batch_size: int, step: int, *, split: str = "train", rank: int = 0) -> Batch:
-        """The batch of this step and rank: the same on any machine, in any order of calls."""
+        """The batch of this step and rank: the same on any machine, in any order of calls.
+
+        Args:
+            batch_size: samples.
+            step: optimiser step in training, index of the batch in evaluation.
+            split: "train" or "eval"; each draws from its own random streams.
+            rank: of the process; every rank draws its own samples.
+
+        Raises:
+            ShiftInputError: a size, step, rank or split outside these.
+        """
+        self.check_int("batch_size", batch_size, 1)
+        self.check_int("step", step, 0)
+        self.check_int("rank", rank, 0)
         if split not in SPLITS:
             raise input_error(
                 f"{self.name}.batch", "split", split, " or ".join(map(repr, SPLITS)), "Check the spelling."
@@ -80,14 +94,15 @@ class Task(ABC):
     def sample(self, rng: np.random.Generator, batch_size: int, step: int, split: str) -> Batch:
         """``batch_size`` samples. All randomness comes from ``rng``; step and split only choose lengths."""
 
-    def check_int(self, option: str, value: int, low: int) -> int:
-        """The value of an option, if it is an int >= ``low``.
+    def check_int(self, argument: str, value: int, low: int, high: float = math.inf) -> int:
+        """The value of an argument, if it is an int in ``low`` .. ``high``.
 
         Raises:
             ShiftInputError: it is not.
         """
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise input_error(f"task {self.name!r}", option, value, f"an int >= {low}", "Change the option.")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            allowed = f"an int >= {low}" if high == math.inf else f"an int in {low} .. {high}"
+            raise input_error(f"task {self.name!r}", argument, value, allowed, "Change it.")
         return value
 
 

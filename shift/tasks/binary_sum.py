@@ -13,6 +13,7 @@ class BinarySum(FullOutputTask):
     """b_1 .. b_n "=" -> the number of ones, lowest bit first, no leading zeros (0: empty); T(n) = n."""
 
     name = "binary_sum"
+    length_limit = 511  # nine places are left from the "=" of the longest sample on
 
     @staticmethod
     def width(longest: int) -> int:

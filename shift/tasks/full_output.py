@@ -1,4 +1,4 @@
-"""Full-output prediction, the common format of the six tasks of Fan et al. (arXiv 2409.15647, section 5).
+"""Full-output prediction, the common format of the six tasks of Fan et al. (arXiv 2409.15647).
 
     tokens    question, "=", then EOS to the end of the tensor
     targets   nothing over the question; the answer starts AT the "=" and is followed by EOS to the end
@@ -10,6 +10,7 @@ one every ``curriculum_interval`` steps from 1 to ``max_length``, and the tensor
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import numpy as np
@@ -32,6 +33,8 @@ class FullOutputTask(Task):
     vocab_size = n_classes = 6
     eos = EOS
     default_max_length = 19
+    length_limit: float = math.inf
+    """The longest n whose answer the tensor is sure to hold."""
 
     def __init__(
         self,
@@ -41,10 +44,9 @@ class FullOutputTask(Task):
         curriculum_interval: int = 0,
     ) -> None:
         super().__init__(seed)
-        self.max_length = self.check_int(
-            "max_length", self.default_max_length if max_length is None else max_length, 1
-        )
-        self.eval_length = self.check_int("eval_length", eval_length, 0)
+        longest = self.default_max_length if max_length is None else max_length
+        self.max_length = self.check_int("max_length", longest, 1, self.length_limit)
+        self.eval_length = self.check_int("eval_length", eval_length, 0, self.length_limit)
         self.curriculum_interval = self.check_int("curriculum_interval", curriculum_interval, 0)
         self.max_seq_len = self.width(max(self.max_length, eval_length))
 

@@ -10,7 +10,10 @@ TIMES, EQUALS = 2, 5
 
 
 class Multiplication(FullOutputTask):
-    """a "*" b "=" -> the product in n1 + n bits, lowest first; a has n1 = 1 or 2 bits; T = n1 * n."""
+    """a "*" b "=" -> the product in n1 + n bits, lowest first; a has n1 = 1 or 2 bits; T = n1 * n.
+
+    n1 is uniform in evaluation, too; they test with n1 = 2 alone.
+    """
 
     name = "multiplication"
     default_max_length = 11
