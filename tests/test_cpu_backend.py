@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
 
-from shift_kernels import BlockSpec, LoopedBlock, backends, cpu_backend, explain, native, reference
+from shift_kernels import (
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    backends,
+    cpu_backend,
+    explain,
+    native,
+    reference,
+)
 
 available = cpu_backend.unavailable() is None
 needs_library = pytest.mark.skipif(not available, reason=f"cpu backend {cpu_backend.unavailable()}")
@@ -169,7 +178,7 @@ def problems(draw):
     n_kv_heads = draw(st.integers(1, 3))
     norm = draw(st.sampled_from(["layernorm", "rmsnorm", "none"]))
     options = {
-        "d_model": draw(st.integers(1, 40)),
+        "d_model": draw(st.integers(6, 40)),  # norms of fewer numbers only magnify rounding
         "n_kv_heads": n_kv_heads,
         "n_heads": n_kv_heads * draw(st.integers(1, 2)),
         "head_dim": 2 * draw(st.integers(2, 10)),
@@ -276,6 +285,29 @@ def test_a_step_does_not_write_into_what_another_step_saved():
     (again,) = torch.autograd.grad(first.sum(), e)
     assert torch.equal(expected, again)
     second.sum().backward()
+
+
+@needs_library
+@every_call
+def test_public_call_gives_the_same_as_the_backend(call):
+    block, e = make()
+    call = {"n_loops": 2, **call}
+    expected = on_cpu_backend(block, e, normal, dict(call))
+    h = block(e.requires_grad_(), **call, backend="cpu")
+    assert torch.equal(h, expected[0])
+    grads = torch.autograd.grad(h, [e, *block.weights().values()], normal(h))
+    for a, b in zip(grads, expected[1:], strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(block(e, **call, backend="cpu"), h)
+
+
+@needs_library
+def test_second_derivatives_say_what_to_do():
+    block, e = make()
+    h = block(e.requires_grad_(), 2, backend="cpu")
+    with pytest.raises(ShiftInputError, match="backend='torch'"):
+        torch.autograd.grad(h.square().sum(), e, create_graph=True)
 
 
 @needs_library
