@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 # The package is built against the torch that is in .venv, so its build must see it.
 HERE   := --no-build-isolation -e
 
-.PHONY: install demo test lint types check clean
+.PHONY: install demo test lint types check sanitize clean
 install: $(VENV)/train.stamp
 
 demo: install
@@ -27,6 +27,10 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 check: lint types test
+
+# The CPU kernels' tests over a build that stops at any access out of bounds or undefined behaviour.
+sanitize: $(VENV)/dev.stamp
+	CXX="$${CXX:-g++}" $(BIN)/python tests/sanitize.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -46,7 +50,7 @@ $(VENV)/constraints.txt: constraints.txt
 	@grep -v '^torch==' constraints.txt >> $@.new
 	@mv $@.new $@
 
-$(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py
+$(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PIP) "setuptools>=77" ninja
 	$(PIP) $(HERE) ".[train,plots]"
 	@touch $@

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shift_kernels import dispatch, reference
 from shift_kernels import ops as _register_operators  # noqa: F401
+from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.errors import input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec, check_call, check_floating, check_per_sample
@@ -77,36 +79,64 @@ def looped_block(
     chosen = dispatch.plan_and_warn(problem, backend)
     if isinstance(n_loops, Tensor):
         n_loops = n_loops.expand(e.shape[0])
+    options: dict[str, Any] = {
+        "return_all_loops": return_all_loops,
+        "n_grad_loops": n_grad_loops,
+        "compute_dtype": compute_dtype,
+    }
+    ordered = {name: weights[name] for name in spec.weight_shapes()}
     with torch.autocast(e.device.type, enabled=False):
-        if chosen.backend == "torch" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            h, used = _as_operator(e, ordered, spec, n_loops, seq_lens, halt_threshold, options, chosen, grad)
+        elif chosen.backend == "torch":
             h, used = reference.looped_block(
+                e, ordered, spec, n_loops, seq_lens=seq_lens, halt_threshold=halt_threshold, **options
+            )
+        elif grad:
+            module = dispatch.module_of(chosen.backend)
+            h, used = EagerLoopedBlock.apply(module, spec, n_loops, seq_lens, options, e, *ordered.values())
+        else:
+            h, used, _ = dispatch.module_of(chosen.backend).forward(
                 e,
-                weights,
+                ordered,
                 spec,
                 n_loops,
                 seq_lens=seq_lens,
-                return_all_loops=return_all_loops,
-                n_grad_loops=n_grad_loops,
                 halt_threshold=halt_threshold,
-                compute_dtype=compute_dtype,
-            )
-        else:
-            per_sample = isinstance(n_loops, Tensor)
-            h, used, _ = torch.ops.shift_kernels.looped_block(
-                e,
-                [weights[name] for name in spec.weight_shapes()],
-                spec.key,
-                0 if per_sample else n_loops,
-                n_loops if per_sample else None,
-                seq_lens,
-                return_all_loops,
-                n_grad_loops,
-                halt_threshold,
-                compute_dtype,
-                grad,
-                chosen.backend,
+                for_backward=False,
+                **options,
             )
     return h if halt_threshold is None else (h, used)
+
+
+def _as_operator(
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    seq_lens: Tensor | None,
+    halt_threshold: float | None,
+    options: dict[str, Any],
+    chosen: dispatch.Plan,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """One opaque call in the graph: how torch.compile sees a looped block."""
+    per_sample = isinstance(n_loops, Tensor)
+    h, used, _ = torch.ops.shift_kernels.looped_block(
+        e,
+        list(weights.values()),
+        spec.key,
+        0 if per_sample else n_loops,
+        n_loops if per_sample else None,
+        seq_lens,
+        options["return_all_loops"],
+        options["n_grad_loops"],
+        halt_threshold,
+        options["compute_dtype"],
+        grad,
+        chosen.backend,
+    )
+    return h, used
 
 
 def _packed(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None, **call) -> Tensor | tuple[Tensor, Tensor]:

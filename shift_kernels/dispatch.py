@@ -9,15 +9,15 @@ from types import ModuleType
 
 import torch
 
-from shift_kernels import torch_backend
+from shift_kernels import cpu_backend, torch_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
-# unavailable, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors for
-# backward and saved_like(e, spec, n_loops) gives their shapes.
-BACKENDS: tuple[ModuleType, ...] = (torch_backend,)
+# unavailable, meant_for, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors
+# for backward and saved_like(e, spec, n_loops) gives their shapes.
+BACKENDS: tuple[ModuleType, ...] = (cpu_backend, torch_backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.NAME):
             continue
-        reason = candidate.unavailable() or candidate.refusal(problem)
+        reason = candidate.unavailable() or candidate.meant_for(problem) or candidate.refusal(problem)
         if reason is None:
             saved = candidate.saved_bytes(problem) if problem.grad else 0
             why = "asked for" if backend != "auto" else "first of " + ", ".join(names) + " that serves this"
@@ -88,17 +88,20 @@ def plan_and_warn(problem: Problem, backend: str) -> Plan:
     """As :func:`plan`; says once for each reason when ``auto`` takes a slower path than it should."""
     chosen = plan(problem, backend)
     if backend == "auto" and chosen.refused:
-        _say_slow(chosen)
+        _say_slow(problem, chosen)
     return chosen
 
 
 _SAID: set[str] = set()
 
 
-def _say_slow(chosen: Plan) -> None:
-    # A backend that this machine lacks altogether is no surprise; one that refuses this problem is.
+def _say_slow(problem: Problem, chosen: Plan) -> None:
+    # A backend that this machine lacks, or that is for other devices and dtypes, is no surprise; one that
+    # refuses a problem of its own kind is.
     reasons = "; ".join(
-        f"{name}: {why}" for name, why in chosen.refused if module_of(name).unavailable() is None
+        f"{name}: {why}"
+        for name, why in chosen.refused
+        if module_of(name).unavailable() is None and module_of(name).meant_for(problem) is None
     )
     if not reasons:
         return

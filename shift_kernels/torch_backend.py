@@ -24,8 +24,13 @@ def unavailable() -> str | None:
     return None
 
 
+def meant_for(problem: Problem) -> str | None:
+    """Why the problem is of a kind that this backend is not for, or None."""
+    return None
+
+
 def refusal(problem: Problem) -> str | None:
-    """Why this backend does not serve the problem, or None."""
+    """Why this backend does not serve a problem that it is meant for, or None."""
     return None
 
 

@@ -21,9 +21,10 @@ SPEC = BlockSpec(d_model=8, n_heads=2)
 PROBLEM = Problem(SPEC, 2, 3, torch.float32, torch.float32, torch.device("cpu"), True)
 
 
-def fast_backend(missing=None, refuses=None):
+def fast_backend(missing=None, refuses=None, other_kind=None):
     return SimpleNamespace(
         NAME="fast",
+        meant_for=lambda p: other_kind,
         SAVES=False,
         unavailable=lambda: missing,
         refusal=lambda p: refuses,
@@ -52,7 +53,10 @@ def test_auto_takes_the_first_backend_that_serves(with_fast):
     assert dispatch.plan(PROBLEM).backend == "fast"
 
 
-@pytest.mark.parametrize("how", [{"missing": "no compiler"}, {"refuses": "d_model > 4"}])
+HOWS = [{"missing": "no compiler"}, {"refuses": "d_model > 4"}, {"other_kind": "float32 only"}]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_auto_falls_back_and_says_why_in_the_plan(with_fast, how):
     with_fast(**how)
     chosen = dispatch.plan(PROBLEM)
@@ -60,7 +64,7 @@ def test_auto_falls_back_and_says_why_in_the_plan(with_fast, how):
     assert chosen.refused == (("fast", *how.values()),)
 
 
-@pytest.mark.parametrize("how", [{"missing": "no compiler"}, {"refuses": "d_model > 4"}])
+@pytest.mark.parametrize("how", HOWS)
 def test_a_named_backend_never_falls_back(with_fast, how):
     with_fast(**how)
     with pytest.raises(ShiftInputError, match=next(iter(how.values()))):
@@ -77,8 +81,9 @@ def test_a_slow_path_is_told_once(with_fast):
         block(e, 1)
 
 
-def test_a_backend_that_the_machine_lacks_is_no_news(with_fast):
-    with_fast(missing="no compiler")
+@pytest.mark.parametrize("how", [{"missing": "no compiler"}, {"other_kind": "float32 only"}])
+def test_a_backend_that_is_not_for_this_is_no_news(with_fast, how):
+    with_fast(**how)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)

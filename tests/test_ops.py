@@ -2,32 +2,13 @@
 
 import pytest
 import torch
+from operator_arguments import ops_arguments as arguments
 from torch import nn
 from torch._dynamo.utils import counters
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError
 
 LOOPED_BLOCK = torch.ops.shift_kernels.looped_block
-
-
-def arguments(
-    e,
-    block,
-    n_loops=2,
-    sample_loops=None,
-    seq_lens=None,
-    all_loops=False,
-    n_grad_loops=None,
-    halt=None,
-    compute_dtype=None,
-    backend="torch",
-):
-    weights = [block.weights()[name] for name in block.spec.weight_shapes()]
-    save = halt is None
-    return (
-        e, weights, block.spec.key, n_loops, sample_loops, seq_lens, all_loops, n_grad_loops, halt,
-        compute_dtype, save, backend,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -74,7 +55,8 @@ def test_backward_operator_passes_opcheck(block, e, call):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_operator_equals_the_reference_with_all_gradients(block, e, call):
     named = {"sample_loops": "n_loops", "all_loops": "return_all_loops"}
-    expected = block(e, **{"n_loops": 2, **{named.get(k, k): v for k, v in call.items()}})
+    call_by_name = {"n_loops": 2, **{named.get(k, k): v for k, v in call.items()}}
+    expected = block(e, **call_by_name, backend="torch")
     out = LOOPED_BLOCK(*arguments(e, block, **call))[0]
     assert torch.equal(out, expected)
     if expected.requires_grad:
@@ -89,7 +71,7 @@ def test_operator_equals_the_reference_with_all_gradients(block, e, call):
 def test_halting_operator_returns_loops_used(block, e):
     with torch.no_grad():
         h, used, _ = LOOPED_BLOCK(*arguments(e, block, n_loops=9, halt=0.5))
-        expected, expected_used = block(e, 9, halt_threshold=0.5)
+        expected, expected_used = block(e, 9, halt_threshold=0.5, backend="torch")
     assert torch.equal(h, expected)
     assert torch.equal(used, expected_used)
 

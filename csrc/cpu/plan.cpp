@@ -1,0 +1,72 @@
+// Compiled for any machine: puts the samples into tiles, picks the instruction set, and is what Python calls.
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "call.h"
+
+extern "C" {
+int shift_forward_portable(const Call*, const Plan*);
+int shift_backward_portable(const Call*, const Plan*);
+#if defined(__x86_64__)
+int shift_forward_avx2(const Call*, const Plan*);
+int shift_backward_avx2(const Call*, const Plan*);
+int shift_forward_avx512(const Call*, const Plan*);
+int shift_backward_avx512(const Call*, const Plan*);
+#endif
+}
+
+namespace {
+
+struct Tiles {
+    std::vector<int64_t> order, begins, rows_before;
+    Plan plan;
+
+    // Samples that loop longest come first; a tile is closed once it has rows_per_tile rows.
+    Tiles(const Call& c, int64_t rows_per_tile) : order(c.batch), begins{0} {
+        std::iota(order.begin(), order.end(), int64_t{0});
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return c.loops[a] > c.loops[b]; });
+        int64_t rows = 0, total = 0;
+        plan = {};
+        for (int64_t i = 0; i < c.batch; i++) {
+            rows += c.lengths[order[i]];
+            const bool full = c.halting || rows >= rows_per_tile || i + 1 == c.batch;
+            if (!full) continue;
+            plan.most_rows = std::max(plan.most_rows, rows);
+            plan.most_samples = std::max(plan.most_samples, i + 1 - begins.back());
+            begins.push_back(i + 1);
+            rows_before.push_back(total);
+            total += rows;
+            rows = 0;
+        }
+        plan.order = order.data(), plan.tiles = begins.data(), plan.rows_before = rows_before.data();
+        plan.n_tiles = begins.size() - 1;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// 2: avx512, 1: avx2, 0: portable
+int shift_best_isa() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+int64_t shift_call_size() { return sizeof(Call); }
+
+int shift_run(const Call* c, int backward, int isa, int64_t rows_per_tile) {
+    const Tiles tiles(*c, rows_per_tile);
+#if defined(__x86_64__)
+    if (isa == 2) return (backward ? shift_backward_avx512 : shift_forward_avx512)(c, &tiles.plan);
+    if (isa == 1) return (backward ? shift_backward_avx2 : shift_forward_avx2)(c, &tiles.plan);
+#endif
+    return (backward ? shift_backward_portable : shift_forward_portable)(c, &tiles.plan);
+}
+}

@@ -1,0 +1,242 @@
+"""The ``cpu`` backend: all T loops in one C++ call (csrc/cpu), activations in the core's cache.
+
+Keeps what the matrix products need again in the backward; of very large batches only the loop boundaries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shift_kernels import native, reference
+from shift_kernels.problem import Problem
+from shift_kernels.spec import ACTIVATIONS, NORMS, PLACEMENTS, BlockSpec
+
+NAME = "cpu"
+SAVES = True
+
+ROWS_PER_TILE = 64
+"""Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""
+MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 384
+"""Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many
+there are follows from the problem, not from the threads: the result has the same bits for any number.
+Zeroing and adding a slice costs about as much as 20 rows in one loop."""
+MOST_KEPT_BYTES = 64 * 2**20
+"""Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
+beyond it only the loop boundaries are, and the backward computes every loop again."""
+MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
+# The order of `enum Weight` in csrc/cpu/call.h.
+_LAYER_WEIGHTS = (
+    *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
+    *("self_attn.out_proj.weight", "self_attn.out_proj.bias"),
+    *("norm1.weight", "norm1.bias", "norm1_post.weight", "norm1_post.bias"),
+    *("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"),
+    *("norm2.weight", "norm2.bias", "norm2_post.weight", "norm2_post.bias"),
+)
+
+
+_SPEC_FIELDS = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff", "causal", "loop_norm")
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine, or None."""
+    library, status = native.load()
+    return status if library is None else None
+
+
+def meant_for(problem: Problem) -> str | None:
+    """Why the problem is of a kind that this backend is not for, or None."""
+    if problem.device.type != "cpu":
+        return f"is for CPU tensors, not {problem.device.type}"
+    if (problem.dtype, problem.compute_dtype) != (torch.float32, torch.float32):
+        return f"is for float32, not {problem.dtype} with matrix products in {problem.compute_dtype}"
+    return None
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this backend does not serve a problem that it is meant for, or None."""
+    if problem.seq_len > MAX_SEQ_LEN:
+        return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
+    if problem.spec.n_layers > MAX_LAYERS:
+        return f"n_layers = {problem.spec.n_layers} > {MAX_LAYERS}"
+    return None
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes kept for the backward pass, per loop."""
+    rows = problem.batch * problem.seq_len
+    return 4 * rows * (_kept_width(problem.spec) if _keeps(rows, problem.spec) else problem.spec.d_model)
+
+
+def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
+    """Empty tensors shaped as what :func:`forward` saves."""
+    return [e.new_empty(_saved_shape(e, spec, n_loops))]
+
+
+def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int) -> tuple[int, ...]:
+    """Activations, or loop boundaries where those are many. 16 numbers are slack for vector loads."""
+    rows = e.shape[0] * e.shape[1]
+    if _keeps(rows, spec):
+        return (n_loops, rows * _kept_width(spec) + 16)
+    return (n_loops, *e.shape)
+
+
+def _keeps(rows: int, spec: BlockSpec) -> bool:
+    return 4 * rows * _kept_width(spec) <= MOST_KEPT_BYTES
+
+
+def _kept_width(spec: BlockSpec) -> int:
+    """``kept_width`` of csrc/cpu/block.cpp: numbers kept of a token in a loop."""
+    d, up = _padded(spec.d_model), _padded(spec.d_ff) * (2 if spec.activation == "swiglu" else 1)
+    sums = 0 if spec.norm_placement == "pre" else 2 * d
+    layer = 2 * d + _padded(spec.qkv_dim) + _padded(spec.n_heads * spec.head_dim) + up + sums
+    return spec.n_layers * layer + (d if spec.loop_norm else 0)
+
+
+def _padded(n: int) -> int:
+    return (n + 15) // 16 * 16
+
+
+def forward(
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    halt_threshold: float | None,
+    compute_dtype: torch.dtype | None,
+    for_backward: bool,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
+    call, keep = _call(e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
+    shape = (call.most_loops, *e.shape) if return_all_loops else e.shape
+    out = e.new_empty(shape) if seq_lens is None else e.new_zeros(shape)  # pads are never written
+    used = torch.empty(e.shape[0], dtype=torch.int64)
+    saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
+    call.out, call.used = out.data_ptr(), used.data_ptr()
+    _set_saved(call, saved)
+    native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
+    del keep
+    return out, used, saved
+
+
+def backward(
+    grad_h: Tensor,
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    compute_dtype: torch.dtype | None,
+    saved: list[Tensor],
+    isa: str | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of e and of the weights, in the order of ``weights``."""
+    call, keep = _call(e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, None)
+    grad_h = grad_h.contiguous()
+    grad_e = torch.zeros(e.shape)
+    grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
+    addresses = _addresses(grads, spec)
+    _set_saved(call, saved)
+    call.grad_out = grad_h.data_ptr()
+    call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
+    native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
+    del keep
+    return grad_e, [g.to(weights[name].dtype) for name, g in grads.items()]
+
+
+def _call(
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    halt_threshold: float | None,
+) -> tuple[native.Call, Sequence[object]]:
+    """The part of a call that forward and backward share, and what must live as long as it."""
+    batch, seq_len, _ = e.shape
+    loops = torch.as_tensor(n_loops).expand(batch).to(torch.int64).contiguous()
+    lengths = (
+        torch.full((batch,), seq_len) if seq_lens is None else seq_lens.to("cpu", torch.int64).contiguous()
+    )
+    rotary = None
+    if spec.position == "rope":
+        rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
+    e = e.contiguous()
+    values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
+    addresses = _addresses(values, spec)
+    call = native.Call(
+        batch=batch,
+        seq_len=seq_len,
+        most_loops=int(loops.max()) if isinstance(n_loops, Tensor) else n_loops,
+        n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
+        n_threads=torch.get_num_threads(),
+        activation=ACTIVATIONS.index(spec.activation),
+        norm=NORMS.index(spec.norm),
+        placement=PLACEMENTS.index(spec.norm_placement),
+        rope=rotary is not None,
+        injection=spec.injection == "add",
+        return_all=return_all_loops,
+        n_grad_loops=n_grad_loops or 0,
+        halting=halt_threshold is not None,
+        halt_threshold=halt_threshold or 0.0,
+        eps=spec.norm_eps,
+        residual_scale=spec.residual_scale,
+        e=e.data_ptr(),
+        loops=loops.data_ptr(),
+        lengths=lengths.data_ptr(),
+        rotary=None if rotary is None else rotary.data_ptr(),
+        weights=ctypes.addressof(addresses),
+        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
+    )
+    return call, (e, loops, lengths, rotary, values, addresses)
+
+
+_FREE: list[np.ndarray] = []  # at most one buffer that no step uses
+
+
+def _buffer(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised float32 tensor, in the memory that an earlier step has given back if that is enough.
+
+    Fresh memory of this size comes from the system page by page, which took as long as the forward itself.
+    """
+    n = math.prod(shape)
+    memory = _FREE.pop() if _FREE and len(_FREE[0]) >= n else np.empty(n, dtype=np.float32)
+    part = memory[:n]
+    weakref.finalize(part, _give_back, memory)
+    return torch.from_numpy(part).view(shape)
+
+
+def _give_back(memory: np.ndarray) -> None:
+    if not _FREE or len(memory) > len(_FREE[0]):
+        _FREE[:] = [memory]
+
+
+def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
+    for x in saved:
+        assert x.is_contiguous()
+        setattr(call, "kept" if x.ndim == 2 else "boundaries", x.data_ptr())
+
+
+def _addresses(tensors: dict[str, Tensor], spec: BlockSpec) -> ctypes.Array[ctypes.c_void_p]:
+    """Addresses in the order of csrc/cpu/call.h, null where the block has no such weight."""
+    names = [f"layers.{i}.{name}" for i in range(spec.n_layers) for name in _LAYER_WEIGHTS]
+    names += ["loop_norm.weight", "loop_norm.bias"]
+    found = [tensors[name].data_ptr() if name in tensors else None for name in names]
+    return (ctypes.c_void_p * len(found))(*found)

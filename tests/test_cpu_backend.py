@@ -1,0 +1,364 @@
+"""The C++ backend against the float64 reference: every option, every gradient, no bit left to chance.
+
+An error may be at most twice that of the same computation in plain float32 PyTorch, plus 2e-6 of the largest
+value (a sum in another order). tests/sanitize.py runs this file over a build that traps bad accesses.
+"""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_arguments import ops_arguments
+from torch._dynamo.utils import counters
+
+from shift_kernels import (
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    backends,
+    cpu_backend,
+    explain,
+    native,
+    reference,
+)
+
+available = cpu_backend.unavailable() is None
+needs_library = pytest.mark.skipif(not available, reason=f"cpu backend {cpu_backend.unavailable()}")
+
+OPTIONS = {
+    "pre": {},
+    "post": {"norm_placement": "post"},
+    "sandwich": {"norm_placement": "sandwich"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "no norm": {"norm": "none"},
+    "attention only": {"d_ff": 0},
+    "attention only, post": {"d_ff": 0, "norm_placement": "post", "loop_norm": True},
+    "relu": {"activation": "relu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "swiglu": {"activation": "swiglu"},
+    "no bias": {"bias": False},
+    "full attention": {"causal": False},
+    "rope": {"position": "rope"},
+    "injection": {"injection": "add"},
+    "loop norm": {"loop_norm": True, "injection": "add"},
+    "two layers": {"n_layers": 2},
+    "grouped heads": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 4},
+    "head_dim 4": {"n_heads": 5, "head_dim": 4},
+    "scaled residual": {"residual_scale": 0.5},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+CALLS = {
+    "plain": {},
+    "ragged, own loops": {"n_loops": torch.tensor([2, 3, 0, 1]), "seq_lens": torch.tensor([7, 2, 5, 0])},
+    "all loops, truncated": {
+        "n_loops": torch.tensor([3, 1, 2, 3]),
+        "seq_lens": torch.tensor([7, 7, 1, 4]),
+        "return_all_loops": True,
+        "n_grad_loops": 1,
+    },
+    "truncated": {"n_loops": 4, "n_grad_loops": 2},
+    "no loops": {"n_loops": 0},
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def make(batch=4, seq_len=7, seed=0, **options):
+    torch.manual_seed(seed)
+    block = LoopedBlock(BlockSpec(**{"d_model": 20, "n_heads": 2, "d_ff": 24, **options}))
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return block, torch.randn(batch, seq_len, block.spec.d_model)
+
+
+def in_dtype(block, e, cotangent, call, dtype):
+    """Output and all gradients of the reference in a dtype."""
+    e = e.to(dtype).requires_grad_()
+    weights = {name: w.detach().to(dtype).requires_grad_() for name, w in block.weights().items()}
+    call = {"seq_lens": None, **call}
+    h, _ = reference.looped_block(e, weights, block.spec, call.pop("n_loops"), **call)
+    inputs = [e, *weights.values()]
+    if not h.requires_grad:
+        return [h, *map(torch.zeros_like, inputs)]
+    grads = torch.autograd.grad(h, inputs, cotangent(h).to(dtype), allow_unused=True, materialize_grads=True)
+    return [h, *grads]
+
+
+def on_cpu_backend(block, e, cotangent, call, isa=None):
+    weights = {name: w.detach() for name, w in block.weights().items()}
+    call = {
+        "seq_lens": None,
+        "return_all_loops": False,
+        "n_grad_loops": None,
+        "compute_dtype": torch.float32,
+    } | call
+    n_loops = call.pop("n_loops")
+    h, _, saved = cpu_backend.forward(
+        e, weights, block.spec, n_loops, halt_threshold=None, for_backward=True, isa=isa, **call
+    )
+    grad_e, grads = cpu_backend.backward(
+        cotangent(h), e, weights, block.spec, n_loops, saved=saved, isa=isa, **call
+    )
+    return [h, grad_e, *grads]
+
+
+def normal(h):
+    return torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
+
+
+def check(block, e, call, isa=None, cotangent=normal):
+    call = {"n_loops": 3, **call}
+    ours = on_cpu_backend(block, e, cotangent, dict(call), isa)
+    truth, plain = (
+        in_dtype(block, e, cotangent, dict(call), dtype) for dtype in (torch.float64, torch.float32)
+    )
+    for name, a, b, c in zip(["h", "e", *block.weights()], ours, plain, truth, strict=True):
+        assert a.shape == c.shape
+        if not a.numel():  # all of no loops
+            continue
+        assert a.isfinite().all(), name
+        error, allowed = (a - c).abs().max(), 2 * (b - c).abs().max() + 2e-6 * c.abs().max() + 1e-7
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_library_is_there_wherever_it_can_be_built():
+    if shutil.which("g++") or shutil.which("clang++"):
+        assert available, backends()["cpu"]
+
+
+@needs_library
+@every_option
+@every_call
+def test_output_and_gradients_are_right(options, call):
+    check(*make(**options), call)
+
+
+@needs_library
+@every_option
+def test_boundaries_alone_give_the_same_gradients(options, monkeypatch):
+    monkeypatch.setattr(cpu_backend, "MOST_KEPT_BYTES", 0)
+    for call in CALLS.values():
+        check(*make(**options), call)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "position": "rope", "norm": "rmsnorm"}])
+def test_every_instruction_set_is_right(isa, options):
+    library, _ = native.load()
+    if native.ISAS.index(isa) > library.shift_best_isa():
+        pytest.skip(f"this processor has no {isa}")
+    check(*make(**options), CALLS["ragged, own loops"], isa)
+
+
+@needs_library
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq_len", [1, 15, 16, 17, 31, 33, 65, 100])
+def test_sequence_lengths_around_the_tile_sizes(seq_len, causal):
+    check(*make(batch=3, seq_len=seq_len, causal=causal), {"n_loops": 2})
+
+
+@needs_library
+@pytest.mark.parametrize("d_model", [1, 8, 16, 17, 96, 130])
+def test_widths_around_the_vector_sizes(d_model):
+    check(*make(seq_len=5, d_model=d_model, n_heads=1, head_dim=8, d_ff=2 * d_model + 1), {"n_loops": 2})
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_batches_of_one_and_of_many_tiles(batch):
+    check(*make(batch=batch, seq_len=11, injection="add"), {"n_loops": 2})
+
+
+@st.composite
+def problems(draw):
+    batch, seq_len = draw(st.integers(1, 6)), draw(st.integers(1, 20))
+    n_kv_heads = draw(st.integers(1, 3))
+    norm = draw(st.sampled_from(["layernorm", "rmsnorm", "none"]))
+    options = {
+        "d_model": draw(st.integers(6, 40)),  # norms of fewer numbers only magnify rounding
+        "n_kv_heads": n_kv_heads,
+        "n_heads": n_kv_heads * draw(st.integers(1, 2)),
+        "head_dim": 2 * draw(st.integers(2, 10)),
+        "d_ff": draw(st.sampled_from([0, 7, 16, 33])),
+        "activation": draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "swiglu"])),
+        "norm": norm,
+        "norm_placement": "pre" if norm == "none" else draw(st.sampled_from(["pre", "post", "sandwich"])),
+        "bias": draw(st.booleans()),
+        "causal": draw(st.booleans()),
+        "position": draw(st.sampled_from(["none", "rope"])),
+        "injection": draw(st.sampled_from(["none", "add"])),
+        "loop_norm": norm != "none" and draw(st.booleans()),
+        "n_layers": draw(st.integers(1, 2)),
+    }
+    per_sample = lambda low, high: torch.tensor([draw(st.integers(low, high)) for _ in range(batch)])  # noqa: E731
+    call = {
+        "n_loops": draw(st.integers(1, 3)) if draw(st.booleans()) else per_sample(0, 3),
+        "return_all_loops": draw(st.booleans()),
+        "n_grad_loops": draw(st.sampled_from([None, 1, 2])),
+        "seq_lens": per_sample(0, seq_len) if draw(st.booleans()) else None,
+    }
+    return options, call, batch, seq_len, draw(st.integers(0, 99))
+
+
+@needs_library
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problems())
+def test_any_problem(problem):
+    options, call, batch, seq_len, seed = problem
+    block, e = make(batch, seq_len, seed, **options)
+    # Without norms values explode, and narrow norms magnify rounding, differently in any two summation
+    # orders: gentle weights keep the comparison about the kernel.
+    for p in block.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1) * 0.5, std=0.1)
+    check(block, e, call)
+
+
+@needs_library
+def test_nan_in_pads_reaches_nothing():
+    block, e = make()
+    call = CALLS["ragged, own loops"]
+    pad = torch.arange(7) >= call["seq_lens"][:, None]
+
+    def poisoned(h):
+        return normal(h).masked_fill(pad[..., None], torch.nan)
+
+    clean = on_cpu_backend(block, e, normal, dict(call))
+    dirty = on_cpu_backend(block, e.masked_fill(pad[..., None], torch.nan), poisoned, dict(call))
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_library
+@pytest.mark.parametrize("call", [{"n_loops": 2}, CALLS["all loops, truncated"]], ids=["plain", "ragged"])
+def test_same_bits_for_any_number_of_threads(call):
+    block, e = make(batch=40, seq_len=7)
+    if "seq_lens" in call:
+        call = {k: v.repeat(10) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            results.append(on_cpu_backend(block, e, normal, dict(call)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_library
+def test_memory_layout_does_not_matter():
+    block, e = make()
+    expected = on_cpu_backend(block, e, normal, {"n_loops": 2})
+    transposed = e.transpose(0, 2).clone().transpose(0, 2)
+    strided = on_cpu_backend(
+        block, transposed, lambda h: normal(h).transpose(0, 2).clone().transpose(0, 2), {"n_loops": 2}
+    )
+    for a, b in zip(expected, strided, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_library
+def test_halting_stops_where_the_reference_stops():
+    block, e = make(batch=6, norm_placement="post")
+    lens = torch.tensor([7, 3, 1, 7, 5, 2])
+    with torch.no_grad():
+        for threshold in (0.3, 0.1, 0.03):
+            h, used = block(e, 12, halt_threshold=threshold, seq_lens=lens, backend="cpu")
+            expected, expected_used = block(e, 12, halt_threshold=threshold, seq_lens=lens, backend="torch")
+            assert torch.equal(used, expected_used)
+            torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_library
+def test_a_step_does_not_write_into_what_another_step_saved():
+    # The buffer for activations is used again, but only once nobody holds it.
+    block, e = make()
+    e.requires_grad_()
+    first = block(e, 2, backend="cpu")
+    (expected,) = torch.autograd.grad(first.sum(), e, retain_graph=True)
+    second = block(e * 2, 3, backend="cpu")
+    (again,) = torch.autograd.grad(first.sum(), e)
+    assert torch.equal(expected, again)
+    second.sum().backward()
+
+
+@needs_library
+@every_call
+def test_public_call_gives_the_same_as_the_backend(call):
+    block, e = make()
+    call = {"n_loops": 2, **call}
+    expected = on_cpu_backend(block, e, normal, dict(call))
+    h = block(e.requires_grad_(), **call, backend="cpu")
+    assert torch.equal(h, expected[0])
+    grads = torch.autograd.grad(h, [e, *block.weights().values()], normal(h))
+    for a, b in zip(grads, expected[1:], strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(block(e, **call, backend="cpu"), h)
+
+
+@needs_library
+def test_second_derivatives_say_what_to_do():
+    block, e = make()
+    h = block(e.requires_grad_(), 2, backend="cpu")
+    with pytest.raises(ShiftInputError, match="backend='torch'"):
+        torch.autograd.grad(h.square().sum(), e, create_graph=True)
+
+
+@needs_library
+@every_call
+def test_operator_passes_opcheck(call):
+    block, e = make()
+    call = {"n_loops": 2, **call}
+    own = call["n_loops"] if isinstance(call["n_loops"], torch.Tensor) else None
+    args = ops_arguments(
+        e.requires_grad_(),
+        block,
+        n_loops=0 if own is not None else call["n_loops"],
+        sample_loops=own,
+        seq_lens=call.get("seq_lens"),
+        all_loops=call.get("return_all_loops", False),
+        n_grad_loops=call.get("n_grad_loops"),
+        compute_dtype=torch.float32,
+        backend="cpu",
+    )
+    # Not the comparison of all outputs with a traced run: what is saved has parts that nobody reads.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.shift_kernels.looped_block, args, test_utils=checks)
+
+
+@needs_library
+def test_compiled_model_runs_it_without_recompiling():
+    torch._dynamo.reset()
+    counters.clear()
+    block, e = make(injection="add")
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    e.requires_grad_()
+    for n_loops in (1, 3, 2):
+        ours = torch.autograd.grad(compiled(e, torch.tensor(n_loops)).sum(), [e, *block.parameters()])
+        plain = torch.autograd.grad(block(e, n_loops, backend="torch").sum(), [e, *block.parameters()])
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_library
+def test_auto_takes_it_for_float32_and_leaves_the_rest():
+    block, _ = make()
+    assert "runs on   cpu" in explain(block.spec, 4, 7)
+    assert "is for float32" in explain(block.spec, 4, 7, dtype=torch.bfloat16)
+    assert "runs on   torch" in explain(block.spec, 4, 7, dtype=torch.float64)
+    assert "seq_len = 2000 > 1024" in explain(block.spec, 4, 2000)
+
+
+@needs_library
+def test_explain_counts_what_is_kept():
+    block, e = make()
+    problem_bytes = cpu_backend.saved_like(e, block.spec, 3)[0].nbytes
+    text = explain(block.spec, *e.shape[:2], n_loops=3)
+    assert f"{problem_bytes / 2**20:.1f} MiB" in text
