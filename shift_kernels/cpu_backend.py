@@ -44,11 +44,13 @@ _LAYER_WEIGHTS = (
 _SPEC_FIELDS = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff", "causal", "loop_norm")
 
 
-@torch.compiler.assume_constant_result
+# Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
+_LIBRARY, _STATUS = native.load()
+
+
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
-    library, status = native.load()
-    return status if library is None else None
+    return _STATUS if _LIBRARY is None else None
 
 
 def meant_for(problem: Problem) -> str | None:

@@ -1,6 +1,6 @@
 """Loads the compiled CPU library, which speaks plain C: it knows nothing of torch's version or ABI.
 
-The library is built by setup.py where there is a C++ compiler. Nothing is loaded before it is asked for.
+The library is built by setup.py where there is a C++ compiler.
 """
 
 from __future__ import annotations
