@@ -9,15 +9,16 @@ from types import ModuleType
 
 import torch
 
-from shift_kernels import torch_backend
+from shift_kernels import torch_backend, triton_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
 # unavailable, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors for
-# backward and saved_like(e, spec, n_loops) gives their shapes.
-BACKENDS: tuple[ModuleType, ...] = (torch_backend,)
+# backward and saved_like(e, spec, n_loops) gives their shapes. DEVICES, where a module has it, are the device
+# types on which "auto" asks it at all: elsewhere it is no slower path that users must hear of.
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,10 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     refused: list[tuple[str, str]] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.NAME):
+            continue
+        if backend == "auto" and problem.device.type not in getattr(
+            candidate, "DEVICES", (problem.device.type,)
+        ):
             continue
         reason = candidate.unavailable() or candidate.refusal(problem)
         if reason is None:

@@ -1,0 +1,150 @@
+"""The resident Triton kernels against the float64 reference: in Triton's interpreter, or on a GPU if there is one."""
+
+import importlib.util
+
+import pytest
+import torch
+from test_reference import OPTIONS
+from torch import nn
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from triton_interpreter import DEVICE, to_bits, to_float32
+
+from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
+from shift_kernels.problem import Problem
+from shift_kernels.triton import resident_plan
+
+F64 = torch.float64
+# Ours may be twice as far from float64 as torch in the same dtype, plus a few roundings where torch is lucky.
+FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def make(batch=3, seq_len=5, **options):
+    torch.manual_seed(0)
+    block = LoopedBlock(BlockSpec(**{"d_model": 8, "n_heads": 2, "d_ff": 12, **options}), dtype=F64)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.4)
+    e = torch.randn(batch, seq_len, block.spec.d_model, dtype=F64)
+    return block.spec, e.to(DEVICE), {name: p.detach().to(DEVICE) for name, p in block.named_parameters()}
+
+
+def cast(weights, dtype):
+    return {name: w.to(dtype) for name, w in weights.items()}
+
+
+def forward(options=None, n_loops=2, dtype=torch.float32, size=None, **call):
+    """Ours, and the errors of ours and of torch in the same dtype."""
+    spec, e, weights = make(**(size or {}), **(options or {}))
+    exact, used = reference.looped_block(e, weights, spec, n_loops, **call)
+    theirs, _ = reference.looped_block(e.to(dtype), cast(weights, dtype), spec, n_loops, **call)
+    ours = looped_block(e.to(dtype), cast(weights, dtype), spec, n_loops, **call, backend="triton")
+    if "halt_threshold" in call:
+        ours, our_used = ours
+        assert our_used.tolist() == used.tolist()
+    assert ours.dtype == dtype
+    return ours, (ours - exact).abs().max().item(), (theirs - exact).abs().max().item()
+
+
+@every_option
+def test_forward_equals_float64(options):
+    _, ours, theirs = forward(options)
+    assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"injection": "add", "position": "rope"}], ids=["plain", "rope"])
+def test_forward_in_half_precision_is_no_worse_than_torch(options, dtype):
+    _, ours, theirs = forward(options, dtype=dtype)
+    assert ours <= 2 * theirs + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("n_loops", [0, 1, 5])
+@pytest.mark.parametrize("injection", ["none", "add"])
+def test_any_number_of_loops(n_loops, injection):
+    _, ours, theirs = forward({"injection": injection, "loop_norm": True}, n_loops=n_loops)
+    assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("return_all_loops", [False, True])
+def test_each_sample_runs_its_own_loops(return_all_loops):
+    loops = torch.tensor([3, 0, 1], device=DEVICE)
+    _, ours, theirs = forward(n_loops=loops, return_all_loops=return_all_loops)
+    assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pads_may_hold_nan_and_return_zero(causal):
+    spec, e, weights = make(causal=causal)
+    lens = torch.tensor([5, 0, 2], device=DEVICE)
+    clean, _ = reference.looped_block(e, weights, spec, 2, seq_lens=lens)
+    pads = torch.arange(5, device=DEVICE) >= lens[:, None]
+    e[pads] = torch.nan
+    h = looped_block(e.float(), cast(weights, torch.float32), spec, 2, seq_lens=lens, backend="triton")
+    torch.testing.assert_close(h.double(), clean, atol=1e-5, rtol=1e-5)
+    assert (h[pads] == 0).all()
+
+
+def test_a_sample_halts_where_the_reference_halts():
+    options = {"injection": "add", "loop_norm": True}
+    for keep in (False, True):
+        _, ours, theirs = forward(options, n_loops=6, halt_threshold=0.6, return_all_loops=keep)
+        assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 16), (2, 17), (7, 3), (9, 16), (5, 20)])
+def test_packed_and_odd_shapes(batch, seq_len):
+    _, ours, theirs = forward(size={"batch": batch, "seq_len": seq_len})
+    assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+def test_sequences_in_one_tile_do_not_see_each_other():
+    spec, e, weights = make(batch=4, seq_len=6, causal=False)
+    e, weights = e.float(), cast(weights, torch.float32)
+    before = looped_block(e, weights, spec, 2, backend="triton")
+    e[1] += 1
+    after = looped_block(e, weights, spec, 2, backend="triton")
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == [False, True, False, False]
+
+
+def test_auto_never_takes_the_interpreter_for_cpu_tensors():
+    problem = Problem(BlockSpec(8, 2), 2, 4, torch.float32, torch.float32, torch.device("cpu"), False)
+    assert dispatch.plan(problem).backend != "triton"
+
+
+@pytest.mark.parametrize("seq_len", [1, 16, 30, 64, 100])
+@pytest.mark.parametrize("d_model", [8, 64, 96, 256])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tile_that_is_not_refused_fits_its_limits(seq_len, d_model, grad):
+    spec = BlockSpec(d_model, 2, head_dim=32)
+    refused = resident_plan.refusal(spec, seq_len, torch.bfloat16, grad=grad)
+    tile = resident_plan.tile(spec, seq_len, 1000, itemsize=2, pack=True, precision="ieee", grad=grad)
+    limit = resident_plan.BACKWARD_TILE if grad else resident_plan.FORWARD_TILE
+    assert (refused is None) == (tile.rows * tile.d_pad <= limit[2] and tile.rows <= resident_plan.MAX_ROWS)
+    assert tile.sequences * seq_len <= tile.rows
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the patch is for the interpreter alone")
+def test_the_patched_interpreter_rounds_bf16_as_torch_does():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(A, B, PRODUCT, SUM, N: tl.constexpr):
+        at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+        a, b = tl.load(A + at), tl.load(B + at)
+        tl.store(PRODUCT + at, tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16)))
+        tl.store(SUM + at, a.to(tl.bfloat16) + b.to(tl.bfloat16))
+
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, 16)
+    product, total = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    kernel[(1,)](a, b, product, total, 16)
+    torch.testing.assert_close(product, a.bfloat16().float() @ b.bfloat16().float())
+    assert torch.equal(total, a.bfloat16() + b.bfloat16())
+    wide = torch.tensor([1.0, 1.00390625, 1.01171875, -3e38, torch.inf, torch.nan]).float()
+    rounded = torch.from_numpy(to_float32(to_bits(wide.numpy())))
+    torch.testing.assert_close(rounded, wide.bfloat16().float(), equal_nan=True, rtol=0, atol=0)
