@@ -44,8 +44,6 @@ def refusal(problem: Problem) -> str | None:
     for dtype in (problem.dtype, problem.compute_dtype):
         if dtype not in _DTYPES:
             return f"dtype {str(dtype).removeprefix('torch.')}"
-    if problem.grad:
-        return "gradients"
     return resident_plan.refusal(problem.spec, problem.seq_len, problem.compute_dtype, grad=problem.grad)
 
 
@@ -73,7 +71,7 @@ def forward(
     compute_dtype: torch.dtype | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h_T (or all h_t), the loops used [batch], and every layer's input in every loop if a backward follows."""
+    """h_T (or all h_t), the loops used [batch]; for a backward, every layer's input in every loop."""
     from shift_kernels.triton.packing import pack
     from shift_kernels.triton.resident_forward import resident_forward
 
@@ -123,6 +121,120 @@ def forward(
         num_stages=1,
     )
     return h, used, saved
+
+
+def backward(
+    grad_h: Tensor,
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    compute_dtype: torch.dtype | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
+    from shift_kernels.triton.packing import pack, unpack
+    from shift_kernels.triton.resident_backward import resident_backward
+
+    batch, seq_len, _ = e.shape
+    compute_dtype = compute_dtype or e.dtype
+    own_loops = isinstance(n_loops, Tensor)
+    tile = resident_plan.tile(
+        spec,
+        seq_len,
+        batch,
+        itemsize=compute_dtype.itemsize,
+        pack=not own_loops,
+        precision=_precision(),
+        grad=True,
+    )
+    states = saved[0]
+    most = len(states) // tile.saves
+    loops = n_loops.to(e.device, torch.int64).clamp(min=0) if isinstance(n_loops, Tensor) else states
+    end = 0 if own_loops or n_grad_loops is None else max(most - n_grad_loops, 0)
+    programs = -(-batch // tile.sequences)
+    dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
+    if not return_all_loops:
+        dh += _without_pads(grad_h, seq_lens)
+    de = torch.zeros_like(dh) if tile.inject else dh
+    packed = pack(weights, spec, tile, seq_len, compute_dtype)
+    vectors = dh.new_zeros(programs, *packed.vectors.shape)
+    grads = WeightGradients(tile, packed.weights)
+    step = resident_plan.loops_per_launch(tile, batch * seq_len, compute_dtype.itemsize)
+    for high in range(most, end, -step):
+        low = max(high - step, end)
+        operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops)
+        resident_backward[(programs,)](
+            states,
+            grad_h.contiguous(),
+            *packed,
+            loops,
+            _lengths(seq_lens, loops),
+            dh,
+            de,
+            vectors,
+            *operands.values(),
+            most,
+            most if n_grad_loops is None else n_grad_loops,
+            low,
+            high,
+            seq_len,
+            batch,
+            S=tile,
+            own_loops=own_loops,
+            ragged=seq_lens is not None,
+            keep_all=return_all_loops,
+            num_warps=resident_plan.warps(tile, grad=True),
+            num_stages=1,
+        )
+        grads.add(operands)
+    grad_vectors = vectors.sum(0)
+    grad_vectors[: tile.n_layers, : len(grads.outputs)] += torch.stack(grads.outputs, 1)
+    if end > 0 and not tile.inject:  # every sample's first loops carry no gradient
+        de = torch.zeros_like(de)
+    return de.to(e.dtype), unpack(grads.rows, grads.biases, grad_vectors, weights, spec, tile)
+
+
+class WeightGradients:
+    """One matmul a weight over all loops and tokens of a launch, summed over launches in fp32."""
+
+    def __init__(self, tile: resident_plan.Tile, packed: Tensor) -> None:
+        self.columns = resident_plan.operand_columns(tile)
+        self.like = packed
+        self.rows = torch.zeros(packed.shape, dtype=torch.float32, device=packed.device)
+        self.biases = self.rows.new_zeros(packed.shape[:2])
+        # Gradients of the biases of out_proj and linear2.
+        self.outputs = [self.rows.new_zeros(len(packed), tile.d_pad) for _ in range(2 if tile.d_ff else 1)]
+
+    def operands(self, tokens: int, *, untouched: bool) -> dict[str, Tensor]:
+        """Room for the kernel to write to; zeros where it may leave a sample's loops ``untouched``."""
+        make = self.like.new_zeros if untouched else self.like.new_empty
+        found = {name: make(len(self.like), tokens, width) for name, width in self.columns.items()}
+        return {name: found.get(name, self.like) for name in resident_plan.OPERANDS}
+
+    def add(self, operand: dict[str, Tensor]) -> None:
+        first = 0
+        pairs = [("dqkv", "xn"), ("o", "dy"), ("dpre", "xn2"), ("act", "dy2")]
+        for left, right in pairs[: 2 * len(self.outputs)]:
+            taken = slice(first, first + self.columns[left])
+            self.rows[:, taken] += operand[left].transpose(1, 2) @ operand[right]
+            if left.startswith("d"):
+                self.biases[:, taken] += operand[left].sum(1, dtype=torch.float32)
+            first = taken.stop
+        for total, name in zip(self.outputs, ("dy", "dy2"), strict=False):
+            total += operand[name].sum(1, dtype=torch.float32)
+
+
+def _without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:
+    """x [batch, seq_len, d_model] with zeros at pads, where it may hold anything."""
+    if seq_lens is None:
+        return x
+    pad = torch.arange(x.shape[1], device=x.device) >= seq_lens.to(x.device)[:, None]
+    return x.masked_fill(pad[..., None], 0)
 
 
 def _precision() -> str:

@@ -1,4 +1,4 @@
-"""The resident Triton kernels against the float64 reference: in Triton's interpreter, or on a GPU if there is one."""
+"""The resident Triton kernels against the float64 reference: interpreted, or on a GPU if there is one."""
 
 import importlib.util
 
@@ -19,6 +19,8 @@ from shift_kernels.triton import resident_plan
 F64 = torch.float64
 # Ours may be twice as far from float64 as torch in the same dtype, plus a few roundings where torch is lucky.
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# The interpreter of Triton 3.6 indexes with one-element arrays.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -108,6 +110,101 @@ def test_sequences_in_one_tile_do_not_see_each_other():
     after = looped_block(e, weights, spec, 2, backend="triton")
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert changed == [False, True, False, False]
+
+
+def gradients(e, weights, spec, n_loops, dtype, backend, grad_at_pads=None, **call):
+    leaves = [x.to(dtype).requires_grad_() for x in (e, *weights.values())]
+    h = looped_block(
+        leaves[0], dict(zip(weights, leaves[1:], strict=True)), spec, n_loops, **call, backend=backend
+    )
+    cotangent = torch.randn(h.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(e.device)
+    if grad_at_pads is not None:
+        cotangent = cotangent.masked_fill(grad_at_pads[..., None], torch.nan)
+    return torch.autograd.grad(h, leaves, cotangent.to(dtype), allow_unused=True, materialize_grads=True)
+
+
+def check_gradients(options=None, n_loops=2, dtype=torch.float32, size=None, **call):
+    """Each gradient at most twice as far from float64 as torch's in the same dtype, relative to its size."""
+    spec, e, weights = make(**(size or {}), **(options or {}))
+    exact, theirs, ours = (
+        gradients(e, weights, spec, n_loops, d, backend, **call)
+        for d, backend in ((F64, "torch"), (dtype, "torch"), (dtype, "triton"))
+    )
+    for name, g, torchs, mine in zip(("e", *weights), exact, theirs, ours, strict=True):
+        assert mine.dtype == dtype
+        size = g.abs().max().item()
+        error, allowed = (mine - g).abs().max().item(), 2 * (torchs - g).abs().max().item()
+        assert error <= allowed + FLOOR[dtype] * (1 + size), name
+
+
+@every_option
+def test_gradients_equal_float64(options):
+    check_gradients(options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"norm_placement": "post"}, {"activation": "swiglu"}])
+def test_gradients_in_half_precision_are_no_worse_than_torchs(options, dtype):
+    check_gradients(options, dtype=dtype)
+
+
+@pytest.mark.parametrize("n_grad_loops", [1, 2, 9])
+@pytest.mark.parametrize("injection", ["none", "add"])
+@pytest.mark.parametrize("n_loops", [3, torch.tensor([3, 0, 1])], ids=["same", "own"])
+def test_gradients_of_the_last_loops_only(n_grad_loops, injection, n_loops):
+    check_gradients({"injection": injection}, n_loops, n_grad_loops=n_grad_loops)
+
+
+@pytest.mark.parametrize("n_grad_loops", [None, 1])
+@pytest.mark.parametrize("n_loops", [3, torch.tensor([3, 0, 1])], ids=["same", "own"])
+def test_gradients_through_every_returned_loop(n_loops, n_grad_loops):
+    check_gradients(n_loops=n_loops, return_all_loops=True, n_grad_loops=n_grad_loops)
+
+
+@pytest.mark.parametrize("size", [{"batch": 7, "seq_len": 3}, {"batch": 2, "seq_len": 17}])
+def test_gradients_of_packed_and_odd_shapes(size):
+    check_gradients({"causal": False}, size=size)
+
+
+@pytest.mark.parametrize("return_all_loops", [False, True])
+def test_no_gradient_comes_from_pads(return_all_loops):
+    spec, e, weights = make(norm="none")
+    lens = torch.tensor([5, 0, 2], device=DEVICE)
+    pads = torch.arange(5, device=DEVICE) >= lens[:, None]
+    call = dict(spec=spec, n_loops=2, seq_lens=lens, return_all_loops=return_all_loops)
+    exact = gradients(e, weights, dtype=F64, backend="torch", **call)
+    e = e.masked_fill(pads[..., None], torch.nan)
+    ours = gradients(e, weights, dtype=torch.float32, backend="triton", grad_at_pads=pads, **call)
+    assert (ours[0][pads] == 0).all()
+    for g, mine in zip(exact, ours, strict=True):
+        torch.testing.assert_close(mine.double(), g, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
+
+
+def test_zero_loops_pass_the_gradient_straight_on():
+    check_gradients(n_loops=0)
+
+
+def test_the_operator_keeps_its_registered_contract():
+    spec, e, weights = make(loop_norm=True)
+    weights = [w.float().requires_grad_() for w in weights.values()]
+    e = e.float().requires_grad_()
+    args = (e, weights, spec.key, 2, None, None, False, None, None, torch.float32, True, "triton")
+    torch.library.opcheck(
+        torch.ops.shift_kernels.looped_block,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_splitting_the_loops_over_launches_changes_only_rounding(monkeypatch):
+    monkeypatch.setattr(resident_plan, "OPERAND_BYTES", 1)
+    check_gradients({"n_layers": 2, "injection": "add"}, n_loops=3)
+
+
+def test_gradients_have_the_same_bits_every_time():
+    spec, e, weights = make()
+    runs = [gradients(e, weights, spec, 2, torch.float32, "triton") for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_auto_never_takes_the_interpreter_for_cpu_tensors():

@@ -66,7 +66,8 @@ def figures(
     report = _ptxas(ptx, sm)
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = re.search(r"Used (\d+) registers", report)
-    assert spill and registers, report
+    assert spill, report
+    assert registers, report
     return {
         "sm": sm,
         "rows": tile.rows,

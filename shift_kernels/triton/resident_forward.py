@@ -97,7 +97,7 @@ def head(xn, W, B, row, rotate: tl.constexpr, ROTARY, pos, seq_len, S: tl.conste
 
 @triton.jit
 def probabilities(q, k, seq, pos, S: tl.constexpr):
-    """softmax(q k^T / sqrt(head_dim)) over a row's own sequence: [rows, rows] f32; 0 where nothing is allowed.
+    """softmax(q k^T / sqrt(head_dim)) in a row's own sequence: [rows, rows] f32; a row seeing nothing is 0.
 
     seq [rows]: the sequence a row belongs to, -1 for pads. pos [rows]: position inside it.
     """

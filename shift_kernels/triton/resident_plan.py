@@ -19,6 +19,8 @@ PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 128}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
+# What the backward writes for the weight gradients, in the order of its kernel's arguments.
+OPERANDS = ("xn", "dqkv", "o", "dy", "xn2", "dpre", "act", "dy2")
 OPERAND_BYTES = 512 * 2**20  # of weight-gradient operands alive at once: bounds the loops per launch
 
 
@@ -66,9 +68,14 @@ class Tile:
     precision: str
 
     @property
+    def score_factor(self) -> float:
+        """Factor on q k^T: 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5
+
+    @property
     def score_scale(self) -> float:
-        """Factor on q k^T: 1 / sqrt(head_dim), in base 2 because the kernels use exp2."""
-        return self.head_dim**-0.5 * math.log2(math.e)
+        """The same in base 2, for exp2."""
+        return self.score_factor * math.log2(math.e)
 
 
 def power_of_two(n: int) -> int:
