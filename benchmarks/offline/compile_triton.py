@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from shift_kernels import BlockSpec
 from shift_kernels.triton import resident_plan
+from shift_kernels.triton.resident_backward import resident_backward
 from shift_kernels.triton.resident_forward import resident_forward
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "triton_resident.json"
@@ -34,7 +35,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def signature(kernel, tile: resident_plan.Tile, dtype: torch.dtype, flags: dict[str, bool]):
     """Types, constants and alignments of a kernel's arguments, as the launcher would find them."""
-    operand = {"W", "E", "H", "SAVED", "GRAD_H", *OPERANDS}
+    operand = {"W", "E", "H", "SAVED", "GRAD_H", *(name.upper() for name in resident_plan.OPERANDS)}
     whole = {"LOOPS", "LENS", "USED"}
     types, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -47,9 +48,6 @@ def signature(kernel, tile: resident_plan.Tile, dtype: torch.dtype, flags: dict[
         else:
             types[name] = "fp32" if name == "threshold" else "i32"
     return types, constants, aligned
-
-
-OPERANDS = ("XN", "DQKV", "O", "DY", "XN2", "DPRE", "ACT", "DY2")
 
 
 def figures(
@@ -95,17 +93,29 @@ def _ptxas(ptx: str, sm: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def forward(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, save: bool, **spec) -> dict[str, Any]:
-    """Figures of the forward kernel for one tile; ``save``: as in training."""
+def forward(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, **spec) -> dict[str, Any]:
+    """Figures of the forward kernel for one tile, as in training."""
     tile = _tile(seq_len, d_model, dtype, grad=False, **spec)
-    flags = dict(own_loops=False, ragged=False, keep_all=False, save=save, halt=False)
+    flags = dict(own_loops=False, ragged=False, keep_all=False, save=True, halt=False)
     warps = resident_plan.warps(tile, grad=False)
     return {"kernel": "forward"} | figures(resident_forward, tile, dtype, flags, sm, warps)
 
 
+def backward(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, **spec) -> dict[str, Any]:
+    """Figures of the backward kernel for one tile."""
+    tile = _tile(seq_len, d_model, dtype, grad=True, **spec)
+    flags = dict(own_loops=False, ragged=False, keep_all=False)
+    warps = resident_plan.warps(tile, grad=True)
+    return {"kernel": "backward"} | figures(resident_backward, tile, dtype, flags, sm, warps)
+
+
+def _spec(d_model: int, **options) -> BlockSpec:
+    return BlockSpec(d_model=d_model, n_heads=max(1, d_model // HEAD_DIM), **options)
+
+
 def _tile(seq_len: int, d_model: int, dtype: torch.dtype, *, grad: bool, **spec) -> resident_plan.Tile:
     return resident_plan.tile(
-        BlockSpec(d_model=d_model, n_heads=max(1, d_model // HEAD_DIM), **spec),
+        _spec(d_model, **spec),
         seq_len,
         batch=1,
         itemsize=dtype.itemsize,
@@ -126,8 +136,11 @@ def main() -> None:
     for seq_len, d_model in TILES:
         for sm in args.sm:
             for dtype in (torch.bfloat16, torch.float32):
-                rows.append(forward(seq_len, d_model, dtype, sm, save=True))
-                print(json.dumps(rows[-1]), flush=True)
+                for kernel in (forward, backward):
+                    grad = kernel is backward
+                    if resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad) is None:
+                        rows.append(kernel(seq_len, d_model, dtype, sm))
+                        print(json.dumps(rows[-1]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 

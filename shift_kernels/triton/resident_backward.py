@@ -87,14 +87,14 @@ def attention_backward(
     heads: tl.constexpr = S.n_heads + 2 * S.n_kv_heads
     qkv_width: tl.constexpr = heads * S.head_pad
     o_width: tl.constexpr = S.n_heads * S.head_pad
-    dn = tl.zeros([S.rows, S.d_pad], tl.float32)
+    dn = tl.zeros(xn.shape, tl.float32)
     for j in range(S.n_kv_heads):
         at_k = (S.n_heads + j) * S.head_pad
         at_v = (S.n_heads + S.n_kv_heads + j) * S.head_pad
         k = head(xn, W, B, at_k, S.rope, ROTARY, pos, seq_len, S)
         v = head(xn, W, B, at_v, False, ROTARY, pos, seq_len, S)
-        dk = tl.zeros([S.rows, S.head_pad], tl.float32)
-        dv = tl.zeros([S.rows, S.head_pad], tl.float32)
+        dk = tl.zeros(k.shape, tl.float32)
+        dv = tl.zeros(k.shape, tl.float32)
         for i in range(group):
             h = j * group + i
             q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, pos, seq_len, S)
@@ -151,7 +151,7 @@ def mlp_backward(xn, dy, W, B, row, inside, DPRE, ACT, S: tl.constexpr):
     first: tl.constexpr = 2 * (S.n_heads + S.n_kv_heads) * S.head_pad
     last: tl.constexpr = S.weight_rows - S.ff_pad
     width: tl.constexpr = last - first
-    dn = tl.zeros([S.rows, S.d_pad], tl.float32)
+    dn = tl.zeros(xn.shape, tl.float32)
     for c in range(0, S.ff_pad, S.ff_chunk):
         w2 = weight_tile(W, last + c, S.ff_chunk, S)
         da = tl.dot(dy, tl.trans(w2), input_precision=S.precision)

@@ -242,7 +242,7 @@ def resident_forward(
     stored = inside[:, None] & column
     stride = batch.to(tl.int64) * seq_len * S.d_model  # of one state of the whole batch
     if S.inject:
-        h = tl.zeros([S.rows, S.d_pad], tl.float32)
+        h = tl.zeros(valid.shape, tl.float32)
     else:
         h = tl.load(tile_of(E, row, S), mask=valid, other=0.0).to(tl.float32)
     most = n_loops
