@@ -5,6 +5,7 @@ Triton itself is imported when a kernel first runs, not with the package.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 
@@ -99,27 +100,28 @@ def forward(
     h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
     saved = saved_like(e, spec, most) if for_backward else []
     packed = pack(weights, spec, tile, seq_len, compute_dtype)
-    resident_forward[(-(-batch // tile.sequences),)](
-        e.contiguous(),
-        *packed,
-        loops,
-        _lengths(seq_lens, loops),
-        h,
-        saved[0] if saved else h,
-        used,
-        most,
-        seq_len,
-        batch,
-        float(halt_threshold or 0.0),
-        S=tile,
-        own_loops=own_loops,
-        ragged=seq_lens is not None,
-        keep_all=return_all_loops,
-        save=for_backward,
-        halt=halts,
-        num_warps=resident_plan.warps(tile, grad=False),
-        num_stages=1,
-    )
+    with _on(e):
+        resident_forward[(tile.programs(batch, seq_len),)](
+            e.contiguous(),
+            *packed,
+            loops,
+            _lengths(seq_lens, loops),
+            h,
+            saved[0] if saved else h,
+            used,
+            most,
+            seq_len,
+            batch,
+            float(halt_threshold or 0.0),
+            S=tile,
+            own_loops=own_loops,
+            ragged=seq_lens is not None,
+            keep_all=return_all_loops,
+            save=for_backward,
+            halt=halts,
+            num_warps=resident_plan.warps(tile, grad=False),
+            num_stages=1,
+        )
     return h, used, saved
 
 
@@ -156,7 +158,7 @@ def backward(
     most = len(states) // tile.saves
     loops = n_loops.to(e.device, torch.int64).clamp(min=0) if isinstance(n_loops, Tensor) else states
     end = 0 if own_loops or n_grad_loops is None else max(most - n_grad_loops, 0)
-    programs = -(-batch // tile.sequences)
+    programs = tile.programs(batch, seq_len)
     dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
     if not return_all_loops:
         dh += _without_pads(grad_h, seq_lens)
@@ -168,29 +170,30 @@ def backward(
     for high in range(most, end, -step):
         low = max(high - step, end)
         operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops)
-        resident_backward[(programs,)](
-            states,
-            grad_h.contiguous(),
-            *packed,
-            loops,
-            _lengths(seq_lens, loops),
-            dh,
-            de,
-            vectors,
-            *operands.values(),
-            most,
-            most if n_grad_loops is None else n_grad_loops,
-            low,
-            high,
-            seq_len,
-            batch,
-            S=tile,
-            own_loops=own_loops,
-            ragged=seq_lens is not None,
-            keep_all=return_all_loops,
-            num_warps=resident_plan.warps(tile, grad=True),
-            num_stages=1,
-        )
+        with _on(e):
+            resident_backward[(programs,)](
+                states,
+                grad_h.contiguous(),
+                *packed,
+                loops,
+                _lengths(seq_lens, loops),
+                dh,
+                de,
+                vectors,
+                *operands.values(),
+                most,
+                most if n_grad_loops is None else n_grad_loops,
+                low,
+                high,
+                seq_len,
+                batch,
+                S=tile,
+                own_loops=own_loops,
+                ragged=seq_lens is not None,
+                keep_all=return_all_loops,
+                num_warps=resident_plan.warps(tile, grad=True),
+                num_stages=1,
+            )
         grads.add(operands)
     grad_vectors = vectors.sum(0)
     grad_vectors[: tile.n_layers, : len(grads.outputs)] += torch.stack(grads.outputs, 1)
@@ -235,6 +238,11 @@ def _without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:
         return x
     pad = torch.arange(x.shape[1], device=x.device) >= seq_lens.to(x.device)[:, None]
     return x.masked_fill(pad[..., None], 0)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _precision() -> str:

@@ -207,6 +207,23 @@ def test_gradients_have_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_autocast_keeps_the_residual_stream_in_float32():
+    spec, e, weights = make()
+    exact, _ = reference.looped_block(e, weights, spec, 2)
+    e, weights = e.float(), cast(weights, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = looped_block(e, weights, spec, 2, backend="triton")
+        theirs = looped_block(e, weights, spec, 2, backend="torch")
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + FLOOR[torch.bfloat16]
+
+
+def test_float64_is_refused_with_the_reason():
+    spec, e, weights = make()
+    with pytest.raises(ValueError, match="dtype float64"):
+        looped_block(e, weights, spec, 1, backend="triton")
+
+
 def test_auto_never_takes_the_interpreter_for_cpu_tensors():
     problem = Problem(BlockSpec(8, 2), 2, 4, torch.float32, torch.float32, torch.device("cpu"), False)
     assert dispatch.plan(problem).backend != "triton"
@@ -221,7 +238,18 @@ def test_a_tile_that_is_not_refused_fits_its_limits(seq_len, d_model, grad):
     tile = resident_plan.tile(spec, seq_len, 1000, itemsize=2, pack=True, precision="ieee", grad=grad)
     limit = resident_plan.BACKWARD_TILE if grad else resident_plan.FORWARD_TILE
     assert (refused is None) == (tile.rows * tile.d_pad <= limit[2] and tile.rows <= resident_plan.MAX_ROWS)
-    assert tile.sequences * seq_len <= tile.rows
+    assert tile.programs(1000, seq_len) * (tile.rows // seq_len) >= 1000
+
+
+def test_short_sequences_share_a_tile_only_where_programs_stay_plenty():
+    spec = BlockSpec(64, 2)
+    few, many = (
+        resident_plan.tile(spec, 16, batch, itemsize=2, pack=True, precision="ieee", grad=False)
+        for batch in (64, 4096)
+    )
+    assert (few.rows, many.rows) == (16, resident_plan.PACKED_ROWS)
+    assert few.programs(64, 16) == 64
+    assert many.programs(4096, 16) == 1024
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the patch is for the interpreter alone")

@@ -196,13 +196,16 @@ def sublayer(x, is_mlp: tl.constexpr, W, B, V, ROTARY, seq, pos, seq_len, S: tl.
 def place(pid, LENS, seq_len, batch, ragged: tl.constexpr, S: tl.constexpr):
     """Which sequence and position each row of this program is: row [rows] i64, inside, seq, pos [rows]."""
     r = tl.arange(0, S.rows)
-    sample = pid * S.sequences + r // seq_len
     pos = r % seq_len
-    inside = (r < S.sequences * seq_len) & (sample < batch)
+    sequences = 1
+    if S.packed:
+        sequences = S.rows // seq_len
+    sample = pid * sequences + r // seq_len
+    inside = (r < sequences * seq_len) & (sample < batch)
     valid = inside
     if ragged:
         valid = inside & (pos < tl.load(LENS + sample, mask=inside, other=0))
-    row = pid.to(tl.int64) * S.sequences * seq_len + r
+    row = pid.to(tl.int64) * sequences * seq_len + r
     return row, inside, tl.where(valid, sample, -1), pos
 
 

@@ -19,6 +19,7 @@ PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 128}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
+BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
 # What the backward writes for the weight gradients, in the order of its kernel's arguments.
 OPERANDS = ("xn", "dqkv", "o", "dy", "xn2", "dpre", "act", "dy2")
 OPERAND_BYTES = 512 * 2**20  # of weight-gradient operands alive at once: bounds the loops per launch
@@ -30,7 +31,7 @@ class Tile:
 
     Args:
         rows: tokens a program owns, a power of two.
-        sequences: sequences packed into those rows, one behind the other.
+        packed: as many whole sequences as fit share those rows, one behind the other; else one does.
         d_model, d_pad, head_dim, head_pad, n_heads, n_kv_heads, n_layers: sizes of the block.
         d_ff: hidden width, 0 without an MLP; ff_pad, ff_chunk: padded width and columns of it at a time.
         weight_rows: rows of length d_pad in one layer's packed weights.
@@ -41,7 +42,7 @@ class Tile:
     """
 
     rows: int
-    sequences: int
+    packed: bool
     d_model: int
     d_pad: int
     n_heads: int
@@ -66,6 +67,10 @@ class Tile:
     scale: float
     eps: float
     precision: str
+
+    def programs(self, batch: int, seq_len: int) -> int:
+        """Programs that serve a batch."""
+        return -(-batch // (self.rows // seq_len if self.packed else 1))
 
     @property
     def score_factor(self) -> float:
@@ -97,15 +102,20 @@ def tile(
     """
     rows = power_of_two(seq_len)
     if pack:
-        room = (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize] // power_of_two(spec.d_model)
-        rows = max(rows, min(PACKED_ROWS, room, power_of_two(batch * seq_len)))
+        limit = (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize]
+        while (
+            2 * rows <= PACKED_ROWS
+            and 2 * rows * power_of_two(spec.d_model) <= limit
+            and batch * seq_len >= 2 * rows * BUSY
+        ):
+            rows *= 2
     d_pad, head_pad = power_of_two(spec.d_model), power_of_two(spec.head_dim)
     hidden = 2 if spec.activation == "swiglu" else 1
     chunk = min(power_of_two(spec.d_ff), 64 if rows * d_pad <= 64 * 64 and not grad else 32)
     ff_pad = -(-spec.d_ff // chunk) * chunk
     return Tile(
         rows=rows,
-        sequences=rows // seq_len if pack else 1,
+        packed=pack,
         d_model=spec.d_model,
         d_pad=d_pad,
         n_heads=spec.n_heads,
