@@ -119,7 +119,7 @@ def forward(
             keep_all=return_all_loops,
             save=for_backward,
             halt=halts,
-            num_warps=resident_plan.warps(tile, grad=False),
+            num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=False),
             num_stages=1,
         )
     return h, used, saved
@@ -191,7 +191,7 @@ def backward(
                 own_loops=own_loops,
                 ragged=seq_lens is not None,
                 keep_all=return_all_loops,
-                num_warps=resident_plan.warps(tile, grad=True),
+                num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=True),
                 num_stages=1,
             )
         grads.add(operands)

@@ -8,6 +8,7 @@ Figures are for the installed Triton's own ptxas. They say what fits on chip; th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -97,7 +98,7 @@ def forward(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, **spec) -> 
     """Figures of the forward kernel for one tile, as in training."""
     tile = _tile(seq_len, d_model, dtype, grad=False, **spec)
     flags = dict(own_loops=False, ragged=False, keep_all=False, save=True, halt=False)
-    warps = resident_plan.warps(tile, grad=False)
+    warps = resident_plan.warps(tile, dtype.itemsize, grad=False)
     return {"kernel": "forward"} | figures(resident_forward, tile, dtype, flags, sm, warps)
 
 
@@ -105,7 +106,7 @@ def backward(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, **spec) ->
     """Figures of the backward kernel for one tile."""
     tile = _tile(seq_len, d_model, dtype, grad=True, **spec)
     flags = dict(own_loops=False, ragged=False, keep_all=False)
-    warps = resident_plan.warps(tile, grad=True)
+    warps = resident_plan.warps(tile, dtype.itemsize, grad=True)
     return {"kernel": "backward"} | figures(resident_backward, tile, dtype, flags, sm, warps)
 
 
@@ -133,14 +134,13 @@ def main() -> None:
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100])
     args = parser.parse_args()
     rows = []
-    for seq_len, d_model in TILES:
-        for sm in args.sm:
-            for dtype in (torch.bfloat16, torch.float32):
-                for kernel in (forward, backward):
-                    grad = kernel is backward
-                    if resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad) is None:
-                        rows.append(kernel(seq_len, d_model, dtype, sm))
-                        print(json.dumps(rows[-1]), flush=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        for sm, (seq_len, d_model) in itertools.product(args.sm, TILES):
+            for kernel in (forward, backward):
+                grad = kernel is backward
+                if resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad) is None:
+                    rows.append(kernel(seq_len, d_model, dtype, sm))
+                    print(json.dumps(rows[-1]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 

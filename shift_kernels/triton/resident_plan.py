@@ -111,7 +111,9 @@ def tile(
             rows *= 2
     d_pad, head_pad = power_of_two(spec.d_model), power_of_two(spec.head_dim)
     hidden = 2 if spec.activation == "swiglu" else 1
-    chunk = min(power_of_two(spec.d_ff), 64 if rows * d_pad <= 64 * 64 and not grad else 32)
+    # Smaller chunks where a tile, its gradients or fp32 operands leave fewer registers.
+    chunk = 64 if rows * d_pad <= 64 * 64 and not grad and itemsize == 2 else 32
+    chunk = min(power_of_two(spec.d_ff), 16 if grad and itemsize == 4 else chunk)
     ff_pad = -(-spec.d_ff // chunk) * chunk
     return Tile(
         rows=rows,
@@ -143,14 +145,13 @@ def tile(
     )
 
 
-def warps(t: Tile, *, grad: bool) -> int:
-    """Warps a program: the residual tile must fit their registers, beside one branch's work."""
-    elements = t.rows * t.d_pad
-    if elements <= 32 * 64:
-        return 4
-    if elements <= 64 * 64:
-        return 8 if grad else 4
-    return 8
+def warps(t: Tile, itemsize: int, *, grad: bool) -> int:
+    """Warps a program: the residual tile must fit their registers, beside one branch's work.
+
+    fp32 operands are multiplied by the ordinary units, from registers: twice the warps.
+    """
+    alone = 32 * 64 if grad else 64 * 64
+    return 4 if t.rows * t.d_pad <= alone and itemsize == 2 else 8
 
 
 def refusal(spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool) -> str | None:
