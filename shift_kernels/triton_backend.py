@@ -45,7 +45,19 @@ def refusal(problem: Problem) -> str | None:
     for dtype in (problem.dtype, problem.compute_dtype):
         if dtype not in _DTYPES:
             return f"dtype {str(dtype).removeprefix('torch.')}"
-    return resident_plan.refusal(problem.spec, problem.seq_len, problem.compute_dtype, grad=problem.grad)
+    return resident_plan.refusal(
+        problem.spec,
+        problem.seq_len,
+        problem.compute_dtype,
+        grad=problem.grad,
+        capability=_capability(problem.device),
+    )
+
+
+def _capability(device: torch.device) -> int:
+    """Major compute capability; a Hopper's where there is no such device (``explain``, the interpreter)."""
+    exists = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device)[0] if exists else 9
 
 
 def saved_bytes(problem: Problem) -> int:
@@ -88,6 +100,7 @@ def forward(
         pack=not own_loops and not halts,
         precision=_precision(),
         grad=False,
+        capability=_capability(e.device),
     )
     if isinstance(n_loops, Tensor):
         used = n_loops.to(e.device, torch.int64).clamp(min=0).contiguous()
@@ -153,6 +166,7 @@ def backward(
         pack=not own_loops,
         precision=_precision(),
         grad=True,
+        capability=_capability(e.device),
     )
     states = saved[0]
     most = len(states) // tile.saves

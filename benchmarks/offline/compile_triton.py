@@ -79,6 +79,7 @@ def figures(
         "spill_loads": int(spill[2]),
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[sm],
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,  # columns, at most 512
         "instructions": {i: ptx.count(i) for i in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if i in ptx},
     }
 
@@ -138,7 +139,10 @@ def main() -> None:
         for sm, (seq_len, d_model) in itertools.product(args.sm, TILES):
             for kernel in (forward, backward):
                 grad = kernel is backward
-                if resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad) is None:
+                if (
+                    resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad, capability=sm // 10)
+                    is None
+                ):
                     rows.append(kernel(seq_len, d_model, dtype, sm))
                     print(json.dumps(rows[-1]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,11 @@ from shift_kernels.spec import BlockSpec
 MIN_SIDE = 16  # the smallest side of a tile that tl.dot accepts
 PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
 # Elements of the fp32 residual tile (rows x padded d_model) that a program may hold, by operand bytes.
-FORWARD_TILE = {2: 64 * 256, 4: 64 * 128}
+FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
+# With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
+BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
 BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
 # What the backward writes for the weight gradients, in the order of its kernel's arguments.
 OPERANDS = ("xn", "dqkv", "o", "dy", "xn2", "dpre", "act", "dy2")
@@ -88,8 +90,23 @@ def power_of_two(n: int) -> int:
     return max(MIN_SIDE, 1 << (n - 1).bit_length())
 
 
+def limits(itemsize: int, *, grad: bool, capability: int) -> tuple[int, int]:
+    """Most rows, and most elements (rows x d_pad), of a tile. capability: major compute capability."""
+    if grad and capability >= 10 and itemsize == 2:
+        return BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE
+    return MAX_ROWS, (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize]
+
+
 def tile(
-    spec: BlockSpec, seq_len: int, batch: int, *, itemsize: int, pack: bool, precision: str, grad: bool
+    spec: BlockSpec,
+    seq_len: int,
+    batch: int,
+    *,
+    itemsize: int,
+    pack: bool,
+    precision: str,
+    grad: bool,
+    capability: int = 9,
 ) -> Tile:
     """The tile for a block and a padded length.
 
@@ -99,13 +116,14 @@ def tile(
         pack: several short sequences may share a tile: they then leave together, so not with a T each.
         precision: ``ieee`` or ``tf32``.
         grad: for the backward kernel, which holds more and takes smaller chunks.
+        capability: major compute capability of the device.
     """
     rows = power_of_two(seq_len)
     if pack:
-        limit = (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize]
+        most_rows, most = limits(itemsize, grad=grad, capability=capability)
         while (
-            2 * rows <= PACKED_ROWS
-            and 2 * rows * power_of_two(spec.d_model) <= limit
+            2 * rows <= min(PACKED_ROWS, most_rows)
+            and 2 * rows * power_of_two(spec.d_model) <= most
             and batch * seq_len >= 2 * rows * BUSY
         ):
             rows *= 2
@@ -154,15 +172,17 @@ def warps(t: Tile, itemsize: int, *, grad: bool) -> int:
     return 4 if t.rows * t.d_pad <= alone and itemsize == 2 else 8
 
 
-def refusal(spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool) -> str | None:
+def refusal(
+    spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool, capability: int = 9
+) -> str | None:
     """Why no tile holds this block, or None."""
     rows, d_pad = power_of_two(seq_len), power_of_two(spec.d_model)
-    limit = (BACKWARD_TILE if grad else FORWARD_TILE)[compute_dtype.itemsize]
-    if rows > MAX_ROWS:
-        return f"seq_len = {seq_len} > {MAX_ROWS}"
-    if rows * d_pad > limit:
+    most_rows, most = limits(compute_dtype.itemsize, grad=grad, capability=capability)
+    if rows > most_rows:
+        return f"seq_len = {seq_len} > {most_rows}{' with gradients' if grad else ''}"
+    if rows * d_pad > most:
         return (
-            f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {limit} elements"
+            f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
             f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
         )
     if spec.head_dim > 128:
