@@ -20,6 +20,7 @@ from shift_kernels.spec import ACTIVATIONS, NORMS, PLACEMENTS, BlockSpec
 
 NAME = "cpu"
 SAVES = True
+ONLY_BY_NAME = None
 
 ROWS_PER_TILE = 64
 """Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""

@@ -9,15 +9,16 @@ from types import ModuleType
 
 import torch
 
-from shift_kernels import cpu_backend, torch_backend
+from shift_kernels import cpu_backend, torch_backend, triton_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
 # unavailable, meant_for, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors
-# for backward and saved_like(e, spec, n_loops) gives their shapes.
-BACKENDS: tuple[ModuleType, ...] = (cpu_backend, torch_backend)
+# for backward and saved_like(e, spec, n_loops) gives their shapes. ONLY_BY_NAME: why "auto" leaves it
+# alone, or None.
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, cpu_backend, torch_backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.NAME):
             continue
-        reason = candidate.unavailable() or candidate.meant_for(problem) or candidate.refusal(problem)
+        reason = _reason_against(candidate, problem, backend)
         if reason is None:
             saved = candidate.saved_bytes(problem) if problem.grad else 0
             why = "asked for" if backend != "auto" else "first of " + ", ".join(names) + " that serves this"
@@ -84,6 +85,15 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     raise AssertionError("the torch backend serves everything")
 
 
+def _reason_against(candidate: ModuleType, problem: Problem, backend: str) -> str | None:
+    return (
+        candidate.unavailable()
+        or candidate.meant_for(problem)
+        or (candidate.ONLY_BY_NAME if backend == "auto" else None)
+        or candidate.refusal(problem)
+    )
+
+
 def plan_and_warn(problem: Problem, backend: str) -> Plan:
     """As :func:`plan`; says once for each reason when ``auto`` takes a slower path than it should."""
     chosen = plan(problem, backend)
@@ -96,12 +106,10 @@ _SAID: set[str] = set()
 
 
 def _say_slow(problem: Problem, chosen: Plan) -> None:
-    # A backend that this machine lacks, or that is for other devices and dtypes, is no surprise; one that
-    # refuses a problem of its own kind is.
+    # A backend that this machine lacks, that is for other devices and dtypes, or that wants to be named is no
+    # surprise; one that refuses a problem of its own kind is.
     reasons = "; ".join(
-        f"{name}: {why}"
-        for name, why in chosen.refused
-        if module_of(name).unavailable() is None and module_of(name).meant_for(problem) is None
+        f"{name}: {why}" for name, why in chosen.refused if why == module_of(name).refusal(problem)
     )
     if not reasons:
         return

@@ -17,6 +17,7 @@ from shift_kernels.spec import BlockSpec
 
 NAME = "torch"
 SAVES = False  # forward keeps nothing for backward
+ONLY_BY_NAME = None
 
 
 def unavailable() -> str | None:

@@ -24,6 +24,7 @@ PROBLEM = Problem(SPEC, 2, 3, torch.float32, torch.float32, torch.device("cpu"),
 def fast_backend(missing=None, refuses=None, other_kind=None):
     return SimpleNamespace(
         NAME="fast",
+        ONLY_BY_NAME=None,
         meant_for=lambda p: other_kind,
         SAVES=False,
         unavailable=lambda: missing,

@@ -1,0 +1,277 @@
+"""The ``triton`` backend: resident kernels, one program a tile of sequences, all T loops in one launch.
+
+Triton itself is imported when a kernel first runs, not with the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from shift_kernels.problem import Problem
+from shift_kernels.spec import BlockSpec
+from shift_kernels.triton import resident_plan
+
+NAME = "triton"
+SAVES = True
+ONLY_BY_NAME: str | None = "not yet run on hardware: name it to try it"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FOREVER = 2**31 - 1  # more loops than any sample asks for: its own number decides
+
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine, or None."""
+    if not _INSTALLED:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "no CUDA device"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors too: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def meant_for(problem: Problem) -> str | None:
+    """Why the problem is of a kind that this backend is not for, or None."""
+    if problem.device.type != "cuda" and not (_interpreted() and problem.device.type == "cpu"):
+        return f"is for CUDA tensors, not {problem.device.type}"
+    for dtype in (problem.dtype, problem.compute_dtype):
+        if dtype not in _DTYPES:
+            return f"is for float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why this backend does not serve a problem that it is meant for, or None."""
+    return resident_plan.refusal(
+        problem.spec,
+        problem.seq_len,
+        problem.compute_dtype,
+        grad=problem.grad,
+        capability=_capability(problem.device),
+    )
+
+
+def _capability(device: torch.device) -> int:
+    """Major compute capability; a Hopper's where there is no such device (``explain``, the interpreter)."""
+    exists = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device)[0] if exists else 9
+
+
+def saved_bytes(problem: Problem) -> int:
+    """Bytes kept for the backward pass, per loop: a state for each layer, one more for a loop norm."""
+    states = problem.spec.n_layers + problem.spec.loop_norm
+    return states * problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
+
+
+def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
+    """Empty tensors of the shapes that :func:`forward` saves: every layer's input in every loop."""
+    return [e.new_empty(n_loops * (spec.n_layers + spec.loop_norm), *e.shape)]
+
+
+def forward(
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    halt_threshold: float | None,
+    compute_dtype: torch.dtype | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """h_T (or all h_t), the loops used [batch]; for a backward, every layer's input in every loop."""
+    from shift_kernels.triton.packing import pack
+    from shift_kernels.triton.resident_forward import resident_forward
+
+    batch, seq_len, _ = e.shape
+    compute_dtype = compute_dtype or e.dtype
+    own_loops = isinstance(n_loops, Tensor)
+    halts = halt_threshold is not None
+    tile = resident_plan.tile(
+        spec,
+        seq_len,
+        batch,
+        itemsize=compute_dtype.itemsize,
+        pack=not own_loops and not halts,
+        precision=_precision(),
+        grad=False,
+        capability=_capability(e.device),
+    )
+    if isinstance(n_loops, Tensor):
+        used = n_loops.to(e.device, torch.int64).clamp(min=0).contiguous()
+        # The number of states to return or keep is needed on the host, and only then.
+        most = int(used.max()) if return_all_loops or for_backward else _FOREVER
+    else:
+        used = torch.full((batch,), n_loops, dtype=torch.int64, device=e.device)
+        most = n_loops
+    loops, used = used, (used.clone() if halts else used)
+    h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
+    saved = saved_like(e, spec, most) if for_backward else []
+    packed = pack(weights, spec, tile, seq_len, compute_dtype)
+    with _on(e):
+        resident_forward[(tile.programs(batch, seq_len),)](
+            e.contiguous(),
+            *packed,
+            loops,
+            _lengths(seq_lens, loops),
+            h,
+            saved[0] if saved else h,
+            used,
+            most,
+            seq_len,
+            batch,
+            float(halt_threshold or 0.0),
+            S=tile,
+            own_loops=own_loops,
+            ragged=seq_lens is not None,
+            keep_all=return_all_loops,
+            save=for_backward,
+            halt=halts,
+            num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=False),
+            num_stages=1,
+        )
+    return h, used, saved
+
+
+def backward(
+    grad_h: Tensor,
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    *,
+    seq_lens: Tensor | None,
+    return_all_loops: bool,
+    n_grad_loops: int | None,
+    compute_dtype: torch.dtype | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
+    from shift_kernels.triton.packing import pack, unpack
+    from shift_kernels.triton.resident_backward import resident_backward
+
+    batch, seq_len, _ = e.shape
+    compute_dtype = compute_dtype or e.dtype
+    own_loops = isinstance(n_loops, Tensor)
+    tile = resident_plan.tile(
+        spec,
+        seq_len,
+        batch,
+        itemsize=compute_dtype.itemsize,
+        pack=not own_loops,
+        precision=_precision(),
+        grad=True,
+        capability=_capability(e.device),
+    )
+    states = saved[0]
+    most = len(states) // tile.saves
+    loops = n_loops.to(e.device, torch.int64).clamp(min=0) if isinstance(n_loops, Tensor) else states
+    end = 0 if own_loops or n_grad_loops is None else max(most - n_grad_loops, 0)
+    programs = tile.programs(batch, seq_len)
+    dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
+    if not return_all_loops:
+        dh += _without_pads(grad_h, seq_lens)
+    de = torch.zeros_like(dh) if tile.inject else dh
+    packed = pack(weights, spec, tile, seq_len, compute_dtype)
+    vectors = dh.new_zeros(programs, *packed.vectors.shape)
+    grads = WeightGradients(tile, packed.weights)
+    step = resident_plan.loops_per_launch(tile, batch * seq_len, compute_dtype.itemsize)
+    for high in range(most, end, -step):
+        low = max(high - step, end)
+        operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops)
+        with _on(e):
+            resident_backward[(programs,)](
+                states,
+                grad_h.contiguous(),
+                *packed,
+                loops,
+                _lengths(seq_lens, loops),
+                dh,
+                de,
+                vectors,
+                *operands.values(),
+                most,
+                most if n_grad_loops is None else n_grad_loops,
+                low,
+                high,
+                seq_len,
+                batch,
+                S=tile,
+                own_loops=own_loops,
+                ragged=seq_lens is not None,
+                keep_all=return_all_loops,
+                num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=True),
+                num_stages=1,
+            )
+        grads.add(operands)
+    grad_vectors = vectors.sum(0)
+    grad_vectors[: tile.n_layers, : len(grads.outputs)] += torch.stack(grads.outputs, 1)
+    if end > 0 and not tile.inject:  # every sample's first loops carry no gradient
+        de = torch.zeros_like(de)
+    return de.to(e.dtype), unpack(grads.rows, grads.biases, grad_vectors, weights, spec, tile)
+
+
+class WeightGradients:
+    """One matmul a weight over all loops and tokens of a launch, summed over launches in fp32."""
+
+    def __init__(self, tile: resident_plan.Tile, packed: Tensor) -> None:
+        self.columns = resident_plan.operand_columns(tile)
+        self.like = packed
+        self.rows = torch.zeros(packed.shape, dtype=torch.float32, device=packed.device)
+        self.biases = self.rows.new_zeros(packed.shape[:2])
+        # Gradients of the biases of out_proj and linear2.
+        self.outputs = [self.rows.new_zeros(len(packed), tile.d_pad) for _ in range(2 if tile.d_ff else 1)]
+
+    def operands(self, tokens: int, *, untouched: bool) -> dict[str, Tensor]:
+        """Room for the kernel to write to; zeros where it may leave a sample's loops ``untouched``."""
+        make = self.like.new_zeros if untouched else self.like.new_empty
+        found = {name: make(len(self.like), tokens, width) for name, width in self.columns.items()}
+        return {name: found.get(name, self.like) for name in resident_plan.OPERANDS}
+
+    def add(self, operand: dict[str, Tensor]) -> None:
+        first = 0
+        pairs = [("dqkv", "xn"), ("o", "dy"), ("dpre", "xn2"), ("act", "dy2")]
+        for left, right in pairs[: 2 * len(self.outputs)]:
+            taken = slice(first, first + self.columns[left])
+            self.rows[:, taken] += operand[left].transpose(1, 2) @ operand[right]
+            if left.startswith("d"):
+                self.biases[:, taken] += operand[left].sum(1, dtype=torch.float32)
+            first = taken.stop
+        for total, name in zip(self.outputs, ("dy", "dy2"), strict=False):
+            total += operand[name].sum(1, dtype=torch.float32)
+
+
+def _without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:
+    """x [batch, seq_len, d_model] with zeros at pads, where it may hold anything."""
+    if seq_lens is None:
+        return x
+    pad = torch.arange(x.shape[1], device=x.device) >= seq_lens.to(x.device)[:, None]
+    return x.masked_fill(pad[..., None], 0)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _precision() -> str:
+    """fp32 matmuls follow torch's own switch."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _lengths(seq_lens: Tensor | None, unused: Tensor) -> Tensor:
+    """The lengths on the device; any tensor where there are none, for the kernel's signature."""
+    return unused if seq_lens is None else seq_lens.to(unused.device).contiguous()

@@ -1,0 +1,81 @@
+"""Makes Triton's interpreter right in bf16, which it stores as uint16 bit patterns.
+
+Without this, arithmetic and matmuls on bf16 work on the bit patterns and casts truncate. Reductions are not
+patched: kernels reduce in fp32 anyway. Import this before any kernel: whether Triton interprets or compiles
+is decided where a kernel is defined. With a GPU the tests run compiled, on it.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+
+
+def to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bits(x: np.ndarray) -> np.ndarray:
+    """Round fp32 to bf16, nearest and ties to even, as hardware does."""
+    u = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((u + (0x7FFF + ((u >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def is_bf16(dtype) -> bool:
+    return dtype.scalar == tl.bfloat16
+
+
+def widened(x: TensorHandle) -> TensorHandle:
+    return TensorHandle(to_float32(x.data), tl.float32) if is_bf16(x.dtype) else x
+
+
+def install() -> None:
+    dot, cast, binary = (
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.binary_op,
+    )
+    fp_to_fp = InterpreterBuilder.create_fp_to_fp
+
+    def cast_impl(self, x, to):
+        if is_bf16(x.dtype) and is_bf16(to):
+            return x
+        if is_bf16(to):
+            return TensorHandle(to_bits(x.data.astype(np.float32)), tl.bfloat16)
+        if is_bf16(x.dtype):
+            x = widened(x)
+            return x if to.scalar == tl.float32 else cast(self, x, to)
+        return cast(self, x, to)
+
+    def binary_op(self, a, b, op):
+        if not is_bf16(a.dtype):
+            return binary(self, a, b, op)
+        y = binary(self, widened(a), widened(b), op)
+        return y if y.data.dtype == np.bool_ else TensorHandle(to_bits(y.data), tl.bfloat16)
+
+    def create_fp_to_fp(self, x, to, rounding):
+        narrow = min(x.dtype.scalar.primitive_bitwidth, to.scalar.primitive_bitwidth) < 16
+        if narrow or not (is_bf16(x.dtype) or is_bf16(to)):
+            return fp_to_fp(self, x, to, rounding)
+        return cast_impl(self, x, to)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, acc, *rest: dot(
+        self, widened(a), widened(b), acc, *rest
+    )
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    for name in ("fp_trunc", "fp_ext", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
+        setattr(InterpreterBuilder, f"create_{name}", lambda self, x, to: self.cast_impl(x, to))
+
+
+if DEVICE == "cpu":
+    install()
