@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,7 @@ from shift_kernels.errors import input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec, check_call, check_floating, check_per_sample
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ME = "shift_kernels.looped_block"
 
 
@@ -197,4 +199,9 @@ def attention(
         )
     if seq_lens is not None:
         check_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
+    if q.is_cuda and _HAS_TRITON:
+        from shift_kernels.triton import attention as kernels  # late: Triton only where it is used
+
+        if kernels.refusal(q) is None:
+            return kernels.attention(q, k, v, causal=causal, seq_lens=seq_lens)
     return reference.attention(q, k, v, causal=causal, seq_lens=seq_lens)
