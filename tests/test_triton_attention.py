@@ -11,8 +11,8 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
-from shift_kernels import ShiftInputError, reference  # noqa: E402
-from shift_kernels.triton import attention as kernels  # noqa: E402
+from shift_kernels import ShiftInputError, reference
+from shift_kernels.triton import attention as kernels
 
 # The reference in the same dtype may be off by luck as little as nothing; this much is always granted.
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
