@@ -44,11 +44,10 @@ def configs(seq_len: int, head_dim: int, itemsize: int) -> tuple[Config, Config,
     """Tiles of the forward, dq, and dk/dv kernels; every one fits sm_80's 163 KB of shared memory."""
     d = _padded(head_dim)
     longest = _padded(seq_len)
-    if itemsize == 4:  # no tensor core for exact fp32: small tiles, or registers overflow
-        own, walk, stages = (64, 32, 2) if d <= 64 else (32, 32, 1)
-        shapes = [(own, walk, 4, stages)] + 2 * [(32, 32, 4, 1)]
+    if itemsize == 4:  # no tensor core for exact fp32: small tiles and many threads, or registers overflow
+        shapes = [(32, 32, 8, 1), (32, 32, 8, 1) if d <= 64 else (16, 16, 8, 1), (32, 32, 8, 1)]
     elif d <= 64:
-        shapes = [(128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)]
+        shapes = [(128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)]
     else:
         shapes = [(128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)]
     forward, dq, dkv = (
