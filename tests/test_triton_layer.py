@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock, torch_backend
-from shift_kernels.triton import layer, rows
+from shift_kernels.triton import graph, layer, rows
 
 # What the reference in the same dtype may gain by luck; relative to the largest number of a tensor.
 FLOOR = {torch.float32: 4e-6, torch.float16: 4e-3}
@@ -219,3 +219,36 @@ def test_a_large_l2_cuts_the_batch():
     size = layer.chunk_samples(spec, 4096, 512, 2, 400 * 2**20, 132)
     assert 17 <= size < 4096  # 17 samples are one tile of 128 x 128 a multiprocessor
     assert size * 40 * 256 * 2 * 512 <= 400 * 2**20
+
+
+def test_a_graphed_body_runs_as_often_as_it_is_called(monkeypatch):
+    """With a recorder in the place of CUDA's: capturing runs nothing, replaying does."""
+    ran, recorded = [], []
+
+    class Graph:
+        def replay(self):
+            ran.append("replayed")
+
+    class Capture:
+        def __init__(self, _):
+            self.before = len(ran)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            recorded.extend(ran[self.before :])
+            del ran[self.before :]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    loop = graph.Repeated(lambda: ran.append("launched"), graphed=True)
+    for _ in range(4):
+        loop()
+    assert ran == ["launched", "replayed", "replayed", "replayed"]
+    assert recorded == ["launched"]
+
+
+def test_graphs_are_for_cuda_only(monkeypatch):
+    monkeypatch.setenv("SHIFT_KERNELS_GRAPHS", "1")
+    assert not graph.wanted(torch.device("cpu"), 100)
