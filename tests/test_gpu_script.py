@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import bench, table
+from benchmarks.gpu import bench, table, tune
 from benchmarks.gpu.cases import BLOCKS, CASES, Attention, Block, runners
 from benchmarks.gpu.run import Budget, run
 from shift_kernels import BlockSpec, LoopedBlock
@@ -116,3 +116,9 @@ def test_without_a_gpu_the_script_says_so_and_prints_the_empty_table(tmp_path):
     assert "No CUDA device" in done.stdout
     assert "| median ms |" in done.stdout
     assert all(name in done.stdout for name in CASES)
+
+
+def test_tuning_tries_no_tile_longer_than_the_sequence_and_every_chunk_once():
+    assert {own for own, *_ in tune.tiles(20)} == {16, 32}
+    assert all(own * walk <= 128 * 128 for own, walk, *_ in tune.tiles(4096))
+    assert tune.chunks(8) == [8, 4, 2, 1]

@@ -164,10 +164,10 @@ def _kept(call: Callable[[], Tensor]) -> int:
     return torch.cuda.memory_allocated() - before - out.nbytes
 
 
-def _times(step: Callable[[], None]) -> list[float]:
+def _times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
     times: list[float] = []
     start = time.monotonic()
-    while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.monotonic() - start < SECONDS_A_RUNNER):
+    while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.monotonic() - start < seconds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()

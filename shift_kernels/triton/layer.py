@@ -39,6 +39,8 @@ def chunk_samples(spec: BlockSpec, batch: int, seq_len: int, itemsize: int, l2_b
     """Samples in a chunk: as many as L2 holds, or all where that would not fill the device.
 
     A matmul of rows x d_model gives rows d_model / 128^2 tiles; below one a multiprocessor the device idles.
+    At any d_model both hold only where L2 has 0.8 l2_bytes >= 40 itemsize 128^2 n_sms (bf16, 132
+    multiprocessors: 173 MB): benchmarks/gpu/tune.py measures whether smaller chunks pay all the same.
     """
     per_sample = _LIVE * spec.d_model * itemsize * seq_len
     fits = int(0.8 * l2_bytes) // per_sample
