@@ -17,6 +17,7 @@ Grid: one program for each (batch, head, block of rows), flat, so that no axis m
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -288,7 +289,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-def _constants(head_dim: int, causal: bool) -> dict[str, object]:
+def _constants(head_dim: int, causal: bool) -> dict[str, Any]:
     exact = torch.get_float32_matmul_precision() == "highest"
     return dict(
         HEAD_DIM=head_dim, CAUSAL=causal, BLOCK_D=_padded(head_dim), PRECISION="ieee" if exact else "tf32"

@@ -177,10 +177,11 @@ class Body:
             tape.attention.append((qkv, o, lse))
         return o
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.spec
         per_sample = qkv.view(-1, self.seq_len, s.n_heads + 2 * s.n_kv_heads, s.head_dim).transpose(1, 2)
-        return per_sample.split([s.n_heads, s.n_kv_heads, s.n_kv_heads], dim=1)
+        q, k, v = per_sample.split([s.n_heads, s.n_kv_heads, s.n_kv_heads], dim=1)
+        return q, k, v
 
     def _per_head(self, o: Tensor) -> Tensor:
         return o.view(-1, self.seq_len, self.spec.n_heads, self.spec.head_dim).transpose(1, 2)
@@ -268,14 +269,12 @@ class _Gradients:
         linear = {name: w for name, w in body.w.items() if w.ndim == 2}
         row_bytes = sum(sum(w.shape) for w in linear.values()) * body.compute.itemsize
         self.capacity = min(max(most_rows, OPERAND_BYTES // row_bytes), all_rows)
-        new = dict(dtype=body.compute, device=next(iter(body.w.values())).device)
-        self.operands = {
-            name: (
-                torch.empty(self.capacity, w.shape[1], **new),
-                torch.empty(self.capacity, w.shape[0], **new),
-            )
-            for name, w in linear.items()
-        }
+        device = next(iter(body.w.values())).device
+
+        def empty(width: int) -> Tensor:
+            return torch.empty(self.capacity, width, dtype=body.compute, device=device)
+
+        self.operands = {name: (empty(w.shape[1]), empty(w.shape[0])) for name, w in linear.items()}
         self.sums = {
             name: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for name, w in body.w.items()
         }
