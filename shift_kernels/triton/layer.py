@@ -139,14 +139,14 @@ class Body:
                 y = torch.empty_like(h)
             elif last:
                 norm = "loop_norm" if s.loop_norm else None
-                y = torch.empty_like(h) if s.loop_norm else None
+                y = torch.empty_like(h) if s.loop_norm else None  # type: ignore[assignment]
             else:
                 norm, y = self.norm_name[k + 1], alloc(self.in_weight[k + 1], n_rows, d)
             x, u = u, torch.empty_like(h)
             self._add(x, z, bias, s.residual_scale, after, norm, u, y)
             norms_read.append(u)
             if post:  # the norm's result is the residual stream
-                u, y = y, None
+                u = y
                 if not last:
                     y = alloc(self.in_weight[k + 1], n_rows, d)
                     y.copy_(u)
