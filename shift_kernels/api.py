@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shift_kernels import dispatch, reference
+from shift_kernels import dispatch, reference, triton_backend
 from shift_kernels import ops as _register_operators  # noqa: F401
 from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.errors import input_error, type_error
@@ -188,6 +188,7 @@ def attention(
     *,
     causal: bool = True,
     seq_lens: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, for any head_dim, ragged lengths and grouped heads.
 
@@ -196,6 +197,8 @@ def attention(
         k, v: [batch, n_kv_heads, seq_len, head_dim]; n_kv_heads divides n_heads.
         causal: position i sees positions <= i.
         seq_lens: int [batch]; pads may hold anything and return 0. A sample of length 0 is all pads.
+        backend: ``torch``, ``triton`` (flash attention on CUDA tensors, not yet run on hardware), or
+            ``auto``: ``torch`` until that has been measured.
 
     Returns:
         [batch, n_heads, seq_len, head_dim], dtype of q.
@@ -227,4 +230,15 @@ def attention(
         )
     if seq_lens is not None:
         check_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
+    if backend not in ("auto", "torch", "triton"):
+        raise input_error(me, "backend", backend, "'auto', 'torch' or 'triton'", "Check the spelling.")
+    if backend == "triton":
+        why = triton_backend.unavailable()
+        if why is None:
+            from shift_kernels.triton import attention as kernels  # late: Triton only where it is used
+
+            why = kernels.refusal(q)
+        if why is not None:
+            raise input_error(me, "backend", backend, f"what it serves: {why}", "Use backend='torch'.")
+        return kernels.attention(q, k, v, causal=causal, seq_lens=seq_lens)
     return reference.attention(q, k, v, causal=causal, seq_lens=seq_lens)

@@ -86,12 +86,13 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
 
 
 def _reason_against(candidate: ModuleType, problem: Problem, backend: str) -> str | None:
-    return (
-        candidate.unavailable()
-        or candidate.meant_for(problem)
-        or (candidate.ONLY_BY_NAME if backend == "auto" else None)
-        or candidate.refusal(problem)
-    )
+    return _not_asked(candidate, problem, backend) or candidate.refusal(problem)
+
+
+def _not_asked(candidate: ModuleType, problem: Problem, backend: str) -> str | None:
+    """Why a backend is no candidate: not on this machine, for other tensors, or only by name."""
+    by_name = candidate.ONLY_BY_NAME if backend == "auto" else None
+    return candidate.unavailable() or candidate.meant_for(problem) or by_name
 
 
 def plan_and_warn(problem: Problem, backend: str) -> Plan:
@@ -106,10 +107,11 @@ _SAID: set[str] = set()
 
 
 def _say_slow(problem: Problem, chosen: Plan) -> None:
-    # A backend that this machine lacks, that is for other devices and dtypes, or that wants to be named is no
-    # surprise; one that refuses a problem of its own kind is.
+    # Only a backend that refuses a problem of its own kind is a surprise.
     reasons = "; ".join(
-        f"{name}: {why}" for name, why in chosen.refused if why == module_of(name).refusal(problem)
+        f"{name}: {why}"
+        for name, why in chosen.refused
+        if _not_asked(module_of(name), problem, "auto") is None
     )
     if not reasons:
         return

@@ -137,6 +137,7 @@ CASES = [
     ("v of other shape", attend(v=Q[:, :2]), "v", False),
     ("kv heads that do not divide q's", attend(k=Q[:, :3], v=Q[:, :3]), "k", False),
     ("attention length too long", attend(seq_lens=torch.tensor([7, 1])), "seq_lens", False),
+    ("attention on an unknown backend", attend(backend="cuda"), "backend", False),
     ("explain without a spec", lambda: explain("gpt2", 1, 1), "spec", True),
     ("module without a spec", lambda: LoopedBlock({"d_model": 8}), "spec", True),
     (

@@ -1,0 +1,201 @@
+"""Time one case: ``python -m benchmarks.gpu.bench CASE``, one JSON line a runner and direction on stdout.
+
+A runner that fails leaves a line with its error; the others go on. Times are CUDA events around one call,
+after warm-up, L2 not flushed (a training loop doesn't either).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
+from shift_kernels import BlockSpec, LoopedBlock, attention
+
+SECONDS_A_RUNNER = 1.0  # of timed calls
+ROUNDS = (10, 200)
+# Dense bf16 matmul ceiling as measured on the device, TFLOP/s; elsewhere no share of a roofline is printed.
+CEILING_TFLOPS = {"NVIDIA H200": 790}
+
+
+class EagerBlock(torch.nn.Module):
+    """The same looped block as people write it: library calls, one after the other."""
+
+    def __init__(self, block: LoopedBlock, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = block.layers.get_submodule("0")
+        self.heads, self.attend = block.spec.n_heads, attend
+
+    def body(self, x: Tensor) -> Tensor:
+        p = self.layer
+        y = F.layer_norm(x, x.shape[-1:], p.norm1.weight, p.norm1.bias)
+        qkv = F.linear(y, p.self_attn.in_proj_weight, p.self_attn.in_proj_bias)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+        o = self.attend(q, k, v).transpose(1, 2).flatten(-2)
+        x = x + F.linear(o, p.self_attn.out_proj.weight, p.self_attn.out_proj.bias)
+        y = F.layer_norm(x, x.shape[-1:], p.norm2.weight, p.norm2.bias)
+        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias))
+        return x + F.linear(y, p.linear2.weight, p.linear2.bias)
+
+    def forward(self, e: Tensor, n_loops: int) -> Tensor:
+        h = torch.zeros_like(e)
+        for _ in range(n_loops):
+            h = self.body(h + e)
+        return h
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def flex(seq_len: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq_len, seq_len, device="cuda")
+    return lambda q, k, v: flex_attention(q, k, v, block_mask=mask)
+
+
+def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Callable[[], Tensor]:
+    """A call that runs the case once."""
+    n_loops = case.n_loops
+    if runner == "ours":
+        return lambda: block(e, n_loops, backend="triton")
+    if runner == "streamed":
+        return _streamed(e, block, n_loops)
+    eager = EagerBlock(block, flex(case.seq_len) if runner == "flex" else sdpa)
+    if runner in ("compile", "flex", "max-autotune"):
+        # The body, not the loop: unrolled T times it takes minutes to compile, and again for every T.
+        eager.body = torch.compile(  # type: ignore[method-assign]
+            eager.body, mode="max-autotune-no-cudagraphs" if runner == "max-autotune" else None
+        )
+    return lambda: eager(e, n_loops)
+
+
+def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tensor]:
+    from shift_kernels.triton import layer
+
+    names = list(block.spec.weight_shapes())
+    call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
+
+    class Streamed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, e, *weights):
+            w = dict(zip(names, weights, strict=True))
+            keep = any(ctx.needs_input_grad)
+            h, _, saved = layer.forward(
+                e, w, block.spec, n_loops, halt_threshold=None, for_backward=keep, **call
+            )
+            ctx.save_for_backward(e, *weights, *saved)
+            return h
+
+        @staticmethod
+        def backward(ctx, grad_h):
+            e, *tensors = ctx.saved_tensors
+            w = dict(zip(names, tensors, strict=False))
+            grad_e, grads = layer.backward(
+                grad_h, e, w, block.spec, n_loops, saved=tensors[len(names) :], **call
+            )
+            return grad_e, *grads
+
+    weights = block.weights()
+    return lambda: Streamed.apply(e, *[weights[name] for name in names])
+
+
+def attention_call(case: Attention, runner: str, qkv: list[Tensor]) -> Callable[[], Tensor]:
+    if runner == "flex":
+        compiled = torch.compile(flex(case.seq_len))
+        return lambda: compiled(*qkv)
+    if runner == "ours":
+        return lambda: attention(*qkv, causal=True, backend="triton")
+    return lambda: {"sdpa": sdpa, "flash": flash}[runner](*qkv)
+
+
+def measure(case: Block | Attention, runner: str, direction: str) -> tuple[list[float], int | None]:
+    """Times in ms, and the bytes that a forward leaves allocated for its backward (None without one)."""
+    torch.manual_seed(0)
+    new = dict(device="cuda", dtype=torch.bfloat16)
+    if isinstance(case, Block):
+        spec = BlockSpec(d_model=case.d_model, n_heads=case.n_heads, injection="add")
+        block = LoopedBlock(spec, **new)
+        e = torch.randn(case.batch, case.seq_len, case.d_model, **new).requires_grad_()
+        call, inputs = block_call(case, runner, e, block), [e, *block.parameters()]
+    else:
+        shape = (case.batch, case.n_heads, case.seq_len, case.head_dim)
+        inputs = [torch.randn(shape, **new).requires_grad_() for _ in range(3)]
+        call = attention_call(case, runner, inputs)
+    with torch.no_grad():
+        grad = torch.randn_like(call())
+
+    def step() -> None:
+        if direction == "forward":
+            with torch.no_grad():
+                call()
+        else:
+            torch.autograd.grad(call(), inputs, grad)
+
+    stream = torch.cuda.Stream()  # a graph is captured after warm-up on a side stream
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    kept = _kept(call) if direction == "both" else None
+    if runner == "graphed":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return _times(graph.replay), kept
+    return _times(step), kept
+
+
+def _kept(call: Callable[[], Tensor]) -> int:
+    before = torch.cuda.memory_allocated()
+    out = call()
+    return torch.cuda.memory_allocated() - before - out.nbytes
+
+
+def _times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
+    times: list[float] = []
+    start = time.monotonic()
+    while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.monotonic() - start < seconds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def floor_ms(case: Block | Attention, direction: str) -> float | None:
+    """Time of the matmul FLOPs alone at the ceiling; the backward has twice the forward's."""
+    ceiling = CEILING_TFLOPS.get(torch.cuda.get_device_name())
+    return None if ceiling is None else case.flops * (3 if direction == "both" else 1) / ceiling / 1e9
+
+
+def main() -> None:
+    case = CASES[sys.argv[1]]
+    for direction in DIRECTIONS:
+        for runner in runners(case):
+            line = dict(case=case.name, runner=runner, direction=direction, error=None)
+            try:
+                line["times_ms"], line["kept_bytes"] = measure(case, runner, direction)
+            except Exception as error:  # one runner's failure is a line in the table, not the end of the case
+                line["times_ms"], line["kept_bytes"] = [], None
+                line["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            print(json.dumps(line | {"floor_ms": floor_ms(case, direction)}), flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
