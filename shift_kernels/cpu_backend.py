@@ -72,13 +72,22 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def how(problem: Problem) -> str:
+    """In a phrase, with what the backward reads."""
+    kept = _keeps(problem.batch * problem.seq_len, problem.spec)
+    backward = f"; the backward {'reads kept activations' if kept else 'recomputes each loop'}"
+    return f"one C++ call for all loops{backward if problem.grad else ''}"
+
+
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for the backward pass, per loop."""
     rows = problem.batch * problem.seq_len
     return 4 * rows * (_kept_width(problem.spec) if _keeps(rows, problem.spec) else problem.spec.d_model)
 
 
-def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
+def saved_like(
+    e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Empty tensors shaped as what :func:`forward` saves."""
     return [e.new_empty(_saved_shape(e, spec, n_loops))]
 

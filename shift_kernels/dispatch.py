@@ -15,9 +15,9 @@ from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
-# unavailable, meant_for, refusal, saved_bytes, forward, backward, and SAVES: if true, forward returns tensors
-# for backward and saved_like(e, spec, n_loops) gives their shapes. ONLY_BY_NAME: why "auto" leaves it
-# alone, or None.
+# unavailable, meant_for, refusal, how (in a phrase), saved_bytes, forward, backward, and SAVES: if true,
+# forward returns tensors for backward and saved_like(e, spec, n_loops, compute_dtype) gives their shapes.
+# ONLY_BY_NAME: why "auto" leaves it alone, or None.
 BACKENDS: tuple[ModuleType, ...] = (triton_backend, cpu_backend, torch_backend)
 
 
@@ -164,6 +164,7 @@ def explain(
         f"looped_block [{batch}, {seq_len}, {spec.d_model}] {str(dtype).removeprefix('torch.')} on {device}, "
         f"{n_loops} loop{'s' if n_loops != 1 else ''}, {'with' if grad else 'without'} gradients",
         f"  runs on   {chosen.backend}: {chosen.why}",
+        f"  how       {module_of(chosen.backend).how(problem)}",
     ]
     if grad:
         mib = n_loops * chosen.saved_bytes_per_loop / 2**20

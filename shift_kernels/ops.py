@@ -113,7 +113,7 @@ def _forward_fake(
     if sample_loops is not None and (return_all_loops or saves):
         n_loops = torch.library.get_ctx().new_dynamic_size()  # the largest entry: known only when it runs
     h = e.new_empty((n_loops, *e.shape) if return_all_loops else e.shape)
-    saved = module.saved_like(e, spec_from_key(spec), n_loops) if saves else []
+    saved = module.saved_like(e, spec_from_key(spec), n_loops, compute_dtype) if saves else []
     return h, e.new_empty(e.shape[0], dtype=torch.int64), saved
 
 

@@ -35,6 +35,11 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def how(problem: Problem) -> str:
+    """In a phrase."""
+    return "plain PyTorch, an operation at a time"
+
+
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for the backward pass, per loop: every activation that autograd records (estimate)."""
     s = problem.spec

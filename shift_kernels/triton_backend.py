@@ -1,5 +1,6 @@
 """The ``triton`` backend: resident kernels, one program a tile of sequences, all T loops in one launch.
 
+Where no tile holds the block, the streamed one: a few fused launches a layer around the library's matmuls.
 Triton itself is imported when a kernel first runs, not with the package.
 """
 
@@ -53,13 +54,22 @@ def meant_for(problem: Problem) -> str | None:
 
 def refusal(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
-    return resident_plan.refusal(
-        problem.spec,
-        problem.seq_len,
-        problem.compute_dtype,
-        grad=problem.grad,
-        capability=_capability(problem.device),
-    )
+    return resident_plan.unserved(problem.spec)
+
+
+def how(problem: Problem) -> str:
+    """Resident or streamed, and why."""
+    too_large = _too_large(problem.spec, problem.seq_len, problem.compute_dtype, problem.grad, problem.device)
+    if too_large is None:
+        return "resident, all loops in one launch"
+    return f"streamed, a few launches a layer: the resident kernels do not hold {too_large}"
+
+
+def _too_large(
+    spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, grad: bool, device: torch.device
+) -> str | None:
+    """Why no resident tile holds a block, or None."""
+    return resident_plan.too_large(spec, seq_len, compute_dtype, grad=grad, capability=_capability(device))
 
 
 def _capability(device: torch.device) -> int:
@@ -69,14 +79,24 @@ def _capability(device: torch.device) -> int:
 
 
 def saved_bytes(problem: Problem) -> int:
-    """Bytes kept for the backward pass, per loop: a state for each layer, one more for a loop norm."""
-    states = problem.spec.n_layers + problem.spec.loop_norm
+    """Bytes kept for the backward pass, per loop: a state for each layer, one more for a loop norm.
+
+    Streamed: the loop's boundary alone.
+    """
+    streamed = _too_large(problem.spec, problem.seq_len, problem.compute_dtype, problem.grad, problem.device)
+    states = 1 if streamed else problem.spec.n_layers + problem.spec.loop_norm
     return states * problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
 
 
-def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
-    """Empty tensors of the shapes that :func:`forward` saves: every layer's input in every loop."""
-    return [e.new_empty(n_loops * (spec.n_layers + spec.loop_norm), *e.shape)]
+def saved_like(
+    e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Empty tensors of the shapes that :func:`forward` saves: every layer's input in every loop.
+
+    Streamed: every loop's input alone.
+    """
+    streamed = _too_large(spec, e.shape[1], compute_dtype or e.dtype, True, e.device)
+    return [e.new_empty(n_loops * (1 if streamed else spec.n_layers + spec.loop_norm), *e.shape)]
 
 
 def forward(
@@ -93,6 +113,22 @@ def forward(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used [batch]; for a backward, every layer's input in every loop."""
+    if _too_large(spec, e.shape[1], compute_dtype or e.dtype, for_backward, e.device):
+        from shift_kernels.triton import layer
+
+        with _on(e):
+            return layer.forward(
+                e,
+                weights,
+                spec,
+                n_loops,
+                seq_lens=seq_lens,
+                return_all_loops=return_all_loops,
+                n_grad_loops=n_grad_loops,
+                halt_threshold=halt_threshold,
+                compute_dtype=compute_dtype,
+                for_backward=for_backward,
+            )
     from shift_kernels.triton.packing import pack
     from shift_kernels.triton.resident_forward import resident_forward
 
@@ -119,7 +155,7 @@ def forward(
         most = n_loops
     loops, used = used, (used.clone() if halts else used)
     h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
-    saved = saved_like(e, spec, most) if for_backward else []
+    saved = saved_like(e, spec, most, compute_dtype) if for_backward else []
     packed = pack(weights, spec, tile, seq_len, compute_dtype)
     with _on(e):
         resident_forward[(tile.programs(batch, seq_len),)](
@@ -160,6 +196,22 @@ def backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
+    if _too_large(spec, e.shape[1], compute_dtype or e.dtype, True, e.device):
+        from shift_kernels.triton import layer
+
+        with _on(e):
+            return layer.backward(
+                grad_h,
+                e,
+                weights,
+                spec,
+                n_loops,
+                seq_lens=seq_lens,
+                return_all_loops=return_all_loops,
+                n_grad_loops=n_grad_loops,
+                compute_dtype=compute_dtype,
+                saved=saved,
+            )
     from shift_kernels.triton.packing import pack, unpack
     from shift_kernels.triton.resident_backward import resident_backward
 

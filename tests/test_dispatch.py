@@ -29,6 +29,7 @@ def fast_backend(missing=None, refuses=None, other_kind=None):
         SAVES=False,
         unavailable=lambda: missing,
         refusal=lambda p: refuses,
+        how=lambda p: "in one go",
         saved_bytes=lambda p: 7,
     )
 

@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from triton_interpreter import DEVICE, to_bits, to_float32
 
-from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
+from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference, triton_backend
 from shift_kernels.problem import Problem
 from shift_kernels.triton import resident_plan
 
@@ -184,8 +184,14 @@ def test_zero_loops_pass_the_gradient_straight_on():
     check_gradients(n_loops=0)
 
 
-def test_the_operator_keeps_its_registered_contract():
-    spec, e, weights = make(loop_norm=True)
+BOTH_PATHS = pytest.mark.parametrize(
+    "size", [{}, {"batch": 2, "seq_len": 20, "d_model": 132}], ids=["resident", "streamed"]
+)
+
+
+@BOTH_PATHS
+def test_the_operator_keeps_its_registered_contract(size):
+    spec, e, weights = make(loop_norm=True, **size)
     weights = [w.float().requires_grad_() for w in weights.values()]
     e = e.float().requires_grad_()
     args = (e, weights, spec.key, 2, None, None, False, None, None, torch.float32, True, "triton")
@@ -201,14 +207,17 @@ def test_splitting_the_loops_over_launches_changes_only_rounding(monkeypatch):
     check_gradients({"n_layers": 2, "injection": "add"}, n_loops=3)
 
 
-def test_gradients_have_the_same_bits_every_time():
-    spec, e, weights = make()
+@BOTH_PATHS
+def test_gradients_have_the_same_bits_every_time(size):
+    spec, e, weights = make(**size)
     runs = [gradients(e, weights, spec, 2, torch.float32, "triton") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_autocast_keeps_the_residual_stream_in_float32():
-    spec, e, weights = make()
+@BOTH_PATHS
+def test_autocast_keeps_the_residual_stream_in_float32(size):
+    size = size and {**size, "seq_len": 80}  # 2-byte operands: a tile holds 64 rows of 256
+    spec, e, weights = make(**size)
     exact, _ = reference.looped_block(e, weights, spec, 2)
     e, weights = e.float(), cast(weights, torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -224,6 +233,36 @@ def test_float64_is_refused_with_the_reason():
         looped_block(e, weights, spec, 1, backend="triton")
 
 
+@pytest.mark.parametrize("seq_len", [20, 40])
+def test_blocks_too_large_for_a_tile_are_streamed(seq_len):
+    """In fp32 a tile holds 4,096 elements: 32 rows of 256 are too many, and ``explain`` says so."""
+    size = {"batch": 2, "seq_len": seq_len, "d_model": 132, "n_heads": 2, "d_ff": 8}
+    problem = Problem(
+        BlockSpec(132, 2, d_ff=8), 2, seq_len, torch.float32, torch.float32, torch.device(DEVICE), True
+    )
+    assert "streamed" in triton_backend.how(problem)
+    check_gradients({"injection": "add"}, size=size)
+    _, ours, theirs = forward({"loop_norm": True}, size=size)
+    assert ours <= 2 * theirs + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("d_model", [8, 132], ids=["resident", "streamed"])
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_what_is_kept_is_what_the_planner_says(d_model, n_layers):
+    spec, e, weights = make(batch=2, seq_len=20, d_model=d_model, n_layers=n_layers, loop_norm=True)
+    kept = looped_block_saves(e.float(), cast(weights, torch.float32), spec, n_loops=3)
+    problem = Problem(spec, 2, 20, torch.float32, torch.float32, torch.device(DEVICE), True)
+    assert sum(x.nbytes for x in kept) == 3 * triton_backend.saved_bytes(problem)
+    assert [x.shape.numel() for x in kept] == [
+        x.shape.numel() for x in triton_backend.saved_like(e.float(), spec, 3)
+    ]
+
+
+def looped_block_saves(e, weights, spec, n_loops):
+    call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, halt_threshold=None)
+    return triton_backend.forward(e, weights, spec, n_loops, **call, compute_dtype=None, for_backward=True)[2]
+
+
 def test_auto_never_takes_the_interpreter_for_cpu_tensors():
     problem = Problem(BlockSpec(8, 2), 2, 4, torch.float32, torch.float32, torch.device("cpu"), False)
     assert dispatch.plan(problem).backend != "triton"
@@ -234,7 +273,7 @@ def test_auto_never_takes_the_interpreter_for_cpu_tensors():
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_tile_that_is_not_refused_fits_its_limits(seq_len, d_model, grad):
     spec = BlockSpec(d_model, 2, head_dim=32)
-    refused = resident_plan.refusal(spec, seq_len, torch.bfloat16, grad=grad)
+    refused = resident_plan.too_large(spec, seq_len, torch.bfloat16, grad=grad)
     tile = resident_plan.tile(spec, seq_len, 1000, itemsize=2, pack=True, precision="ieee", grad=grad)
     limit = resident_plan.BACKWARD_TILE if grad else resident_plan.FORWARD_TILE
     assert (refused is None) == (tile.rows * tile.d_pad <= limit[2] and tile.rows <= resident_plan.MAX_ROWS)

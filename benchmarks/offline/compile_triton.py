@@ -140,7 +140,7 @@ def main() -> None:
             for kernel in (forward, backward):
                 grad = kernel is backward
                 if (
-                    resident_plan.refusal(_spec(d_model), seq_len, dtype, grad=grad, capability=sm // 10)
+                    resident_plan.too_large(_spec(d_model), seq_len, dtype, grad=grad, capability=sm // 10)
                     is None
                 ):
                     rows.append(kernel(seq_len, d_model, dtype, sm))

@@ -11,7 +11,6 @@ Memory: kept for the backward is h_0 .. h_{T-1} in e's dtype. The batch is walke
     a chunk that small would leave multiprocessors idle. Operands of weight gradients take OPERAND_BYTES at
     most (or what one loop body needs).
 Grid: that of each kernel (attention.py, rows.py); the forward's loop body can be a CUDA graph (graph.py).
-Not chosen by dispatch yet: benchmarks/gpu times it beside the resident kernels, and decides.
 Samples with loops of their own are sorted by them: those that are done leave the end of the chunk.
 """
 
@@ -359,16 +358,6 @@ def _clean(x: Tensor, seq_lens: Tensor | None) -> Tensor:
         valid = torch.arange(x.shape[-2], device=x.device) < seq_lens[:, None]
         x = torch.where(valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
     return x.contiguous()
-
-
-def saved_bytes(spec: BlockSpec, batch: int, seq_len: int, dtype: torch.dtype) -> int:
-    """Bytes kept for the backward pass, per loop: one boundary."""
-    return batch * seq_len * spec.d_model * dtype.itemsize
-
-
-def saved_like(e: Tensor, spec: BlockSpec, n_loops: int) -> list[Tensor]:
-    """Empty tensors like those that :func:`forward` keeps."""
-    return [e.new_empty((n_loops, *e.shape))]
 
 
 def forward(

@@ -172,7 +172,12 @@ def warps(t: Tile, itemsize: int, *, grad: bool) -> int:
     return 4 if t.rows * t.d_pad <= alone and itemsize == 2 else 8
 
 
-def refusal(
+def unserved(spec: BlockSpec) -> str | None:
+    """Why no kernel here, resident or streamed, serves this block, or None."""
+    return f"head_dim = {spec.head_dim} > 128" if spec.head_dim > 128 else None
+
+
+def too_large(
     spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool, capability: int = 9
 ) -> str | None:
     """Why no tile holds this block, or None."""
@@ -185,8 +190,6 @@ def refusal(
             f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
             f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
         )
-    if spec.head_dim > 128:
-        return f"head_dim = {spec.head_dim} > 128"
     return None
 
 
