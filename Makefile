@@ -16,8 +16,9 @@ install: $(VENV)/train.stamp
 demo: install
 	$(BIN)/shift-compare --preset demo --out runs/demo
 
+# One process a core, each with one thread.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

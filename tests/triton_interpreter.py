@@ -1,8 +1,11 @@
 """Makes Triton's interpreter right in bf16, which it stores as uint16 bit patterns.
 
 Without this, arithmetic and matmuls on bf16 work on the bit patterns and casts truncate. Reductions are not
-patched: kernels reduce in fp32 anyway. Import this before any kernel: whether Triton interprets or compiles
-is decided where a kernel is defined. With a GPU the tests run compiled, on it.
+patched: kernels reduce in fp32 anyway. Also watches every load and store: an address outside the tensors of
+its launch is an error, as a guard band around every buffer would show it for stores alone.
+
+Import this before any kernel: whether Triton interprets or compiles is decided where a kernel is defined.
+With a GPU the tests run compiled, on it.
 """
 
 import os
@@ -15,7 +18,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle  # noqa: E402
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -77,5 +81,68 @@ def install() -> None:
         setattr(InterpreterBuilder, f"create_{name}", lambda self, x, to: self.cast_impl(x, to))
 
 
+def watch_addresses() -> None:
+    """Loads and stores must stay within the tensors that their launch was given."""
+    prepare = GridExecutor._init_args_hst
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    extents = np.zeros((0, 2), np.uint64)  # first byte and one past the last, sorted
+
+    def _init_args_hst(self, args_dev, kwargs):
+        nonlocal extents
+        args, kwargs = prepare(self, args_dev, kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        found = sorted({extent(x) for x in tensors})
+        extents = np.array(found, np.uint64).reshape(-1, 2)
+        return args, kwargs
+
+    def extent(x: torch.Tensor) -> tuple[int, int]:
+        span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+        return x.data_ptr(), x.data_ptr() + (span if x.numel() else 0) * x.itemsize
+
+    def check(ptrs: TensorHandle, mask: TensorHandle, kind: str) -> None:
+        at = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64)
+        if not len(at):
+            return
+        inside = np.zeros(at.shape, bool)
+        for first, end in extents:
+            inside |= (at >= first) & (at < end)
+        if not inside.all():
+            raise IndexError(f"{kind} outside every tensor of the launch at {int(at[~inside][0]):#x}")
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        check(ptrs, mask, "load")
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        check(ptrs, mask, "store")
+        return store(self, ptrs, value, mask, *rest)
+
+    GridExecutor._init_args_hst = _init_args_hst
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def patch_once_a_launch() -> None:
+    """The interpreter patches triton.language at each call of a device function: a quarter of all time."""
+    call, patch = GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def __call__(self, *args, **kwargs):
+        patched.clear()  # what a launch has patched it takes back at its end
+        return call(self, *args, **kwargs)
+
+    def _patch_lang(fn):
+        module = id(fn.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(fn)
+
+    GridExecutor.__call__ = __call__
+    interpreter._patch_lang = _patch_lang
+
+
 if DEVICE == "cpu":
     install()
+    watch_addresses()
+    patch_once_a_launch()

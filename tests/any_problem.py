@@ -1,0 +1,35 @@
+"""Small looped blocks of every kind, with every kind of call: what a backend has to serve."""
+
+import torch
+from hypothesis import strategies as st
+
+
+@st.composite
+def problems(draw, norm=None, max_batch=6, max_seq_len=20):
+    batch, seq_len = draw(st.integers(1, max_batch)), draw(st.integers(1, max_seq_len))
+    n_kv_heads = draw(st.integers(1, 3))
+    norm = norm or draw(st.sampled_from(["layernorm", "rmsnorm", "none"]))
+    options = {
+        "d_model": draw(st.integers(6, 40)),  # norms of fewer numbers only magnify rounding
+        "n_kv_heads": n_kv_heads,
+        "n_heads": n_kv_heads * draw(st.integers(1, 2)),
+        "head_dim": 2 * draw(st.integers(2, 10)),
+        "d_ff": draw(st.sampled_from([0, 7, 16, 33])),
+        "activation": draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "swiglu"])),
+        "norm": norm,
+        "norm_placement": "pre" if norm == "none" else draw(st.sampled_from(["pre", "post", "sandwich"])),
+        "bias": draw(st.booleans()),
+        "causal": draw(st.booleans()),
+        "position": draw(st.sampled_from(["none", "rope"])),
+        "injection": draw(st.sampled_from(["none", "add"])),
+        "loop_norm": norm != "none" and draw(st.booleans()),
+        "n_layers": draw(st.integers(1, 2)),
+    }
+    per_sample = lambda low, high: torch.tensor([draw(st.integers(low, high)) for _ in range(batch)])  # noqa: E731
+    call = {
+        "n_loops": draw(st.integers(1, 3)) if draw(st.booleans()) else per_sample(0, 3),
+        "return_all_loops": draw(st.booleans()),
+        "n_grad_loops": draw(st.sampled_from([None, 1, 2])),
+        "seq_lens": per_sample(0, seq_len) if draw(st.booleans()) else None,
+    }
+    return options, call, batch, seq_len, draw(st.integers(0, 99))
