@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import shift_kernels
+from shift_kernels import native
 
 
 def report() -> str:
@@ -24,6 +25,7 @@ def report() -> str:
         ("triton", _version("triton")),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
+        ("cpu library", native.load()[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)

@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from shift_kernels import backends
+from shift_kernels import backends, native
 from shift_kernels.info import report
 
 
@@ -14,6 +15,13 @@ def test_report_names_versions_and_every_backend():
     assert torch.__version__ in text
     for name, status in backends().items():
         assert any(name in line and status in line for line in text.splitlines())
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="needs the CPU library")
+def test_report_says_how_the_cpu_library_was_built_and_what_it_uses():
+    (line,) = (line for line in report().splitlines() if line.startswith("cpu library"))
+    assert any(f"using {isa}" in line for isa in native.ISAS)
+    assert "g++" in line or "clang" in line
 
 
 def test_it_runs_as_a_module():

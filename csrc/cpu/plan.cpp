@@ -59,6 +59,26 @@ int shift_best_isa() {
     return 0;
 }
 
+// Compiler, instruction sets and threading of this build, in words.
+const char* shift_build_info() {
+    return
+#if defined(__clang__)
+        "clang " __clang_version__
+#else
+        "g++ " __VERSION__
+#endif
+#if defined(__x86_64__)
+        "; avx512, avx2, portable"
+#else
+        "; portable"
+#endif
+#if defined(_OPENMP)
+        "; OpenMP";
+#else
+        "; one thread (no OpenMP)";
+#endif
+}
+
 int64_t shift_call_size() { return sizeof(Call); }
 
 int shift_run(const Call* c, int backward, int isa, int64_t rows_per_tile) {

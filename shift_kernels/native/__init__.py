@@ -38,7 +38,7 @@ class Call(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None, and a sentence on it."""
+    """The library, or None; and what it is and uses, or why there is none."""
     if not LIBRARY.exists():
         return (
             None,
@@ -52,7 +52,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if library.shift_call_size() != ctypes.sizeof(Call):
         return None, "built from other sources than these: install shift-kernels again"
     library.shift_run.argtypes = [ctypes.POINTER(Call), ctypes.c_int, ctypes.c_int, _INT]
-    return library, f"built, using {ISAS[library.shift_best_isa()]}"
+    library.shift_build_info.restype = ctypes.c_char_p
+    built = library.shift_build_info().decode()
+    return library, f"using {ISAS[library.shift_best_isa()]}; built by {built}"
 
 
 def run(call: Call, *, backward: bool, rows_per_tile: int, isa: str | None = None) -> None:
