@@ -326,3 +326,36 @@ def test_bad_options_are_named(name, options, named):
 def test_bad_arguments_of_a_batch_are_named(bad):
     with pytest.raises(ShiftInputError, match=f"'{next(iter(bad))}'"):
         make_task("hop").batch(**{"batch_size": 1, "step": 0, **bad})
+
+
+def test_prefix_products_by_hand():
+    # In lexicographic order: 0 (0,1,2), 1 (0,2,1), 2 (1,0,2), 3 (1,2,0), 4 (2,0,1), 5 (2,1,0).
+    task = make_task("prefix_products", n_items=3, length=4)
+    batch = task.sample(Scripted([[[1, 2, 3, 5], [0, 4, 4, 4]]]), 2, 0, "train")
+    assert batch.targets.tolist() == [[1, 3, 4, 1], [0, 4, 3, 0]]
+    assert batch.group.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_prefix_products_by_permutation_matrices():
+    task = make_task("prefix_products", n_items=4, length=9)
+    matrices = [torch.eye(4)[list(p)] for p in itertools.permutations(range(4))]
+    batch = task.batch(20, 0)
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        product = torch.eye(4)
+        for token, target in zip(tokens, targets, strict=True):
+            product = product @ matrices[token]
+            assert torch.equal(product, matrices[target])
+
+
+def test_text_is_the_standard_library_and_the_held_out_part_is_never_trained_on():
+    task = make_task("text", length=40)
+    read = lambda ids: "".join(chr(i + 32) if i < 95 else "\n" if i == 95 else "\0" for i in ids)  # noqa: E731
+    whole = read(task.characters.tolist())
+    assert "def " in whole
+    assert "\nimport " in whole
+    cut = task.bounds["train"][1]
+    for split, part in (("train", whole[:cut]), ("eval", whole[cut:])):
+        batch = task.batch(50, 0, split=split)
+        for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            assert read([*tokens, targets[-1]]) in part
+            assert tokens[1:] == targets[:-1]

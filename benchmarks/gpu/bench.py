@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.baseline import PlainBlock, sdpa
 from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
 from shift_kernels import BlockSpec, LoopedBlock, attention
 
@@ -24,36 +24,6 @@ SECONDS_A_RUNNER = 1.0  # of timed calls
 ROUNDS = (10, 200)
 # Dense bf16 matmul ceiling as measured on the device, TFLOP/s; elsewhere no share of a roofline is printed.
 CEILING_TFLOPS = {"NVIDIA H200": 790}
-
-
-class EagerBlock(torch.nn.Module):
-    """The same looped block as people write it: library calls, one after the other."""
-
-    def __init__(self, block: LoopedBlock, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer = block.layers.get_submodule("0")
-        self.heads, self.attend = block.spec.n_heads, attend
-
-    def body(self, x: Tensor) -> Tensor:
-        p = self.layer
-        y = F.layer_norm(x, x.shape[-1:], p.norm1.weight, p.norm1.bias)
-        qkv = F.linear(y, p.self_attn.in_proj_weight, p.self_attn.in_proj_bias)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-        o = self.attend(q, k, v).transpose(1, 2).flatten(-2)
-        x = x + F.linear(o, p.self_attn.out_proj.weight, p.self_attn.out_proj.bias)
-        y = F.layer_norm(x, x.shape[-1:], p.norm2.weight, p.norm2.bias)
-        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias))
-        return x + F.linear(y, p.linear2.weight, p.linear2.bias)
-
-    def forward(self, e: Tensor, n_loops: int) -> Tensor:
-        h = torch.zeros_like(e)
-        for _ in range(n_loops):
-            h = self.body(h + e)
-        return h
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,13 +43,10 @@ def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Calla
         return lambda: block(e, n_loops, backend="triton")
     if runner == "streamed":
         return _streamed(e, block, n_loops)
-    eager = EagerBlock(block, flex(case.seq_len) if runner == "flex" else sdpa)
+    plain = PlainBlock(block, flex(case.seq_len) if runner == "flex" else sdpa)
     if runner in ("compile", "flex", "max-autotune"):
-        # The body, not the loop: unrolled T times it takes minutes to compile, and again for every T.
-        eager.body = torch.compile(  # type: ignore[method-assign]
-            eager.body, mode="max-autotune-no-cudagraphs" if runner == "max-autotune" else None
-        )
-    return lambda: eager(e, n_loops)
+        plain.compile("max-autotune-no-cudagraphs" if runner == "max-autotune" else None)
+    return lambda: plain(e, n_loops)
 
 
 def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tensor]:

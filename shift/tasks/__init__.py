@@ -13,12 +13,17 @@ from shift.tasks.markov import Markov
 from shift.tasks.multiplication import Multiplication
 from shift.tasks.p_hop import PHop
 from shift.tasks.parity import Parity
+from shift.tasks.prefix_products import PrefixProducts
+from shift.tasks.text import Text
 from shift.tasks.unique_set import UniqueSet
 from shift_kernels.errors import input_error
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Hop, PHop, Markov, Parity, Copy, Addition, BinarySum, Multiplication, UniqueSet)
+    for task in (
+        *(Hop, PHop, Markov, PrefixProducts, Text),
+        *(Parity, Copy, Addition, BinarySum, Multiplication, UniqueSet),
+    )
 }
 
 __all__ = ["IGNORE", "TASKS", "Batch", "Task", "make_task"]
