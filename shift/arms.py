@@ -6,11 +6,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shift.build import build_model, build_task
 from shift.config import Options, ScheduleConfig, TrainConfig
+from shift.flops import train_step_flops
 from shift_kernels.errors import input_error
 
 SMALLEST = "looped:smallest"
 """Stands for looped:2, looped:3, ... up to the first T that reaches the target on all seeds."""
+
+MATCHED = "matched"
+"""Stands for ``matched:<SHIFT's mean number of loops>``: does the criterion matter, or only the average?"""
+
+DERIVED = (SMALLEST, MATCHED)
+"""Arms that are known only after others have run."""
+
+LONGER = "longer"
+"""Single for as many steps as Looped's compute pays for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,12 @@ FAMILIES = {
     "sqrt_ramp": Family("sqrt", "Square-root ramp", "#117733"),
     "staged_ramp": Family("staged", "Staged ramp", "#8C6D1F"),
     "ladder": Family("ladder", "SHIFT ladder", "#E69F00"),
+    "climb": Family("climb", "Climb", "#000000"),
     "fixed": Family("fixed", "Fixed switch", "#CC79A7", {"at": 0.5}, "at", "Fixed switch at {value}"),
+    MATCHED: Family(
+        "random", "", "#882255", {"distribution": "two_point"}, "mean", "1 or T at random, mean {value}"
+    ),
+    LONGER: Family("constant", "Single, Looped's compute", "#999933", {"n_loops": 1}),
     "random": Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
 }
 
@@ -80,7 +96,21 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options)))
+    config = dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options))
+    if key == LONGER:
+        config = dataclasses.replace(config, steps=_steps_of_looped_compute(base))
+    return Arm(name, label, config)
+
+
+def _steps_of_looped_compute(base: TrainConfig) -> int:
+    """Steps of Single that cost what all steps of Looped do."""
+    task = build_task(base)
+    model = build_model(base, task)
+    looped, single = (
+        train_step_flops(model, base.batch_size, task.max_seq_len, n_loops, base.n_grad_loops)
+        for n_loops in (base.model.n_loops, 1)
+    )
+    return round(base.steps * looped / single)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -16,8 +16,9 @@ import dataclasses
 import json
 import shlex
 import signal
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,14 +26,14 @@ from typing import Any
 
 import tyro
 
-from shift.arms import SMALLEST, Arm, make_arm
+from shift.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm
 from shift.build import build_schedule, build_task
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
 from shift.files import replace_atomically
 from shift.pool import default_jobs, train_all
 from shift.ratios import reached_on_all
 from shift.report import write_report
-from shift.results import Runs, collect, read_run, seed_facts, share_of_looped
+from shift.results import Run, Runs, collect, read_run, seed_facts, share_of_looped
 from shift.verdict import caveat, verdict
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
@@ -98,15 +99,39 @@ def compare(command: Command, command_line: str) -> tuple[dict[str, Any], list[P
     base = _base_config(command)
     out = command.out or Path("runs") / (command.preset or base.task.name)
     target = TARGETS.get(command.preset or "") if command.target is None else command.target
-    arms = {name: make_arm(name, base) for name in dict.fromkeys(command.arms) if name != SMALLEST}
-    _check(command, base, target, arms)
+    return compare_arms(base, command.arms, command.seeds, out, target, command.jobs, command_line)
+
+
+def compare_arms(
+    base: TrainConfig,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    target: float | None,
+    jobs: int,
+    command_line: str,
+) -> tuple[dict[str, Any], list[Path]]:
+    """As :func:`compare`, for a config at hand.
+
+    Args:
+        base: all but the schedule and the seeds.
+        names: of arms (:mod:`shift.arms`).
+        seeds, out, target, jobs: see :class:`Command`.
+        command_line: what the report says to type.
+    """
+    arms = {name: make_arm(name, base) for name in dict.fromkeys(names) if name not in DERIVED}
+    _check(seeds, jobs, base, target, arms)
     plan = _write_plan(out, target, command_line)
-    comparison = Comparison(out, command.seeds, command.jobs)
+    comparison = Comparison(out, seeds, jobs)
 
     comparison.train(list(arms.values()))
     if target is None:
         target = share_of_looped(comparison.runs([arms["looped"]])["looped"], LOOPED_SHARE)
-    if SMALLEST in command.arms:
+    if MATCHED in names:
+        arm = make_arm(f"{MATCHED}:{_mean_loops(comparison.runs([arms['shift']])['shift'])}", base)
+        arms[arm.name] = arm
+        comparison.train([arm])
+    if SMALLEST in names:
         for n_loops in range(2, base.model.n_loops):
             arm = make_arm(f"looped:{n_loops}", base)
             arms[arm.name] = arm
@@ -120,6 +145,12 @@ def compare(command: Command, command_line: str) -> tuple[dict[str, Any], list[P
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_atomically(out / "results.json", text.encode())
     return results, write_report(results, out)
+
+
+def _mean_loops(runs: Mapping[int, Run]) -> float:
+    """Loops a step, on average over steps and seeds."""
+    steps = [row["n_loops"] for run in runs.values() for row in run.of_kind("train")]
+    return round(statistics.mean(steps), 2)
 
 
 @dataclass(frozen=True)
@@ -181,7 +212,9 @@ def _base_config(command: Command) -> TrainConfig:
     return base if command.steps is None else dataclasses.replace(base, steps=command.steps)
 
 
-def _check(command: Command, base: TrainConfig, target: float | None, arms: dict[str, Arm]) -> None:
+def _check(
+    seeds: Sequence[int], jobs: int, base: TrainConfig, target: float | None, arms: dict[str, Arm]
+) -> None:
     """Find what is wrong before hours are spent."""
     build_task(base)
     for arm in arms.values():
@@ -192,10 +225,10 @@ def _check(command: Command, base: TrainConfig, target: float | None, arms: dict
         raise input_error(
             "shift-compare", "target", None, "an accuracy in (0, 1]", "Give one, or add the arm looped."
         )
-    if not command.seeds or len(set(command.seeds)) < len(command.seeds):
-        raise input_error("shift-compare", "seeds", command.seeds, "different integers", "Change them.")
-    if command.jobs < 1:
-        raise input_error("shift-compare", "jobs", command.jobs, "an int >= 1", "Use 1.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise input_error("shift-compare", "seeds", seeds, "different integers", "Change them.")
+    if jobs < 1:
+        raise input_error("shift-compare", "jobs", jobs, "an int >= 1", "Use 1.")
 
 
 def _write_plan(out: Path, target: float | None, command_line: str) -> dict[str, str]:

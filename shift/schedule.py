@@ -2,6 +2,7 @@
 
 constant   T always                         fixed    1, then T from a given step on
 shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
+climb      the ladder, with little time on one loop and a cap on every rung
 linear, sqrt, staged   rise from 1 to T over the first part of the run
 random     drawn anew at every step
 """
@@ -102,11 +103,17 @@ class Ladder(LoopSchedule):
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
         rungs: rising loop counts that end at ``max_loops``; default 1, 2, 4, .., ``max_loops``.
+        shares: of all steps, at most, on each rung but the last; default: SCP alone decides.
         scp: options of :class:`shift.criterion.SCPConfig`; its steps count from the start of each rung.
     """
 
     def __init__(
-        self, max_loops: int, total_steps: int, rungs: list[int] | tuple[int, ...] | None = None, **scp: Any
+        self,
+        max_loops: int,
+        total_steps: int,
+        rungs: list[int] | tuple[int, ...] | None = None,
+        shares: list[float] | tuple[float, ...] | None = None,
+        **scp: Any,
     ) -> None:
         super().__init__(max_loops, total_steps)
         rungs = _doublings(max_loops) if rungs is None else rungs
@@ -114,8 +121,21 @@ class Ladder(LoopSchedule):
         good = good and list(rungs) == sorted(set(rungs)) and rungs[0] >= 1
         _check(good, "rungs", rungs, f"a list of rising ints >= 1 that ends with max_loops = {max_loops}")
         self.rungs, self.rung = tuple(rungs), 0
+        shares = () if shares is None else shares
+        good = isinstance(shares, (list, tuple)) and len(shares) in (0, len(rungs) - 1)
+        good = good and all(is_number(x) and 0 < x <= 1 for x in shares)
+        _check(
+            good, "shares", shares, f"a list of {len(rungs) - 1} numbers in (0, 1], one a rung but the last"
+        )
+        self.most_steps = [max(1, round(share * total_steps)) for share in shares]
         self.config = SCPConfig(**scp)
-        self.criterion = SCP(self.config)
+        self.criterion = self._fresh_criterion()
+
+    def _fresh_criterion(self) -> SCP:
+        """The criterion of the rung that begins."""
+        if self.rung >= len(self.most_steps):
+            return SCP(self.config)
+        return SCP(dataclasses.replace(self.config, max_steps=self.most_steps[self.rung]))
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
         if signals is not None and self.rung < len(self.rungs) - 1:
@@ -125,7 +145,7 @@ class Ladder(LoopSchedule):
                 self._looks.append(dataclasses.replace(look, step=step))
                 if look.fired:
                     self.rung, self.switch_step = self.rung + 1, step
-                    self.criterion = SCP(self.config)
+                    self.criterion = self._fresh_criterion()
         return self.rungs[self.rung]
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +154,7 @@ class Ladder(LoopSchedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rung, self.switch_step = state["rung"], state["switch_step"]
+        self.criterion = self._fresh_criterion()
         self.criterion.load_state_dict(state["criterion"])
 
 
@@ -142,6 +163,31 @@ class ShiftSchedule(Ladder):
 
     def __init__(self, max_loops: int, total_steps: int, **scp: Any) -> None:
         super().__init__(max_loops, total_steps, rungs=(1, max_loops) if max_loops > 1 else (1,), **scp)
+
+
+class Climb(Ladder):
+    """Our own default: 1, 2, 4, .., T, leaving each rung when SCP fires, and one loop almost at once.
+
+    Two loops often learn what many do, at a fraction of the cost, and one loop rarely does: so a run spends
+    little on the first rung whatever the criterion says, and much on the next ones as long as they learn.
+    Compared with other schedules in ``benchmarks/savings``.
+
+    Args:
+        max_loops, total_steps: see :class:`LoopSchedule`.
+        first: share of all steps on one loop, at most.
+        rest: share of all steps on the rungs between one loop and ``max_loops``, at most, in equal parts.
+        scp: options of :class:`shift.criterion.SCPConfig`.
+    """
+
+    def __init__(
+        self, max_loops: int, total_steps: int, first: float = 0.05, rest: float = 0.5, **scp: Any
+    ) -> None:
+        for name, value in (("first", first), ("rest", rest)):
+            _check(is_number(value) and 0 < value <= 1, name, value, "a number in (0, 1]")
+        _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
+        between = len(_doublings(max_loops)) - 2
+        shares = [first, *[rest / between] * between] if max_loops > 1 else []
+        super().__init__(max_loops, total_steps, shares=shares, **scp)
 
 
 RAMPS = ("linear", "sqrt", "staged")
@@ -178,8 +224,9 @@ class Random(LoopSchedule):
         max_loops, total_steps: see :class:`LoopSchedule`.
         seed: of the draws.
         distribution: ``uniform`` over 1 .. T; or ``poisson_lognormal``, 1 + Poisson(rate) with a log-normal
-            rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models).
-        mean: of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
+            rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models); or
+            ``two_point``, 1 or T.
+        mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
         ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
     """
 
@@ -194,7 +241,7 @@ class Random(LoopSchedule):
     ) -> None:
         super().__init__(max_loops, total_steps)
         _check(is_int(seed) and seed >= 0, "seed", seed, "an int >= 0")
-        known = ("uniform", "poisson_lognormal")
+        known = ("uniform", "poisson_lognormal", "two_point")
         _check(distribution in known, "distribution", distribution, " or ".join(map(repr, known)))
         mean = (1 + max_loops) / 2 if mean is None else mean
         _check(is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
@@ -208,13 +255,16 @@ class Random(LoopSchedule):
         draw = np.random.default_rng([self.seed, step])
         if self.distribution == "uniform":
             return int(draw.integers(1, cap + 1))
+        if self.distribution == "two_point":
+            share = (self.mean - 1) / (self.max_loops - 1) if self.max_loops > 1 else 0.0
+            return cap if draw.random() < share else 1
         spread = 0.5
         mean_rate = reached * (self.mean - 1)
         rate = mean_rate * math.exp(spread * draw.standard_normal() - spread**2 / 2)
         return min(1 + int(draw.poisson(rate)), cap)
 
 
-KINDS = ("constant", "fixed", "shift", "ladder", *RAMPS, "random")
+KINDS = ("constant", "fixed", "shift", "ladder", "climb", *RAMPS, "random")
 
 
 def make_schedule(
@@ -237,8 +287,14 @@ def make_schedule(
             return Ramp(max_loops, total_steps, kind, **options)
         if kind == "random":
             return Random(max_loops, total_steps, seed, **options)
-        chosen = {"constant": Constant, "fixed": FixedSwitch, "shift": ShiftSchedule, "ladder": Ladder}[kind]
-        return chosen(max_loops, total_steps, **options)
+        chosen: dict[str, type[LoopSchedule]] = {
+            "constant": Constant,
+            "fixed": FixedSwitch,
+            "shift": ShiftSchedule,
+            "ladder": Ladder,
+            "climb": Climb,
+        }
+        return chosen[kind](max_loops, total_steps, **options)
     except TypeError as error:
         raise input_error(
             "make_schedule", "options", options, f"the options of {kind!r} ({error})", "Check their names."

@@ -176,8 +176,8 @@ def forward(
             keep_all=return_all_loops,
             save=for_backward,
             halt=halts,
-            num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=False),
-            num_stages=1,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return h, used, saved
 
@@ -265,8 +265,8 @@ def backward(
                 own_loops=own_loops,
                 ragged=seq_lens is not None,
                 keep_all=return_all_loops,
-                num_warps=resident_plan.warps(tile, compute_dtype.itemsize, grad=True),
-                num_stages=1,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
             )
         grads.add(operands)
     grad_vectors = vectors.sum(0)

@@ -76,6 +76,20 @@ def test_ladder_climbs_rung_by_rung_with_a_fresh_criterion():
     assert set(loops(make("ladder", max_loops=6, rungs=[2, 6]), 800)) == {2, 6}
 
 
+def test_a_rung_of_the_ladder_is_left_at_its_share_of_the_steps_at_the_latest():
+    never = {"delta_1": 1e-9, "delta_2": 1e-9}
+    got = loops(make("ladder", max_loops=4, shares=[0.1, 0.3], **never), 800)
+    assert [got.count(n) for n in (1, 2, 4)] == [80, 240, 480]
+
+
+def test_climb_leaves_one_loop_soon_and_every_rung_in_time():
+    learning = loops(make("climb", max_loops=8, first=0.05, rest=0.5), 800, flat=2000)
+    assert [learning.count(n) for n in (1, 2, 4, 8)] == [40, 200, 200, 360]
+    standing_still = loops(make("climb", max_loops=8), 800, flat=1)
+    assert standing_still.count(2) == standing_still.count(4) == 120  # six looks of the criterion
+    assert set(loops(make("climb", max_loops=2), 800)[40:]) == {2}
+
+
 def test_linear_ramp_costs_what_the_docs_say():
     got = loops(make("linear"), 800)
     assert got == sorted(got)
@@ -96,18 +110,23 @@ def test_staged_ramp_doubles():
     assert sorted(set(loops(make("staged", max_loops=6), 800))) == [1, 2, 4, 6]
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal"])
+@pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal", "two_point"])
 def test_random_draws_depend_on_seed_and_step_alone(distribution):
     a, b = (make("random", seed=1, distribution=distribution) for _ in range(2))
     forward = loops(a, 300)
     assert forward == [b.n_loops(s, None) for s in reversed(range(300))][::-1]
     assert forward != loops(make("random", seed=2, distribution=distribution), 300)
-    assert set(forward) == {1, 2, 3, 4}
+    assert set(forward) == ({1, 4} if distribution == "two_point" else {1, 2, 3, 4})
 
 
 def test_poisson_lognormal_has_the_mean_it_is_given():
     got = loops(make("random", max_loops=100, distribution="poisson_lognormal", mean=5.0), 4000)
     assert sum(got) / 4000 == pytest.approx(5.0, abs=0.3)  # five standard errors
+
+
+def test_two_points_have_the_mean_they_are_given():
+    got = loops(make("random", distribution="two_point", mean=2.2), 4000)
+    assert sum(got) / 4000 == pytest.approx(2.2, abs=0.12)  # five standard errors
 
 
 def test_random_ramp_starts_with_one_loop():
@@ -150,6 +169,10 @@ def test_one_loop_is_a_schedule_too(kind):
         ("random", {"seed": -1}, "seed"),
         ("ladder", {"rungs": 4}, "rungs"),
         ("ladder", {"rungs": []}, "rungs"),
+        ("climb", {"first": 0}, "first"),
+        ("climb", {"rest": 1.5}, "rest"),
+        ("ladder", {"shares": [0.1]}, "shares"),
+        ("ladder", {"shares": [0.1, 0.0]}, "shares"),
         ("constant", {"max_loops": 0}, "max_loops"),
         ("constant", {"total_steps": 1.5}, "total_steps"),
         ("shift", {"rungs": [1, 4]}, "options"),

@@ -1,4 +1,4 @@
-"""The resident kernels compile for GPUs, without one, and stay within their limits."""
+"""Every Triton kernel compiles for GPUs, without one, and stays within its limits."""
 
 import importlib.util
 import json
@@ -12,7 +12,10 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from shift_kernels.triton import tuned
+
 ROOT = Path(__file__).parents[1]
+RECORDED = json.loads((ROOT / "benchmarks/results/offline/triton.json").read_text())["rows"]
 
 
 def run(code):
@@ -23,20 +26,35 @@ def run(code):
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(activation="swiglu", position="rope", n_layers=2, injection="add"),
-        dict(norm="rmsnorm", norm_placement="post", loop_norm=True, activation="relu"),
-        dict(norm_placement="sandwich", residual_scale=0.5, activation="gelu_tanh", causal=False),
+SMALL = "16, 32, torch.bfloat16, d_ff=32"
+CALLS = {
+    "swiglu rope": [
+        f"block({SMALL}, grad={grad}, activation='swiglu', position='rope', n_layers=2, ragged=True)"
+        for grad in (False, True)
     ],
-    ids=["swiglu rope", "post loop_norm", "sandwich scaled"],
-)
-def test_every_kind_of_block_compiles_without_large_spills(options):
+    "post loop_norm": [
+        f"block({SMALL}, grad={grad}, norm='rmsnorm', norm_placement='post', loop_norm=True, "
+        "injection='add', activation='relu', own_loops=True, keep_all=True)"
+        for grad in (False, True)
+    ],
+    "sandwich scaled": [
+        f"block({SMALL}, norm_placement='sandwich', residual_scale=0.5, activation='gelu_tanh', "
+        f"causal=False, {rest})"
+        for rest in ("grad=False, halt=True", "grad=True")
+    ],
+    "ragged attention": ["attention(16, torch.bfloat16, ragged=True)"],
+    "streamed": ["layer(64, torch.bfloat16)"],
+}
+
+
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_every_kind_of_call_compiles_without_large_spills(calls):
     rows = run(
-        "import json, torch; from benchmarks.offline import compile_triton as c; print(json.dumps("
-        f"[f(16, 32, torch.bfloat16, 90, d_ff=32, **{options!r}) for f in (c.forward, c.backward)]))"
+        "import json, torch; from benchmarks.offline import cases, compiling; "
+        f"calls = [{', '.join(f'lambda: cases.{call}' for call in calls)}]; "
+        "print(json.dumps([row for call in calls for row in compiling.figures(90, call)]))"
     )
+    assert rows
     for row in rows:
         assert row["shared"] <= row["shared_limit"]
         assert row["spill_stores"] <= 64, row
@@ -44,40 +62,59 @@ def test_every_kind_of_block_compiles_without_large_spills(options):
 
 def test_another_number_of_loops_compiles_nothing():
     compiled = run("""
-import json, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-class NoGpu:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 0)
-
-triton.runtime.driver.set_active(NoGpu())
-compiled, run = [], JITFunction.run
-
-def only_compile(self, *args, grid, warmup, **options):
-    compiled.append(id(run(self, *args, grid=grid, warmup=True, **options)))
-
-JITFunction.run = only_compile
+import json, torch
+from benchmarks.offline.compiling import launches
 from shift_kernels import BlockSpec, LoopedBlock, triton_backend as backend
+
 spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
 weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
 call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
-for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
-    e = torch.randn(batch, seq_len, 16)
-    h, _, saved = backend.forward(e, weights, spec, n_loops, halt_threshold=None, for_backward=True, **call)
-    backend.backward(h, e, weights, spec, n_loops, saved=saved, **call)
-print(json.dumps([len(compiled), len(set(compiled))]))
+with launches(90) as found:
+    for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
+        e = torch.randn(batch, seq_len, 16)
+        backend.forward(e, weights, spec, n_loops, halt_threshold=None, for_backward=True, **call)
+        saved = backend.saved_like(e, spec, n_loops)
+        backend.backward(e, e, weights, spec, n_loops, saved=saved, **call)
+print(json.dumps([len(found), len(set(map(id, found)))]))
 """)
     assert compiled == [6, 2]  # launches; kernels: one forward, one backward
 
 
-def test_recorded_tiles_fit_on_chip():
-    rows = json.loads((ROOT / "benchmarks/results/offline/triton_resident.json").read_text())["rows"]
-    assert {(row["kernel"], row["sm"]) for row in rows} == {
-        (kernel, sm) for kernel in ("forward", "backward") for sm in (80, 90, 100)
-    }
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_recorded_kernels_fit_on_chip(sm):
+    rows = [row for row in RECORDED if row["sm"] == sm]
+    assert {row["case"].split()[0] for row in rows} == {"block", "attention", "layer"}
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
         assert row["tensor_memory"] <= 512, row
+        if "bf16" in row["case"] and not row["case"].startswith("layer"):
+            assert row["matmuls"], row  # what does not fit tensor memory becomes nothing, without a word
+
+
+# Bytes of spill stores a thread, at most. Only the backward of larger tiles and fp32 need any.
+SPILLS = {
+    "forward": {"32x64": 0, "64x64": 0, "64x128": 0, "128x64": 0, "64x256": 512},
+    "backward": {"32x64": 0, "64x64": 512},
+}
+
+
+@pytest.mark.parametrize(("kernel", "tile"), [(k, t) for k, tiles in SPILLS.items() for t in tiles])
+def test_hopper_bf16_tiles_spill_no_more_than_stated(kernel, tile):
+    (row,) = (
+        r
+        for r in RECORDED
+        if (r["kernel"], r["sm"], r["case"]) == (f"resident_{kernel}", 90, f"block {tile} bf16")
+    )
+    assert row["spill_stores"] <= SPILLS[kernel][tile]
+
+
+def test_every_entry_of_the_table_was_compiled_as_it_is_launched():
+    recorded = {}
+    for r in RECORDED:
+        if r["case"].startswith("block"):
+            _, tile, dtype = r["case"].split()
+            name = f"{r['kernel'].removeprefix('resident_')} {tile} {32 if dtype == 'fp32' else 16}-bit"
+            recorded[tuned.family(r["sm"] // 10), name] = r["warps"]
+    for family, classes in tuned.table().items():
+        for name, config in classes.items():
+            assert recorded[family, name] == config.warps, (family, name)

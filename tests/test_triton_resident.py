@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_reference import OPTIONS
 from torch import nn
+from torch._dynamo.utils import counters
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -18,7 +19,7 @@ from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference, triton_backend
 from shift_kernels.problem import Problem
-from shift_kernels.triton import resident_plan
+from shift_kernels.triton import resident_plan, tuned
 
 F64 = torch.float64
 # Ours may be twice as far from float64 as torch in the same dtype, plus a few roundings where torch is lucky.
@@ -385,3 +386,46 @@ def test_memory_layout_of_input_and_gradient_changes_nothing(size, layout):
 
     plain, arranged = run(torch.clone), run(layout)
     assert all(torch.equal(a, b) for a, b in zip(plain, arranged, strict=True))
+
+
+@BOTH_PATHS
+def test_compiled_model_runs_it_without_a_graph_break_or_recompiling(size):
+    spec, e, weights = make(**size)
+    e, weights = e.float(), cast(weights, torch.float32)
+    inputs = [e.requires_grad_(), *(w.requires_grad_() for w in weights.values())]
+
+    def model(n_loops):
+        return looped_block(e.tanh(), weights, spec, n_loops, backend="triton").sin()
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n_loops in (1, 3, 2):
+        ours, plain = compiled(torch.tensor(n_loops)), model(n_loops)
+        torch.testing.assert_close(ours, plain)
+        gradients = (torch.autograd.grad(h.sum(), inputs) for h in (ours, plain))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_configuration_comes_from_the_table_or_is_the_safe_one(monkeypatch):
+    found = tuned.Config(2, 16, 3)
+    monkeypatch.setattr(tuned, "table", lambda: {"sm_90": {"forward 16x32 16-bit": found}})
+
+    def config(capability, grad=False):
+        tile = resident_plan.tile(
+            BlockSpec(d_model=32, n_heads=2),
+            16,
+            1,
+            itemsize=2,
+            pack=False,
+            precision="ieee",
+            grad=grad,
+            capability=capability,
+        )
+        return tile.warps, tile.ff_chunk, tile.stages
+
+    assert config(9) == found
+    assert config(12) == tuned.safe(16, 32, 2, grad=False) != found  # an unknown family
+    assert config(9, grad=True) == tuned.safe(16, 32, 2, grad=True)

@@ -66,11 +66,14 @@ def _padded(n: int) -> int:
 def _load(base, rows, row_stride, cols, col_stride, n_rows, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Rows of a [seq_len, HEAD_DIM] matrix; what lies beyond n_rows or HEAD_DIM is 0 and never read."""
     at = base + rows[:, None].to(tl.int64) * row_stride + cols[None, :].to(tl.int64) * col_stride
+    # One return: the compiler goes on behind a return inside an if, as the interpreter does not.
     if MASK_ROWS:
-        return tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < HEAD_DIM), other=0.0)
-    if cols.shape[0] != HEAD_DIM:
-        return tl.load(at, mask=cols[None, :] < HEAD_DIM, other=0.0)
-    return tl.load(at)
+        x = tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < HEAD_DIM), other=0.0)
+    elif cols.shape[0] != HEAD_DIM:
+        x = tl.load(at, mask=cols[None, :] < HEAD_DIM, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit
@@ -83,9 +86,10 @@ def _store(base, x, rows, row_stride, cols, col_stride, seq_len, length, HEAD_DI
 
 @triton.jit
 def _length(lens, b, seq_len):
-    if lens is None:
-        return seq_len
-    return tl.minimum(tl.maximum(tl.load(lens + b), 0), seq_len).to(tl.int32)
+    length = seq_len
+    if lens is not None:
+        length = tl.minimum(tl.maximum(tl.load(lens + b), 0), seq_len).to(tl.int32)
+    return length
 
 
 @triton.jit

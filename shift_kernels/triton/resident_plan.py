@@ -1,7 +1,7 @@
 """What a resident program holds: tile, warps, chunks, what fits on chip. Pure arithmetic, no Triton.
 
 The limits below come from compiling every tile offline (``benchmarks/offline/compile_triton.py``,
-figures in ``benchmarks/results/offline/triton_resident.json``).
+figures in ``benchmarks/results/offline/triton.json``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import torch
 
 from shift_kernels.spec import BlockSpec
+from shift_kernels.triton import tuned
 
 MIN_SIDE = 16  # the smallest side of a tile that tl.dot accepts
 PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
@@ -36,6 +37,7 @@ class Tile:
         packed: as many whole sequences as fit share those rows, one behind the other; else one does.
         d_model, d_pad, head_dim, head_pad, n_heads, n_kv_heads, n_layers: sizes of the block.
         d_ff: hidden width, 0 without an MLP; ff_pad, ff_chunk: padded width and columns of it at a time.
+        warps, stages: warps a program, stages of Triton's pipeline.
         weight_rows: rows of length d_pad in one layer's packed weights.
         direct: a branch is accumulated straight into the residual tile (pre norm, no scale).
         half: half of head_dim, by which rope pairs columns.
@@ -55,6 +57,8 @@ class Tile:
     d_ff: int
     ff_pad: int
     ff_chunk: int
+    warps: int
+    stages: int
     n_layers: int
     weight_rows: int
     saves: int
@@ -129,9 +133,8 @@ def tile(
             rows *= 2
     d_pad, head_pad = power_of_two(spec.d_model), power_of_two(spec.head_dim)
     hidden = 2 if spec.activation == "swiglu" else 1
-    # Smaller chunks where a tile, its gradients or fp32 operands leave fewer registers.
-    chunk = 64 if rows * d_pad <= 64 * 64 and not grad and itemsize == 2 else 32
-    chunk = min(power_of_two(spec.d_ff), 16 if grad and itemsize == 4 else chunk)
+    config = tuned.config(rows, d_pad, itemsize, grad=grad, capability=capability)
+    chunk = min(power_of_two(spec.d_ff), config.ff_chunk)
     ff_pad = -(-spec.d_ff // chunk) * chunk
     return Tile(
         rows=rows,
@@ -146,6 +149,8 @@ def tile(
         d_ff=spec.d_ff,
         ff_pad=ff_pad,
         ff_chunk=chunk,
+        warps=config.warps,
+        stages=config.stages,
         n_layers=spec.n_layers,
         weight_rows=2 * (spec.n_heads + spec.n_kv_heads) * head_pad + (hidden + 1) * ff_pad,
         saves=spec.n_layers + spec.loop_norm,
@@ -161,15 +166,6 @@ def tile(
         eps=float(spec.norm_eps),
         precision=precision,
     )
-
-
-def warps(t: Tile, itemsize: int, *, grad: bool) -> int:
-    """Warps a program: the residual tile must fit their registers, beside one branch's work.
-
-    fp32 operands are multiplied by the ordinary units, from registers: twice the warps.
-    """
-    alone = 32 * 64 if grad else 64 * 64
-    return 4 if t.rows * t.d_pad <= alone and itemsize == 2 else 8
 
 
 def unserved(spec: BlockSpec) -> str | None:

@@ -155,16 +155,18 @@ def _tanh(x):
 def _act(x, KIND: tl.constexpr):
     """The activation and its derivative, fp32. swiglu's gate is silu."""
     if KIND == "relu":
-        return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
-    if KIND == "gelu":
+        y, slope = tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+    elif KIND == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    if KIND == "gelu_tanh":
+        y, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif KIND == "gelu_tanh":
         t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-        return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
-    s = 1.0 / (1.0 + tl.exp(-x))
-    return x * s, s * (1.0 + x * (1.0 - s))
+        inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+        y, slope = 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+    else:
+        s = 1.0 / (1.0 + tl.exp(-x))
+        y, slope = x * s, s * (1.0 + x * (1.0 - s))
+    return y, slope
 
 
 @triton.jit

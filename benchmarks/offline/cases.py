@@ -1,0 +1,81 @@
+"""The calls whose kernels are compiled offline: resident blocks, attention, the streamed layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shift_kernels import BlockSpec, LoopedBlock, triton_backend
+from shift_kernels.triton import resident_plan
+
+TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
+HEAD_DIM = 32
+HEAD_DIMS = (4, 16, 32, 64, 128)
+WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
+CALL: dict[str, Any] = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
+
+
+def spec_of(d_model: int, **options: Any) -> BlockSpec:
+    """A block with heads of HEAD_DIM."""
+    return BlockSpec(d_model=d_model, n_heads=max(1, d_model // HEAD_DIM), **options)
+
+
+def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool) -> bool:
+    """Whether the resident kernels serve a tile."""
+    return not resident_plan.too_large(spec_of(d_model), seq_len, dtype, grad=grad, capability=sm // 10)
+
+
+def block(
+    seq_len: int,
+    d_model: int,
+    dtype: torch.dtype,
+    *,
+    grad: bool,
+    training: bool = True,
+    ragged: bool = False,
+    own_loops: bool = False,
+    keep_all: bool = False,
+    halt: bool = False,
+    **options: Any,
+) -> None:
+    """One loop of one sample through the triton backend: forward, saving if in ``training``; or backward."""
+    spec = spec_of(d_model, **options)
+    weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
+    e = torch.zeros(1, seq_len, d_model, dtype=dtype)
+    call = CALL | dict(return_all_loops=keep_all, seq_lens=torch.tensor([seq_len]) if ragged else None)
+    n_loops = torch.ones(1, dtype=torch.int64) if own_loops else 1
+    if grad:
+        saved = triton_backend.saved_like(e, spec, 1)
+        grad_h = e[None] if keep_all else e
+        triton_backend.backward(grad_h, e, weights, spec, n_loops, saved=saved, **call)
+    else:
+        threshold = 0.1 if halt else None
+        triton_backend.forward(
+            e, weights, spec, n_loops, halt_threshold=threshold, for_backward=training and not halt, **call
+        )
+
+
+def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:
+    """Causal attention over a length that fills every tile, forward and backward."""
+    from shift_kernels.triton import attention as kernels
+
+    q = torch.zeros(1, 2, 512, head_dim, dtype=dtype)
+    lens = torch.tensor([500]) if ragged else None
+    o, lse = kernels.attention_forward(q, q, q, True, lens)
+    kernels.attention_backward(o, q, q, q, o, lse, True, lens)
+
+
+def layer(d_model: int, dtype: torch.dtype) -> None:
+    """One loop of the streamed layer, forward and backward, with every row kernel."""
+    from shift_kernels.triton import layer as streamed
+
+    for options in (
+        dict(position="rope", injection="add"),
+        dict(norm_placement="sandwich", activation="swiglu"),
+    ):
+        spec = spec_of(d_model, **options)
+        weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
+        e = torch.zeros(1, 16, d_model, dtype=dtype)
+        h, _, saved = streamed.forward(e, weights, spec, 1, halt_threshold=None, for_backward=True, **CALL)
+        streamed.backward(h, e, weights, spec, 1, saved=saved, **CALL)

@@ -1,0 +1,87 @@
+"""A suite: tasks, arms and seeds, declared in one TOML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shift.arms import DERIVED, make_arm
+from shift.build import build_task
+from shift.config import TrainConfig, load_config, tomllib
+from shift_kernels.errors import input_error
+
+SUITES = Path(__file__).parent / "suites"
+SETS = ("tuning", "held out")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task of a suite.
+
+    Args:
+        name: of its directory and its row.
+        used_for: one of :data:`SETS`.
+        config: of every arm, but for the schedule.
+    """
+
+    name: str
+    used_for: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run: every case with every arm and seed."""
+
+    cases: tuple[Case, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
+    """Read a suite by its name or path.
+
+    Args:
+        name_or_path: a file of ``benchmarks/savings/suites`` without its ending, or any TOML file.
+        tasks: keep these alone; none: all.
+
+    Raises:
+        ShiftInputError: no such file or task, an unknown key or arm, a value that a config refuses.
+    """
+    path = Path(name_or_path)
+    path = path if path.suffix == ".toml" else SUITES / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
+        raise input_error("load_suite", "suite", name_or_path, f"a .toml file, or {known}", "Check it.")
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    declared = table["tasks"]
+    for task in tasks:
+        if task not in declared:
+            raise input_error("load_suite", "tasks", task, ", ".join(declared), "Check the spelling.")
+    cases = tuple(_case(name, declared[name], str(path)) for name in tasks or declared)
+    for case in cases:
+        build_task(case.config)
+        for arm in table["arms"]:
+            if arm not in DERIVED:
+                make_arm(arm, case.config)
+    return Suite(cases, tuple(table["arms"]), tuple(table["seeds"]))
+
+
+def _case(name: str, table: Mapping[str, Any], source: str) -> Case:
+    changes = {key: value for key, value in table.items() if key != "set"}
+    if table.get("set") not in SETS:
+        raise input_error("load_suite", f"tasks.{name}.set", table.get("set"), " or ".join(SETS), "Set it.")
+    # The demo's criterion was chosen for the demo: elsewhere SHIFT has the criterion's own defaults.
+    base = load_config("demo").to_dict() | {"schedule": {"kind": "shift"}}
+    return Case(name, table["set"], TrainConfig.from_dict(_merged(base, changes), source))
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``: tables are merged, but for a task, which is another one altogether."""
+    merged = dict(base)
+    for key, value in changes.items():
+        merge = isinstance(value, Mapping) and key != "task"
+        merged[key] = _merged(base.get(key, {}), value) if merge else value
+    return merged

@@ -1,0 +1,61 @@
+"""Warps and hidden columns at a time of the resident kernels, by GPU family and shape class.
+
+``tuned.json`` holds what was found: fewest bytes spilled, by compiling for the family
+(``benchmarks/offline/tune_triton.py``), or least time, on a device (``benchmarks/gpu/tune.py resident``).
+What it does not hold takes :func:`safe`.
+Nothing is tuned when a kernel is imported or called.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("tuned.json")
+
+
+class Config(NamedTuple):
+    """Warps a program; hidden columns of the MLP at a time (a power of two); stages of Triton's pipeline."""
+
+    warps: int
+    ff_chunk: int
+    stages: int = 1
+
+
+def family(capability: int) -> str:
+    """Name of a GPU family, by major compute capability."""
+    return f"sm_{capability}0"
+
+
+def shape_class(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> str:
+    """Name of what one configuration serves: kernel, tile, bytes of a matmul operand."""
+    return f"{'backward' if grad else 'forward'} {rows}x{d_pad} {8 * itemsize}-bit"
+
+
+def config(rows: int, d_pad: int, itemsize: int, *, grad: bool, capability: int) -> Config:
+    """The configuration of a kernel on a GPU family of major compute ``capability``."""
+    found = table().get(family(capability), {}).get(shape_class(rows, d_pad, itemsize, grad=grad))
+    return safe(rows, d_pad, itemsize, grad=grad) if found is None else found
+
+
+def safe(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> Config:
+    """The residual tile must fit a program's registers, beside one branch's work.
+
+    fp32 operands are multiplied by the ordinary units, from registers: twice the warps, smaller chunks.
+    """
+    if itemsize == 4:
+        return Config(8, 16 if grad else 32)
+    alone = 32 * 64 if grad else 64 * 64
+    return Config(4 if rows * d_pad <= alone else 8, 64 if rows * d_pad <= 64 * 64 and not grad else 32)
+
+
+@functools.cache
+def table() -> dict[str, dict[str, Config]]:
+    """The found configurations: family -> shape class -> configuration."""
+    families = json.loads(TABLE.read_text())
+    return {
+        name: {shape: Config(*(entry[field] for field in Config._fields)) for shape, entry in classes.items()}
+        for name, classes in families.items()
+    }

@@ -1,0 +1,90 @@
+"""The savings suite: its declarations, its statistics, its report from hand-made runs."""
+
+import json
+import math
+
+import pytest
+from synthetic_runs import collected, reaches, switches, write_arm
+
+from benchmarks.savings.paired import best_fixed_switch, p_cheaper
+from benchmarks.savings.report import write_suite_report
+from benchmarks.savings.suite import SUITES, load_suite
+from shift_kernels import ShiftInputError
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in SUITES.glob("*.toml")))
+def test_a_suite_has_every_control_and_builds(name):
+    suite = load_suite(name)
+    assert {"single", "longer", "looped", "looped:smallest", "shift", "matched", "climb"} <= set(suite.arms)
+    assert sum(arm.startswith("fixed:") for arm in suite.arms) >= 2
+    assert {case.used_for for case in suite.cases} == {"tuning", "held out"}
+
+
+def test_tasks_change_the_demo_and_keep_the_criterions_defaults():
+    case = load_suite("full", ("hop_g12",)).cases[0]
+    assert case.config.model.n_loops == 3
+    assert case.config.model.d_model == 64
+    assert case.config.task.options == {"n_nodes": 12, "max_hops": 6}
+    assert case.config.schedule.options == {}
+
+
+@pytest.mark.parametrize(("suite", "tasks", "named"), [("fool", (), "suite"), ("full", ("hip",), "tasks")])
+def test_a_wrong_suite_or_task_is_named(suite, tasks, named):
+    with pytest.raises(ShiftInputError, match=f"'{named}'"):
+        load_suite(suite, tasks)
+
+
+def numbered(costs):
+    return dict(enumerate(costs))
+
+
+def test_p_is_the_share_of_sign_patterns_at_least_as_cheap():
+    cheaper, dearer = numbered([1.0, 2.0, 3.0]), numbered([2.0, 5.0, 9.0])
+    assert p_cheaper(cheaper, dearer) == 1 / 8
+    assert p_cheaper(dearer, cheaper) == 1.0
+    mixed = numbered([1.0, 6.0, 3.0])  # the seed against it has the smallest ratio: two patterns do as well
+    assert p_cheaper(mixed, dearer) == 2 / 8
+
+
+def test_never_is_the_largest_difference_and_ties_say_nothing():
+    looped = numbered([2.0, 2.0, 2.0, 2.0])
+    once_never = numbered([1.0, 1.0, 1.0, math.inf])
+    assert p_cheaper(once_never, looped) > 0.25
+    assert p_cheaper(numbered([2.0, math.inf]), numbered([2.0, math.inf])) == 1.0
+    assert p_cheaper(numbered([2.0, math.inf, 1.0]), numbered([2.0, math.inf, 2.0])) == 0.5
+
+
+def test_many_pairs_are_sampled_and_agree_with_the_exact_count():
+    few = p_cheaper(numbered([1.0] * 11 + [3.0]), numbered([2.0] * 12))
+    many = p_cheaper(numbered([1.0] * 12 + [3.0]), numbered([2.0] * 13))
+    assert 0 < many < few < 0.02
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, step, loops in (
+        ("looped", 60, lambda s: 4),
+        ("single", 999, lambda s: 1),
+        ("shift", 60, switches(30)),
+        ("fixed:0.1", 999, switches(10)),
+        ("fixed:0.25", 50, switches(25)),
+    ):
+        write_arm(tmp_path / "task", name, {s: reaches(step + s) for s in range(5)}, loops)
+    names = ["looped", "single", "shift", "fixed:0.1", "fixed:0.25"]
+    return {"a_task": collected(tmp_path / "task", names, list(range(5))) | {"used_for": "held out"}}
+
+
+def test_the_best_fixed_switch_reaches_the_target(results):
+    assert best_fixed_switch(results["a_task"]["arms"]) == "fixed:0.25"
+
+
+def test_the_report_shows_ratios_tests_and_failures(results, tmp_path):
+    markdown, page = write_suite_report(results, tmp_path / "report")
+    text = markdown.read_text()
+    shift = results["a_task"]["arms"]["shift"]["against_looped"]["mean"]
+    assert f"{shift:.2f}" in text
+    assert "[never: 5 seeds]" in text
+    assert "0.031" in text  # 1 / 2^5: cheaper on all five seeds
+    assert "<html" in page.read_text()
+    written = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert written["a_task"]["arms"]["shift"]["against_looped"]["mean"] == shift
