@@ -186,7 +186,7 @@ class Climb(Ladder):
             _check(is_number(value) and 0 < value <= 1, name, value, "a number in (0, 1]")
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
         between = len(_doublings(max_loops)) - 2
-        shares = [first, *[rest / between] * between] if max_loops > 1 else []
+        shares = [first, *(rest / between for _ in range(between))] if max_loops > 1 else []
         super().__init__(max_loops, total_steps, shares=shares, **scp)
 
 
