@@ -2,7 +2,7 @@
 
 constant   T always                         fixed    1, then T from a given step on
 shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
-climb      the ladder, with little time on one loop and a cap on every rung
+climb      the ladder from 2 on, with a cap on every rung
 linear, sqrt, staged   rise from 1 to T over the first part of the run
 random     drawn anew at every step
 """
@@ -166,28 +166,24 @@ class ShiftSchedule(Ladder):
 
 
 class Climb(Ladder):
-    """Our own default: 1, 2, 4, .., T, leaving each rung when SCP fires, and one loop almost at once.
+    """Our own: 2, 4, .., T, leaving each rung when SCP fires, and in any case in time.
 
-    Two loops often learn what many do, at a fraction of the cost, and one loop rarely does: so a run spends
-    little on the first rung whatever the criterion says, and much on the next ones as long as they learn.
-    Compared with other schedules in ``benchmarks/savings``.
+    Two loops often learn what many do, at a fraction of the cost, where one loop learns little that is of
+    use later: so it begins with two, and stays there as long as they learn. Compared with other schedules in
+    ``benchmarks/savings``.
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
-        first: share of all steps on one loop, at most.
-        rest: share of all steps on the rungs between one loop and ``max_loops``, at most, in equal parts.
+        most: share of all steps on the rungs below ``max_loops``, at most, in equal parts.
         scp: options of :class:`shift.criterion.SCPConfig`.
     """
 
-    def __init__(
-        self, max_loops: int, total_steps: int, first: float = 0.05, rest: float = 0.5, **scp: Any
-    ) -> None:
-        for name, value in (("first", first), ("rest", rest)):
-            _check(is_number(value) and 0 < value <= 1, name, value, "a number in (0, 1]")
+    def __init__(self, max_loops: int, total_steps: int, most: float = 0.7, **scp: Any) -> None:
+        _check(is_number(most) and 0 < most <= 1, "most", most, "a number in (0, 1]")
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
-        between = len(_doublings(max_loops)) - 2
-        shares = [first, *(rest / between for _ in range(between))] if max_loops > 1 else []
-        super().__init__(max_loops, total_steps, shares=shares, **scp)
+        rungs = _doublings(max_loops)[1:] or [1]
+        below = len(rungs) - 1
+        super().__init__(max_loops, total_steps, rungs, [most / below] * below if below else None, **scp)
 
 
 RAMPS = ("linear", "sqrt", "staged")
