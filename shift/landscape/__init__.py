@@ -6,5 +6,4 @@ valley      river and valley, split by a threshold, and what the split's sizes d
 information matrix entropy, mutual information of Hessians, phases
 hopping     how a trajectory moves in valley and river
 cuts        the loss along one direction: U or V?
-snapshots   what a training run records for all this
 """
