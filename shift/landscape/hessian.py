@@ -124,6 +124,11 @@ class Hessian:
         step = torch.finfo(v.dtype).eps ** (1 / 3) * scale * v / length
         return (self._gradient_at(step) - self._gradient_at(-step)) * (length / (2 * step.norm()))
 
+    def scaled(self, scale: Tensor) -> Hessian:
+        """D H D with D = diag(``scale`` [n]): the Hessian in the coordinates w = D x."""
+        point = self._point.detach()
+        return Hessian(lambda x: self._function(point + scale * x), torch.zeros_like(point), self.method)
+
     def dense(self, chunk: int = 64) -> np.ndarray:
         """The matrix, float64 [n, n], symmetrised; ``chunk`` products at a time."""
         rows = []
