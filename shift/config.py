@@ -107,6 +107,16 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class LandscapeConfig:
+    """What to record for ``shift-landscape``; see shift.snapshots."""
+
+    every: int = 0
+    """Steps from one burst of recorded weights to the next; 0: record nothing."""
+    burst: int = 9
+    """Successive states in a burst; one more than the steps between them."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a training run computes, and how often it reports."""
 
@@ -114,6 +124,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
     steps: int = 800
     """Optimiser steps."""
     batch_size: int = 64
@@ -145,6 +156,8 @@ class TrainConfig:
         for name, least in low.items():
             _check_least(name, getattr(self, name), least)
         _check_least("model.n_loops", self.model.n_loops, 1)
+        _check_least("landscape.every", self.landscape.every, 0)
+        _check_least("landscape.burst", self.landscape.burst, 1)
         _check_least("optimiser.warmup", self.optimiser.warmup, 0)
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("optimiser.lr_schedule", self.optimiser.lr_schedule, ("constant", "cosine", "wsd"))
@@ -169,7 +182,7 @@ class TrainConfig:
         return _build(TrainConfig, table, source, "")
 
 
-RESULT_FREE = ("log_every", "checkpoint_every", "keep", "device")
+RESULT_FREE = ("log_every", "checkpoint_every", "keep", "device", "landscape.every", "landscape.burst")
 """Keys that a resumed run may change: they decide what is seen and stored, not what is computed."""
 
 

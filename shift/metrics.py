@@ -21,7 +21,7 @@ from shift_kernels.errors import input_error
 
 
 class RowFile:
-    """An append-only file of JSON rows that can be cut back to the length a checkpoint remembers."""
+    """An append-only file of rows that can be cut back to the length a checkpoint remembers."""
 
     def __init__(self, path: Path, length: int = 0) -> None:
         """Open ``path`` and keep its first ``length`` bytes.
@@ -41,7 +41,11 @@ class RowFile:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows and hand them to the operating system."""
-        self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+        self.append("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+
+    def append(self, data: bytes) -> None:
+        """Append rows of another format."""
+        self._file.write(data)
         self._file.flush()
 
     def sync(self) -> int:

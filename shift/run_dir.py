@@ -2,6 +2,7 @@
 
 config.toml      the resolved configuration
 metrics.jsonl    reproducible facts, no clock      timing.jsonl   milliseconds of each step
+snapshots.bin    weights, where they are recorded (shift.snapshots)
 checkpoints/     see shift.checkpoint              result.json    written once, at the end
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from shift import checkpoint
 from shift.config import TrainConfig, differing_key
 from shift.files import replace_atomically
 from shift.metrics import RowFile
+from shift.snapshots import SNAPSHOTS
 from shift_kernels.errors import input_error
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -55,8 +58,10 @@ class RunDirectory:
                 "Resume that run (resume=True, --resume auto), or choose another directory.",
             )  # fmt: skip
         lengths = {METRICS: 0, TIMING: 0}
+        if config.landscape.every:
+            lengths[SNAPSHOTS] = 0
         if self.checkpoint is not None:
-            lengths = self.checkpoint.state["lengths"]
+            lengths |= self.checkpoint.state["lengths"]
         path.mkdir(parents=True, exist_ok=True)
         replace_atomically(path / "config.toml", tomli_w.dumps(config.to_dict()).encode())
         self._files = {name: RowFile(path / name, length) for name, length in lengths.items()}
@@ -66,6 +71,12 @@ class RunDirectory:
         if self._writes:
             self._files[METRICS].write(metrics)
             self._files[TIMING].write(timing)
+
+    def write_snapshots(self, rows: Iterable[bytes]) -> None:
+        """Append rows of :class:`shift.snapshots.SnapshotRecorder`."""
+        for row in rows:
+            if self._writes:
+                self._files[SNAPSHOTS].append(row)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]

@@ -33,6 +33,7 @@ from shift.flops import train_step_flops
 from shift.metrics import Console, PendingRows, StepTimer
 from shift.optim import build_optimizer, learning_rate
 from shift.run_dir import RunDirectory
+from shift.snapshots import SnapshotRecorder
 from shift.summary import batches_sha256, environment, switch_ms
 from shift.tasks.base import IGNORE
 
@@ -108,6 +109,9 @@ class Trainer:
         if self.world_size > 1:
             self.network = DistributedDataParallel(self.model)
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
+        self._snapshots = SnapshotRecorder(
+            self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
+        )
 
     def stop(self) -> None:
         """Ask :meth:`fit` to save a checkpoint and raise :class:`TrainingInterrupted` after this step."""
@@ -143,9 +147,12 @@ class Trainer:
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
             if p.step == 0:
                 self._evaluate(n_loops)
+            self._snapshots.take(p.step)
             self._train_step(n_loops)
 
             last = p.step == c.steps
+            if last:
+                self._snapshots.take(p.step)
             if _due(p.step, c.log_every):
                 self._flush()
             if last or _due(p.step, c.eval_every):
@@ -245,6 +252,7 @@ class Trainer:
                 hopeless_at = row["step"]
             timing.append({"step": row["step"], "ms": ms, "elapsed_s": p.train_s})
         self.run.write_rows(rows, timing)
+        self.run.write_snapshots(self._snapshots.read())
         if self.console and timing and _due(p.step, self.config.log_every):
             self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
         if hopeless_at is not None:

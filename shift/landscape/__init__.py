@@ -1,0 +1,9 @@
+"""The shape of the loss around a run: curvature, river and valley, hopping. Needs extra ``landscape``.
+
+hessian     the loss as a function of one vector; Hessian-vector products; dense Hessians; extreme eigenpairs
+spectrum    all eigenvalues, exact or as a stochastic Lanczos density
+valley      river and valley, split by a threshold, and what the split's sizes depend on
+information matrix entropy, mutual information of Hessians, phases
+hopping     how a trajectory moves in valley and river
+cuts        the loss along one direction: U or V?
+"""

@@ -1,0 +1,219 @@
+"""The landscape along one recorded run: all measures at each of its bursts.
+
+Everything is taken on one fixed held-out batch (the probe) with the number of loops that the run used there.
+Data only; pictures and words are made elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shift.build import build_model, build_task
+from shift.config import TrainConfig, load_config
+from shift.landscape.cuts import cut
+from shift.landscape.hessian import Hessian, LossSurface
+from shift.landscape.hopping import hopping
+from shift.landscape.information import effective_rank, matrix_entropy, mutual_information, phases
+from shift.landscape.spectrum import exact_spectrum, lanczos_spectrum
+from shift.landscape.valley import exponent, sensitivity, split, threshold
+from shift.snapshots import read_snapshots
+from shift_kernels.errors import input_error
+
+
+@dataclass(frozen=True)
+class SurveyConfig:
+    """How closely to look."""
+
+    points: int = 12
+    """Bursts to look at, spread evenly over the run."""
+    samples: int = 32
+    """Sequences of the probe."""
+    rule: str = "relative"
+    """Rule of the threshold between valley and river: absolute, relative or gap."""
+    threshold: float = 0.01
+    """Its value."""
+    leading: int = 10
+    """Sharpest directions to resolve; the valley of the hopping is those of them above the threshold."""
+    lanczos_steps: int = 60
+    """Of the spectrum's density."""
+    lanczos_vectors: int = 2
+    """Random vectors it is averaged over."""
+    exact: bool = False
+    """All eigenvalues instead of a density; for models up to about 5,000 parameters."""
+    double: bool = False
+    """float64 instead of float32."""
+    heights: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Nats that a cut through the valley rises by."""
+
+    def __post_init__(self) -> None:
+        for name in ("points", "samples", "leading", "lanczos_steps", "lanczos_vectors"):
+            if getattr(self, name) < 1:
+                raise input_error(
+                    "SurveyConfig", name, getattr(self, name), "an int >= 1", "Choose a larger one."
+                )
+
+
+def survey(
+    run_dir: Path, config: SurveyConfig, progress: Callable[[int, int], object] | None = None
+) -> dict[str, Any]:
+    """Measure a run that recorded snapshots.
+
+    Args:
+        run_dir: of the run.
+        config: how closely.
+        progress: called after every point with (points done, points in all).
+
+    Returns:
+        Plain JSON values: ``points`` (one dict a burst, see :func:`_point`), ``phases``, ``looks`` of the
+        criterion, ``switch_step``, evaluations, and the configs.
+
+    Raises:
+        ShiftInputError: no snapshots, or none of at least three successive states.
+    """
+    run = load_config(run_dir / "config.toml")
+    task = build_task(run)
+    model = build_model(run, task)
+    n = sum(p.numel() for p in model.parameters())
+    found = read_snapshots(run_dir, n)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    loops = {row["step"] - 1: (row["n_loops"], row["lr"]) for row in rows if row["kind"] == "train"}
+    bursts = [b for b in found.bursts() if b.stop - b.start >= 3 and int(found.steps[b.start]) in loops]
+    if not bursts:
+        raise input_error(
+            "survey", "run_dir", str(run_dir), "bursts of at least three states", "Use --landscape.burst 9."
+        )
+    chosen = [
+        bursts[i] for i in np.unique(np.linspace(0, len(bursts) - 1, config.points).round().astype(int))
+    ]
+
+    probe = task.batch(config.samples, 0, split="eval")
+    dtype = torch.float64 if config.double else torch.float32
+    surfaces = {
+        k: LossSurface(model, probe, k, dtype=dtype)
+        for k in {1, run.model.n_loops, *(k for k, _ in loops.values())}
+    }
+    points, pairs = [], None
+    for i, burst in enumerate(chosen):
+        # Not across the switch: the two halves would be of two different functions.
+        n_loops, lr = loops[int(found.steps[burst.start])]
+        states = [
+            j
+            for j in range(burst.start, burst.stop)
+            if loops.get(int(found.steps[j]), (n_loops,))[0] == n_loops
+        ]
+        step = int(found.steps[burst.start])
+        moments = found.second_moments[states[0]]
+        point, pairs = _point(surfaces, n_loops, found.weights[states], moments, step, lr, run, config, pairs)
+        points.append({"step": step, "n_loops": n_loops, "lr": lr, **point})
+        if progress is not None:
+            progress(i + 1, len(chosen))
+    looped_from = [step for step, (k, _) in sorted(loops.items()) if k > 1]
+    started_single = loops[min(loops)][0] == 1
+    return {
+        "run": str(run_dir),
+        "config": run.to_dict(),
+        "survey": dataclasses.asdict(config),
+        "n_parameters": n,
+        "switch_step": looped_from[0] if looped_from and started_single else None,
+        "points": points,
+        "phases": {
+            k: [points[i]["step"] for i in v]
+            for k, v in phases([p["effective_rank"] for p in points]).items()
+        },
+        "looks": [row for row in rows if row["kind"] == "look"],
+        "evaluations": [row for row in rows if row["kind"] == "eval"],
+        "losses": [[row["step"], row["loss"]] for row in rows if row["kind"] == "train"],
+    }
+
+
+def _point(
+    surfaces: dict[int, LossSurface],
+    n_loops: int,
+    weights: np.ndarray,
+    second_moment: np.ndarray,
+    step: int,
+    lr: float,
+    run: TrainConfig,
+    config: SurveyConfig,
+    before: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """All measures at one burst, and its leading eigenpairs."""
+    surface = surfaces[n_loops]
+    w = surface.vector(weights[0])
+    hessian = Hessian(surface.loss, w)
+    spectrum = (
+        exact_spectrum(hessian)
+        if config.exact
+        else lanczos_spectrum(hessian, config.lanczos_steps, config.lanczos_vectors)
+    )
+    k = min(config.leading, hessian.size - 1)
+    values, vectors = hessian.extreme(k, tol=1e-4)
+    if config.rule != "absolute" and values[0] <= 0:
+        raise input_error(
+            "survey", "rule", config.rule, "'absolute' where no curvature is positive", "Use it."
+        )
+    eps = threshold(spectrum, config.rule, config.threshold)
+    found, nearby = split(spectrum, eps), sensitivity(spectrum, config.rule, config.threshold)
+    point: dict[str, Any] = {
+        "loss": float(surface.loss(w).detach()),
+        "split": dataclasses.asdict(found),
+        "sensitivity": [dataclasses.asdict(s) for s in nearby],
+        "exponents": {q: exponent(nearby, q) for q in ("condition", "force", "valley", "river")},
+        "leading": values.tolist(),
+        "spectrum": [spectrum.values.tolist(), spectrum.counts.tolist()],
+        "matrix_entropy": matrix_entropy(spectrum),
+        "effective_rank": effective_rank(spectrum),
+        "mutual_information": None if before is None else mutual_information(before, (values, vectors)),
+        "eta_sharpness": lr * float(values[0]),
+        "adam_eta_sharpness": _adam_sharpness(hessian, second_moment, step, lr, run.optimiser.betas[1]),
+        "cuts": {str(height): _cut(surface, w, vectors[:, 0], height) for height in config.heights},
+        "agreement": _agreement(surfaces, run.model.n_loops, weights[0]),
+    }
+    walls = values >= eps
+    if walls.any() and len(weights) >= 3:
+        gradients = np.stack([surface.gradient(surface.vector(v)).double().numpy() for v in weights])
+        point["hopping"] = dataclasses.asdict(hopping(weights, gradients, values[walls], vectors[:, walls]))
+    return point, (values, vectors)
+
+
+def _cut(surface: LossSurface, w: torch.Tensor, direction: np.ndarray, height: float) -> dict[str, Any]:
+    """The cut through the sharpest direction, as plain values."""
+    u = surface.vector(direction)
+    with torch.no_grad():
+        found = cut(lambda x: float(surface.loss(w + x * u)), height, n_points=31)
+    curves = {name: getattr(found, name).tolist() for name in ("x", "y", "u", "v")}
+    return {**curves, "margin": found.margin, "shape": found.shape}
+
+
+def _adam_sharpness(
+    hessian: Hessian, second_moment: np.ndarray, step: int, lr: float, beta2: float
+) -> float | None:
+    """lr * l_max of P^-1/2 H P^-1/2, P = sqrt(v) + eps: to be held against 2 (1 + beta1) / (1 - beta1).
+
+    Adaptive edge of stability: Cohen et al., arXiv 2207.14484. ``v`` is bias-corrected; None before a step.
+    """
+    if step == 0:
+        return None
+    corrected = second_moment.astype(np.float64) / (1 - beta2**step)
+    scale = torch.from_numpy((np.sqrt(corrected) + 1e-8) ** -0.5).to(hessian.gradient.dtype)
+    return lr * float(hessian.scaled(scale).extreme(1, tol=1e-3)[0][0])
+
+
+def _agreement(surfaces: dict[int, LossSurface], n_loops: int, weights: np.ndarray) -> dict[str, float]:
+    """Cosine between the gradients of Single and of Looped at the same weights: all, and each parameter."""
+    single, looped = (surfaces[k].gradient(surfaces[k].vector(weights)).double() for k in (1, n_loops))
+
+    def cosine(part: slice) -> float:
+        a, b = single[part], looped[part]
+        length = float(a.norm() * b.norm())
+        return float(a @ b) / length if length > 0 else 0.0
+
+    return {"all": cosine(slice(None)), **{name: cosine(s) for name, s in surfaces[1].slices().items()}}
