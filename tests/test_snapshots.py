@@ -1,6 +1,7 @@
 """What a run records of its weights, and that recording changes nothing else."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from tiny_runs import tiny
 
 from shift.build import build_model, build_task
 from shift.config import LandscapeConfig, TrainConfig
+from shift.landscape.cli import main
 from shift.snapshots import SNAPSHOTS, read_snapshots
 from shift.trainer import Trainer, TrainingInterrupted
 from shift_kernels import ShiftInputError
@@ -78,3 +80,17 @@ def test_a_run_without_snapshots_or_of_another_model_is_refused(recorded, tmp_pa
         read_snapshots(tmp_path, SIZE)
     with pytest.raises(ShiftInputError, match="another model"):
         read_snapshots(recorded[0], SIZE + 1)
+
+
+def test_the_command_surveys_a_recorded_run(recorded, tmp_path, capsys):
+    run, out = str(recorded[0]), tmp_path / "landscape"
+    look = "--look.points 2 --look.samples 4 --look.leading 2 --look.lanczos-steps 8 --look.lanczos-vectors 1"
+    assert main([run, "--out", str(out), *look.split()]) == 0
+    (found,) = json.loads((out / "surveys.json").read_text()).values()
+    assert len(found["points"]) == 2
+    assert {p.name for p in (out / "figures").glob("*.png")} == {
+        f"{name}.png" for name in ("spectrum", "plane", "cut", "signals")
+    }
+    assert "data:image/png" in (out / "report.html").read_text()
+    assert main([run, run, "--out", str(out)]) == 2
+    assert "'runs'" in capsys.readouterr().err

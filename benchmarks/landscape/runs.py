@@ -3,7 +3,7 @@
     python -m benchmarks.landscape.runs --work runs/landscape --seeds 0 1 2 3 4
 
 Seeds take turns, so that an interrupted study is whole for the seeds it reached; what is done is kept.
-About 30 s of one core a run, 15 minutes for all on two cores. ``benchmarks.landscape.table`` does the rest.
+About 30 s of one core a run, 15 minutes for all on two cores.
 """
 
 from __future__ import annotations

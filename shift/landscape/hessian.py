@@ -63,10 +63,25 @@ class LossSurface:
         """A flat vector [size] in the surface's dtype."""
         return torch.as_tensor(weights).to(self.dtype)
 
-    def slices(self) -> dict[str, slice]:
-        """Where each parameter lies in a flat vector."""
-        ends = np.cumsum(self._sizes).tolist()
-        return {name: slice(e - n, e) for name, n, e in zip(self.names, self._sizes, ends, strict=True)}
+    def slices(self, split_qkv: bool = False) -> dict[str, slice]:
+        """Where each parameter lies in a flat vector.
+
+        Args:
+            split_qkv: name the rows of queries, keys and values of the fused input projection apart
+                (``...in_proj_weight.q``).
+        """
+        spec = self._model.block.spec
+        rows = {"q": spec.n_heads, "k": spec.n_kv_heads, "v": spec.n_kv_heads}
+        found: dict[str, slice] = {}
+        start = 0
+        for name, n in zip(self.names, self._sizes, strict=True):
+            parts = {name: n}
+            if split_qkv and "in_proj_" in name:
+                parts = {f"{name}.{part}": n * heads // sum(rows.values()) for part, heads in rows.items()}
+            for part, size in parts.items():
+                found[part] = slice(start, start + size)
+                start += size
+        return found
 
     def loss(self, weights: Tensor) -> Tensor:
         """Loss (nats, 0-d) at a flat vector [size]; differentiable."""

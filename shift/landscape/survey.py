@@ -216,4 +216,7 @@ def _agreement(surfaces: dict[int, LossSurface], n_loops: int, weights: np.ndarr
         length = float(a.norm() * b.norm())
         return float(a @ b) / length if length > 0 else 0.0
 
-    return {"all": cosine(slice(None)), **{name: cosine(s) for name, s in surfaces[1].slices().items()}}
+    return {
+        "all": cosine(slice(None)),
+        **{name: cosine(s) for name, s in surfaces[1].slices(split_qkv=True).items()},
+    }

@@ -1,0 +1,104 @@
+"""``shift-landscape RUN ...``: the landscape along recorded runs, as numbers, pictures and one HTML file.
+
+    shift-train --config demo --run-dir runs/shift --landscape.every 50
+    shift-landscape runs/shift --out runs/shift-landscape
+
+Quantities are ours, defined in the modules of :mod:`shift.landscape`; the paper's were not available to us.
+Exit codes: 0 done; 2 unusable input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from shift.document import Block, Cell, Heading, Paragraph, Picture, Table, web_page
+from shift.files import replace_atomically
+from shift.landscape.plane import plane
+from shift.landscape.plots import draw
+from shift.landscape.survey import SurveyConfig, survey
+from shift_kernels import ShiftInputError
+from shift_kernels.errors import input_error
+
+CAPTIONS = {
+    "spectrum": "Eigenvalues of the Hessian along training. Between the dashed lines: the river.",
+    "plane": "Loss around the last weights, along the sharpest direction and the run's drift, with its path.",
+    "cut": "Loss along the sharpest direction, with a U (parabola) and a V fitted at three heights.",
+    "signals": "What the criterion looked at, and the landscape's own figures beside it.",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """The landscape along recorded runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories trained with --landscape.every; at most four are legible side by side."""
+    out: Path = Path("runs/landscape")
+    """Gets surveys.json, report.html and figures/."""
+    look: SurveyConfig = dataclasses.field(default_factory=SurveyConfig)
+    """How closely."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    command = tyro.cli(Command, args=argv, prog="shift-landscape")
+    try:
+        print(report(command.runs, command.out, command.look))
+    except ShiftInputError as error:
+        print(f"shift-landscape: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(runs: Sequence[Path], out: Path, look: SurveyConfig) -> Path:
+    """Survey the runs and write everything; returns the path of the HTML file.
+
+    Raises:
+        ShiftInputError: no runs, two of one name, or a run without snapshots.
+    """
+    labels = ["/".join(path.resolve().parts[-2:]) for path in runs]
+    if not runs or len(set(labels)) < len(labels):
+        raise input_error("shift-landscape", "runs", labels, "different run directories", "Name some.")
+    surveys = {label: survey(path, look) for label, path in zip(labels, runs, strict=True)}
+    planes = {}
+    for label, path in zip(labels, runs, strict=True):
+        last = surveys[label]["points"][-1]
+        planes[label] = plane(path, surveys[label]["switch_step"] or 0, last["n_loops"], look.samples)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_atomically(out / "surveys.json", json.dumps(surveys, indent=1).encode())
+    pictures = draw(surveys, planes, out / "figures")
+    blocks: list[Block] = [
+        Paragraph(
+            "Curvature of the loss on held-out data along recorded runs. Valley: directions whose curvature "
+            "is above the threshold; river: the others. The quantities are defined in shift.landscape."
+        )
+    ]
+    blocks += [Picture(path, CAPTIONS[name]) for name, path in pictures.items()]
+    for label, found in surveys.items():
+        blocks += [Heading(label), points_table(found)]
+    path = out / "report.html"
+    replace_atomically(path, web_page("The landscape along a run", blocks).encode())
+    return path
+
+
+def points_table(found: dict[str, Any]) -> Table:
+    """A row a point, a column each plain number."""
+    names = [
+        k for k, v in found["points"][0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+    rows: list[list[Cell]] = [
+        ["–" if p.get(name) is None else f"{p[name]:.4g}" for name in names] for p in found["points"]
+    ]
+    return Table([name.replace("_", " ") for name in names], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
