@@ -26,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
     avx512 = ["f", "dq", "vl", "bw"]
     ISAS["avx512"] = [f"-mavx512{part}" for part in avx512] + ["-mfma", "-mprefer-vector-width=512"]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 
 def compiler():

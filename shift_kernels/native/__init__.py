@@ -12,7 +12,7 @@ from pathlib import Path
 
 LIBRARY = Path(os.environ.get("SHIFT_KERNELS_CPU_LIBRARY", Path(__file__).parent / "libshift_cpu.so"))
 """The environment variable is for builds with sanitizers."""
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets that are in the library; the best that the processor has is used."""
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
@@ -27,7 +27,7 @@ class Call(ctypes.Structure):
             (_INT, "batch seq_len d_model n_heads n_kv_heads head_dim n_layers d_ff"),
             (_INT, "most_loops n_slices n_threads"),
             (_INT, "activation norm placement causal rope injection loop_norm"),
-            (_INT, "return_all n_grad_loops halting"),
+            (_INT, "return_all n_grad_loops halting bf16"),
             (_FLOAT, "eps residual_scale halt_threshold"),
             (_POINTER, "e loops lengths rotary weights out boundaries kept used"),
             (_POINTER, "grad_out grad_e grad_weights"),
