@@ -21,6 +21,7 @@ NAME = "shift_kernels.native.libshift_cpu"
 SOURCES = Path("csrc/cpu")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 FLAGS += ["-Wno-psabi", "-Wno-ignored-attributes"]  # vectors wider than the portable build has registers
+FLAGS += ["-Wno-uninitialized"]  # g++ 12 warns of its own intrinsics
 ISAS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]

@@ -73,6 +73,8 @@ inline void rows(int m, int j, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     constexpr int MR = VL == 16 ? 8 : VL == 8 ? 6 : 4;
     const auto from = [&](int i) { return MatA<P>{a.p + i * a.row, a.row, a.col}; };
     int i = 0;
+    if (NV == 1)  // enough sums in flight, with one vector each
+        for (; i + 2 * MR <= m; i += 2 * MR) micro<P, 2 * MR, NV>(i, j, k, from(i), b, epilogue);
     for (; i + MR <= m; i += MR) micro<P, MR, NV>(i, j, k, from(i), b, epilogue);
     for (; i + 2 <= m; i += 2) micro<P, 2, NV>(i, j, k, from(i), b, epilogue);
     for (; i < m; i++) micro<P, 1, NV>(i, j, k, from(i), b, epilogue);

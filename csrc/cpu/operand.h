@@ -9,9 +9,6 @@
 //   stacked  [cells][width]             A of a weight gradient, whose summed index is the row
 #pragma once
 #include "vec.h"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace {
 

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VL 16
@@ -33,8 +36,13 @@ inline void prefetch_to_write(const float* p) { __builtin_prefetch(p, 1); }
 inline vf all(float x) { return x - (vf){}; }
 inline vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
 // b where the two do not compare.
+#if defined(__AVX512F__)
+inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline vf max(vf a, vf b) { return pick(a > b, a, b); }
 inline vf min(vf a, vf b) { return pick(a < b, a, b); }
+#endif
 
 // Halves of a vector, folded until one number is left: four dependent steps instead of fifteen.
 template <int N, class Fold>
@@ -65,18 +73,27 @@ inline float largest(vf x) {
     return fold<VL>(out, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// x 2^n for whole n in [-126, 127]
+inline vf scaled(vf x, vf n) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+    const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return x * power;
+#endif
+}
+
 // e^x = 2^n e^r with r = x - n ln 2 in [-0.35, 0.35], where seven terms of the series are exact to 5e-9.
 inline vf exp(vf x) {
     x = min(all(88.0f), max(all(-87.0f), x));  // in this order a NaN stays one
-    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf magic = all(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer
     const vf n = (x * 1.44269504f + magic) - magic;
     const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = all(1.0f / 5040);
     for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-    const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-    vf scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return p * scale;
+    return scaled(p, n);
 }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
