@@ -258,6 +258,54 @@ def test_nan_in_pads_reaches_nothing():
         assert torch.equal(a, b)
 
 
+class Framed:
+    """torch, for the backend's allocations: each lies between bands of NaN that nobody may touch."""
+
+    BAND = 64
+
+    def __init__(self):
+        self.frames = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def hold(self, x):
+        frame = torch.full((x.numel() + 2 * self.BAND,), torch.nan)
+        self.frames.append(frame)
+        return frame[self.BAND : -self.BAND].view(x.shape).copy_(x)
+
+    def empty(self, *shape, **kwargs):
+        x = torch.empty(*shape, **kwargs)
+        return self.hold(x.fill_(torch.nan)) if x.dtype == torch.float32 else x
+
+    def zeros(self, *shape, **kwargs):
+        return self.hold(torch.zeros(*shape, **kwargs))
+
+    def check(self):
+        for frame in self.frames:
+            assert frame[: self.BAND].isnan().all()
+            assert frame[-self.BAND :].isnan().all()
+
+
+@needs_library
+@every_option
+@pytest.mark.parametrize("dtypes", [FLOAT32, AUTOCAST], ids=["float32", "autocast"])
+def test_nothing_is_read_or_written_beside_a_buffer(options, dtypes, monkeypatch):
+    block, e = make(**options)
+    for call in CALLS.values():
+        expected = on_cpu_backend(block, e, normal, {"n_loops": 2, **call}, dtypes=dtypes)
+        with monkeypatch.context() as patch:
+            frames = Framed()
+            patch.setattr(cpu_backend, "torch", frames)
+            patch.setattr(cpu_backend, "_buffer", lambda shape, frames=frames: frames.empty(shape))
+            weights = {name: frames.hold(w.detach()) for name, w in block.weights().items()}
+            patch.setattr(block, "weights", lambda weights=weights: weights)
+            found = on_cpu_backend(block, frames.hold(e), normal, {"n_loops": 2, **call}, dtypes=dtypes)
+        frames.check()
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
 @needs_library
 @pytest.mark.parametrize("call", [{"n_loops": 2}, CALLS["all loops, truncated"]], ids=["plain", "ragged"])
 def test_same_bits_for_any_number_of_threads(call):
