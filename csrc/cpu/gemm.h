@@ -88,13 +88,12 @@ inline void gemm(int m, int n, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     for (; j < n; j += VL) rows<P, 1>(m, j, k, a, from(j), epilogue);
 }
 
-// C[m, n] += A[k, m]^T B[k, n] for few k and many m: a block of A's columns stays in L1 while B passes by.
+// C[m, n] += A[k, m]^T B[k, n] for few k and many m, both stacked in panels: one of A's stays in L1 while B
+// passes by.
 template <class P>
-inline void gemm_outer(int m, int n, int k, const typename P::cell* a, int64_t lda, MatB<P> b, float* c,
-                       int64_t ldc) {
-    constexpr int STEP = 24;  // a multiple of every MR
-    for (int i = 0; i < m; i += STEP)
-        gemm<P>(m - i < STEP ? m - i : STEP, n, k, {a + i, 1, lda}, b, Add{c + i * ldc, ldc});
+inline void gemm_outer(int m, int n, int k, MatB<P> a, MatB<P> b, float* c, int64_t ldc) {
+    for (int i = 0; i < m; i += VL)
+        gemm<P>(m - i < VL ? m - i : VL, n, k, {a.p + i / VL * a.panel, 1, VL}, b, Add{c + i * ldc, ldc});
 }
 
 }  // namespace

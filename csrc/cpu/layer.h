@@ -218,21 +218,21 @@ struct Temporaries {  // [rows, width] each
     float *dz, *dy, *d_o, *d_qkv, *du;
 };
 
-inline const float* stacked(F32, int, int, const float* dy, float*) { return dy; }
-inline const uint32_t* stacked(BF16, int rows, int width, const float* dy, float* room) {
-    uint32_t* cells = reinterpret_cast<uint32_t*>(room);
-    stack<BF16>(rows, width, dy, width, VL, cells);
-    return cells;
+// x[rows, width] in panels, rows being the summed index.
+template <class P>
+inline MatB<P> stacked(int rows, int width, const float* x, float* room) {
+    auto* cells = reinterpret_cast<typename P::cell*>(room);
+    const int k = cells_of<P>(rows);
+    stack<P>(rows, width, x, VL, int64_t(k) * VL, cells);
+    return panels<P>(cells, k);
 }
 
 // weight += dy^T x, bias += column sums of dy
 template <class P>
 inline void weight_grads(int rows, int outs, int ldy, const float* dy, int ldx, const float* x, float* weight,
                          float* bias, Room room) {
-    const int k = cells_of<P>(rows);
-    auto* x_panels = reinterpret_cast<typename P::cell*>(room.panels);
-    stack<P>(rows, ldx, x, VL, int64_t(k) * VL, x_panels);
-    gemm_outer<P>(outs, ldx, k, stacked(P{}, rows, ldy, dy, room.stacked), ldy, panels<P>(x_panels, k), weight, ldx);
+    gemm_outer<P>(outs, ldx, cells_of<P>(rows), stacked<P>(rows, ldy, dy, room.stacked),
+                  stacked<P>(rows, ldx, x, room.panels), weight, ldx);
     add_columns(rows, ldy, dy, bias);
 }
 
