@@ -19,19 +19,17 @@ from typing import Any
 
 import tyro
 
-from shift.document import Block, Cell, Heading, Paragraph, Picture, Table, markdown
+from shift.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
 from shift.files import replace_atomically
 from shift.heat_map import heat_map
 from shift.run_dir import short_names
-from shift.sweep import SweepConfig, sweep
+from shift.sweep import RULES, SweepConfig, sweep
 from shift.words import count, percent
 from shift_kernels import ShiftInputError
 
 WORDS = (
     "Exact match (all read positions of a sequence right) on held-out sequences; in brackets the share of "
-    "read positions that are right, and the loops, on average. As trained: each sample runs T(n), the loops "
-    "that a length needs, up to what training allowed. Oracle: T(n). Confidence: each sample stops at the "
-    "loop, of all that were run, after which its own answer is surest."
+    "read positions that are right, and the loops, on average. T(n): the loops that a length needs."
 )
 CAPTION = "Exact match. Ring: T(n). Dashed: the longest length and the most loops of training."
 
@@ -64,7 +62,8 @@ def write(sweeps: Mapping[str, Mapping[str, Any]], out: Path) -> Path:
     """Write sweeps, by name, into the directory ``out``; returns the path of ``eval.md``."""
     out.mkdir(parents=True, exist_ok=True)
     replace_atomically(out / "eval.json", json.dumps(sweeps, indent=1, allow_nan=False).encode())
-    blocks: list[Block] = [Paragraph(WORDS), Picture(heat_map(sweeps, out / "heat_map.png"), CAPTION)]
+    rules = Items([f"{rule}: {meaning}" for rule, meaning in RULES.items()])
+    blocks: list[Block] = [Paragraph(WORDS), rules, Picture(heat_map(sweeps, out / "heat_map.png"), CAPTION)]
     for name, found in sweeps.items():
         length = found["trained_length"]
         trained = f"Step {found['step']}; trained with up to {count(found['trained_loops'], 'loop')}"

@@ -1,13 +1,8 @@
 """How right a trained model is by length and by number of loops, beyond those of its training too.
 
-One pass of ``max_loops`` loops gives the answer after each. Three rules then say which one counts:
-
-    as trained    each sample runs T(n), up to what training allowed
-    oracle        each sample runs T(n), the loops that its task says a length needs
-    confidence    each sample stops where its answer is surest: where the cross-entropy between its logits and
-                  their own argmax, mean over the answer, is least
-
-T(n) and the confidence rule: Fan et al., arXiv 2409.15647. A task that has no T(n) has no oracle.
+One pass of ``max_loops`` loops gives the answer after each; the :data:`RULES` then say which one counts.
+T(n), the loops that a task says a length needs, and the confidence rule: Fan et al., arXiv 2409.15647. The
+confidence in an answer is the cross-entropy between its logits and their own argmax, mean over the answer.
 """
 
 from __future__ import annotations
@@ -29,6 +24,12 @@ from shift.tasks import make_task
 from shift.tasks.base import IGNORE, Batch, Task
 from shift.tasks.full_output import FullOutputTask
 from shift_kernels.errors import input_error
+
+RULES = {
+    "as trained": "each sample runs T(n) loops, up to what training allowed",
+    "oracle": "each sample runs T(n) loops; a task that has no T(n) has no oracle",
+    "confidence": "each sample stops at the loop, of all that were run, after which its answer is surest",
+}
 
 LENGTHS = 8
 """Lengths, and loops beyond the largest T(n), that are tried unless told."""
