@@ -11,7 +11,7 @@ import shift.sweep
 from shift.build import build_model
 from shift.checkpoint import newest_valid
 from shift.config import ModelConfig, ScheduleConfig, TaskConfig
-from shift.eval import main
+from shift.eval import main, write
 from shift.evaluate import evaluate
 from shift.sweep import SweepConfig, sweep
 from shift.tasks.parity import Parity
@@ -83,6 +83,8 @@ def test_a_task_without_lengths_is_one_row_without_an_oracle(tmp_path):
     assert (row["length"], row["needed"], found["trained_length"]) == (None, None, None)
     assert set(row["rules"]) == {"as trained", "confidence"}
     assert len(row["exact"]) == found["max_loops"] == 6
+    lines = write({"hop": found}, tmp_path).read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("|")][2:] == ["| all"]
 
 
 def trained(path, **changes):
