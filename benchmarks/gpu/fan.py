@@ -39,12 +39,15 @@ SIZES: dict[str, dict[str, Any]] = {
 ARMS = ("single", "looped", "shift", "climb")
 
 
-def task_config(task: str) -> TrainConfig:
+def task_config(task: str, backend: str = "auto") -> TrainConfig:
     """Their configuration of a task."""
     base, size = load_config("fan_parity"), dict(SIZES[task])
     options = {key: size.pop(key) for key in ("max_length", "curriculum_interval")}
     return dataclasses.replace(
-        base, task=TaskConfig(task, options=options), model=dataclasses.replace(base.model, **size)
+        base,
+        task=TaskConfig(task, options=options),
+        model=dataclasses.replace(base.model, **size),
+        backend=backend,
     )
 
 
@@ -121,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--backend", default="auto", help="of the loop body")
     args = parser.parse_args(argv)
-    configs = {task: task_config(task) for task in args.tasks}
+    configs = {task: task_config(task, args.backend) for task in args.tasks}
     command = f"python -m benchmarks.gpu.fan {shlex.join(argv)}"
     return run(configs, args.arms, args.seeds, args.out, args.seconds, command)
 
