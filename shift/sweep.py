@@ -1,8 +1,9 @@
 """How right a trained model is by length and by number of loops, beyond those of its training too.
 
 One pass of ``max_loops`` loops gives the answer after each; the :data:`RULES` then say which one counts.
-T(n), the loops that a task says a length needs, and the confidence rule: Fan et al., arXiv 2409.15647. The
-confidence in an answer is the cross-entropy between its logits and their own argmax, mean over the answer.
+T(n), the loops that a task says a length needs, and the two confidence rules: Fan et al., arXiv 2409.15647.
+An answer is the surer, the less the cross-entropy between its logits and their own argmax, mean over its
+positions.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RULES = {
     "as trained": "each sample runs T(n) loops, up to what training allowed",
     "oracle": "each sample runs T(n) loops; a task that has no T(n) has no oracle",
     "confidence": "each sample stops at the loop, of all that were run, after which its answer is surest",
+    "joint confidence": "all samples of a length stop at the loop after which their mean answer is surest",
 }
 
 LENGTHS = 8
@@ -162,6 +164,7 @@ def _row(
         loops = {"as trained": oracle.clamp(max=trained_loops), "oracle": oracle}
         needed = oracle.double().mean().item()
     loops["confidence"] = surprise.argmin(0) + 1
+    loops["joint confidence"] = (surprise.mean(1).argmin() + 1).expand_as(read)
     rules = {}
     for rule, chosen in loops.items():
         exact, accuracy = _scores(right.gather(0, chosen[None] - 1), read)

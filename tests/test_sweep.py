@@ -47,7 +47,7 @@ def test_it_finds_what_the_trainers_evaluation_finds(run, rule, allowed):
 
 
 class SureAt(nn.Module):
-    """Right after loop ``right`` alone, surest after loop ``sure``."""
+    """Right after loop ``right`` alone; how sure, by a sample's first bit and the loop: ``sure``, else 1."""
 
     def __init__(self, right, sure):
         super().__init__()
@@ -57,23 +57,35 @@ class SureAt(nn.Module):
         pass
 
     def forward(self, tokens, n_loops, *, context, return_all_loops, backend):
-        answer = torch.full_like(tokens, 3)  # EOS
-        ones = (tokens == 1).sum(1, keepdim=True) % 2
-        answer = torch.where(tokens == 2, ones, answer)
+        odd = (tokens == 1).sum(1, keepdim=True) % 2
+        answer = torch.where(tokens == 2, odd, 3)  # else EOS
         logits = torch.zeros(n_loops, *tokens.shape, 6)
         for t in range(1, n_loops + 1):
             given = answer if t == self.right else (answer + 1) % 6
-            logits[t - 1].scatter_(-1, given[..., None], 9.0 if t == self.sure else 1.0)
+            sure = torch.tensor([self.sure[bit].get(t, 1.0) for bit in tokens[:, 0].tolist()])
+            logits[t - 1].scatter_(-1, given[..., None], sure[:, None, None].expand(*given.shape, 1))
         return logits
 
 
 @pytest.mark.parametrize(("right", "sure", "score"), [(6, 6, 1.0), (6, 5, 0.0), (5, 6, 0.0)])
-def test_confidence_stops_where_the_answer_is_surest_right_or_wrong(run, monkeypatch, right, sure, score):
-    monkeypatch.setattr(shift.sweep, "build_model", lambda run, task: SureAt(right, sure))
+@pytest.mark.parametrize("rule", ["confidence", "joint confidence"])
+def test_confidence_stops_where_the_answer_is_surest(run, monkeypatch, rule, right, sure, score):
+    model = SureAt(right, {bit: {sure: 9.0} for bit in (0, 1)})
+    monkeypatch.setattr(shift.sweep, "build_model", lambda run, task: model)
     (row,) = sweep(run, SweepConfig(lengths=(5,), max_loops=8))["rows"]
-    assert row["rules"]["confidence"] == {"exact": score, "accuracy": score, "loops": sure}
+    assert row["rules"][rule] == {"exact": score, "accuracy": score, "loops": sure}
     assert row["rules"]["oracle"]["exact"] == (right == 5)
     assert row["exact"] == [float(t == right) for t in range(1, 9)]
+
+
+def test_joint_confidence_is_that_of_the_mean(run, monkeypatch):
+    model = SureAt(6, {0: {2: 9.0}, 1: {2: 5.0, 6: 9.0}})
+    monkeypatch.setattr(shift.sweep, "build_model", lambda run, task: model)
+    (row,) = sweep(run, SweepConfig(lengths=(5,), max_loops=8))["rows"]
+    ones = row["rules"]["confidence"]["exact"]  # those that begin with 1 stop at 6
+    assert 0.3 < ones < 0.7
+    assert row["rules"]["confidence"]["loops"] == pytest.approx(2 + 4 * ones)
+    assert row["rules"]["joint confidence"] == {"exact": 0.0, "accuracy": 0.0, "loops": 2.0}
 
 
 def test_a_task_without_lengths_is_one_row_without_an_oracle(tmp_path):
@@ -81,7 +93,7 @@ def test_a_task_without_lengths_is_one_row_without_an_oracle(tmp_path):
     found = sweep(tmp_path, SweepConfig(samples=8))
     (row,) = found["rows"]
     assert (row["length"], row["needed"], found["trained_length"]) == (None, None, None)
-    assert set(row["rules"]) == {"as trained", "confidence"}
+    assert set(row["rules"]) == {"as trained", "confidence", "joint confidence"}
     assert len(row["exact"]) == found["max_loops"] == 6
     lines = write({"hop": found}, tmp_path).read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("|")][2:] == ["| all"]
