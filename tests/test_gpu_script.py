@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.baseline import PlainBlock
-from benchmarks.gpu import bench, table, tune
+from benchmarks.gpu import table, tune
 from benchmarks.gpu.cases import BLOCKS, CASES, Attention, Block, runners
 from benchmarks.gpu.run import Budget, run
 from shift_kernels import BlockSpec, LoopedBlock
@@ -94,12 +94,13 @@ def test_steps_after_the_budget_are_skipped_and_failures_are_kept(tmp_path):
     )
 
 
-@pytest.mark.parametrize("n_loops", [1, 3])
-def test_competitors_compute_what_we_compute(n_loops):
+@pytest.mark.parametrize("n_loops", [1, 3, torch.tensor([1, 3])], ids=["1", "3", "own"])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"loop_norm": True, "activation": "gelu_tanh"}])
+def test_competitors_compute_what_we_compute(n_loops, options):
     torch.manual_seed(0)
-    block = LoopedBlock(BlockSpec(d_model=16, n_heads=2, injection="add"))
+    block = LoopedBlock(BlockSpec(d_model=16, n_heads=2, injection="add", **options))
     e = torch.randn(2, 9, 16)
-    torch.testing.assert_close(PlainBlock(block, bench.sdpa)(e, n_loops), block(e, n_loops))
+    torch.testing.assert_close(PlainBlock(block)(e, n_loops), block(e, n_loops))
 
 
 def test_every_listed_block_is_one_that_the_spec_allows():

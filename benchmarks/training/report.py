@@ -26,10 +26,10 @@ def heading(command: str, settings: dict[str, Any]) -> str:
     )
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """Median (quartiles)."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    low, middle, high = (f"{x:.{digits}f}" for x in statistics.quantiles(values, n=4))
+    return f"{middle} ({low}-{high})"
 
 
 def write(path: Path, text: str, data: dict[str, Any]) -> None:
