@@ -6,7 +6,7 @@
 //   int shift_cuda_plan(const Call*, int backward, Plan*)       fills Plan, returns its `refusal`; reads no address
 //   const char* shift_cuda_reason(int refusal)                  what it means
 //   int64_t shift_cuda_workspace_bytes(const Call*, int backward)   for `workspace`; of what was planned to run
-//   int shift_cuda_run(const Call*, int backward, void* stream)     0, or a cudaError_t, or -refusal
+//   const char* shift_cuda_run(const Call*, int backward, void* stream)   null, or what went wrong
 #pragma once
 #include <cstdint>
 

@@ -1,0 +1,154 @@
+// What fits on chip: the only place that knows. Shared by the launcher and, through shift_cuda_plan, by Python.
+//
+// A program owns `rows` tokens: whole sequences. Its shared memory, in bytes (leading dimensions are 8 numbers
+// more than their columns, so that the rows that ldmatrix reads at once lie in different banks):
+//
+//   both      tile    rows (d_model + 8) 4      fp32: the residual stream; backward: a branch's input gradient.
+//                                               Where that does not fit it lies in the workspace, which L2 holds.
+//             spans   rows 8                    the keys that each row may see, as an interval
+//             sums    128                       one reduction over the warps
+//   forward   xn      rows (d_model + 8) 2      the branch's input as matmul operand
+//             work    rows (most + 8) 2         q, k, v of `kv_heads` heads, or `ff_chunk` hidden columns
+//             ring    stages 128 72 2           weight tiles under way
+//   backward  work    rows (...) 2              q, k, v, do, dq, dk, dv, or da and dpre
+//             scores  query heads rows 8        each row's softmax normaliser and sum of o do
+//             moments rows 8                    of the norm that is being differentiated
+//             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
+//
+// Of what fits it takes the widest work, for the fewest passes over the tile, that leaves three tiles to be under
+// way; only where nothing does, two.
+#pragma once
+#include "call.h"
+
+namespace shift_cuda {
+
+constexpr int64_t MOST_ROWS = 128;       // 16 warps, four for 32 rows
+constexpr int64_t MOST_HEAD_DIM = 128;   // a warp holds a head's output for 16 rows in registers
+constexpr int64_t TILE_N = 128, TILE_K = 64, PAD = 8;  // a weight tile; numbers between the ends of two rows
+constexpr int64_t OPERAND = 2;           // bytes of a matmul operand
+constexpr int64_t WIDTHS[] = {256, 128, 64, 32, 16};
+
+constexpr int64_t ceil_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t hidden_parts(const Call& c) { return c.activation == SWIGLU ? 2 : 1; }
+constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
+constexpr int64_t qkv_columns(const Call& c) { return (c.n_heads + 2 * c.n_kv_heads) * c.head_dim; }
+constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
+
+// Columns of q, k and v, and of q alone, for some key/value heads.
+constexpr int64_t round_columns(const Call& c, int64_t kv_heads) {
+    return kv_heads * (query_group(c) + 2) * c.head_dim;
+}
+constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_heads * query_group(c) * c.head_dim; }
+
+constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_model + PAD) * 4; }
+
+constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t qkv = round_columns(c, p.kv_heads) + PAD, ff = p.ff_chunk + PAD;
+    if (!backward) return p.rows * larger(qkv, c.d_ff ? ff : 0) * OPERAND;
+    const int64_t attention = 2 * qkv + query_columns(c, p.kv_heads) + PAD;
+    const int64_t mlp = c.d_ff ? ff + (c.activation == SWIGLU ? 2 * p.ff_chunk + PAD : 0) : 0;
+    return p.rows * larger(attention, mlp) * OPERAND;
+}
+
+constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads * query_group(c) * p.rows * 8; }
+
+constexpr int64_t stage_bytes(const Plan& p, bool backward) {
+    return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
+}
+
+constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
+    int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
+    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + p.stages * stage_bytes(p, backward);
+    return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
+}
+
+// The workspace: packed weights, then fp32 vectors, then for each program some [rows, d_model + 8] fp32.
+constexpr int64_t layer_weights(const Call& c, int64_t ff_pad) {
+    return (qkv_columns(c) + c.n_heads * c.head_dim + (hidden_parts(c) + 1) * ff_pad) * c.d_model;
+}
+constexpr int64_t layer_vectors(const Call& c, int64_t ff_pad) {
+    return qkv_columns(c) + hidden_parts(c) * ff_pad + 10 * c.d_model;
+}
+constexpr int64_t weights_bytes(const Call& c, int64_t ff_pad) {
+    return ceil_to(c.n_layers * layer_weights(c, ff_pad) * OPERAND, 256);
+}
+constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
+    return ceil_to((c.n_layers + 1) * layer_vectors(c, ff_pad) * 4, 256);
+}
+
+// States that a program puts aside. Forward: the residual around a sandwiched branch, and h before a loop that
+// may be the last. Backward: every half layer's input and, for its second norm, the norm's; the loop norm's.
+constexpr int64_t states_aside(const Call& c, bool backward) {
+    if (!backward) return (c.placement == SANDWICH) + (c.halting != 0);
+    return c.n_layers * halves(c) * (c.placement == PRE ? 1 : 2) + (c.loop_norm != 0);
+}
+constexpr int64_t workspace_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t states = states_aside(c, backward) + !p.tile_in_shared;
+    return weights_bytes(c, p.ff_pad) + vectors_bytes(c, p.ff_pad) + p.programs * states * tile_bytes(c, p.rows);
+}
+
+constexpr Refusal refusal(const Call& c) {
+    if (c.compute_dtype != FLOAT16 && c.compute_dtype != BFLOAT16) return BAD_DTYPE;
+    if (c.d_model % 16 || c.d_model < 64 || c.d_model > 1024) return BAD_D_MODEL;
+    if (c.head_dim % 16 || c.head_dim > MOST_HEAD_DIM) return BAD_HEAD_DIM;
+    if (c.seq_len > MOST_ROWS) return SEQUENCE_TOO_LONG;
+    return FITS;
+}
+
+// Fills in the chunks and stages for rows and tile_in_shared; says whether there are any that fit.
+constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
+    for (int64_t least : {3, 2})
+        for (int64_t width : WIDTHS) {
+            p.kv_heads = 1;
+            for (int64_t n = 2; n <= c.n_kv_heads; n++)
+                if (c.n_kv_heads % n == 0 && query_columns(c, n) <= width) p.kv_heads = n;
+            p.ff_chunk = smaller(width, p.ff_pad);
+            for (p.stages = 4; p.stages >= least; p.stages--)
+                if (shared_bytes(c, p, backward) <= c.shared_bytes) return true;
+        }
+    return false;
+}
+
+constexpr Plan plan(const Call& c, bool backward) {
+    Plan p = {};
+    p.refusal = refusal(c);
+    if (p.refusal != FITS) return p;
+    p.ff_pad = ceil_to(c.d_ff, 16);
+    // Samples that leave at loops of their own do not share a program.
+    const int64_t most = c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len;
+    const int64_t least_rows = ceil_to(c.seq_len, 16);
+    for (int64_t in_shared : {1, 0})
+        for (int64_t n = most; n > 0; n--) {
+            p.tile_in_shared = in_shared;
+            p.sequences = n;
+            p.rows = ceil_to(n * c.seq_len, 16);
+            p.programs = (c.batch + n - 1) / n;
+            p.threads = ceil_to(p.rows, 32) * 4;
+            // More rows share each weight that is read, but not at the price of idle multiprocessors.
+            if (p.programs < c.n_sms && p.rows > least_rows) continue;
+            if (!choose_chunks(c, p, backward)) continue;
+            p.shared_bytes = shared_bytes(c, p, backward);
+            p.workspace_bytes = workspace_bytes(c, p, backward);
+            return p;
+        }
+    Plan none = {};
+    none.refusal = NO_SHARED_MEMORY;
+    return none;
+}
+
+constexpr const char* reason(int64_t refusal) {
+    constexpr const char* REASONS[REFUSALS] = {
+        "it fits",
+        "matrix products are in fp16 or bf16 only: tf32 would be less exact than fp32 PyTorch",
+        "d_model is not a multiple of 16 from 64 to 1024",
+        "head_dim is not a multiple of 16 up to 128",
+        "seq_len > 128",
+        "no chunk sizes leave room for the operands in shared memory",
+    };
+    return refusal >= 0 && refusal < REFUSALS ? REASONS[refusal] : "unknown";
+}
+
+}  // namespace shift_cuda
