@@ -43,8 +43,8 @@ struct Call {
     float* dv;   // [programs, n_layers + 1, 8, d_model]: gradients of norm weights so far in the order N1_W .. N1P_B,
                  // N2_W .. N2P_B (loop norm: the first two of "layer" n_layers), zeroed; sum over programs at the end
     // Operands of the weight gradients, in compute_dtype, each [n_layers, high - low, batch * seq_len, columns].
-    // For every (layer, loop, token) that the launch reaches all columns are written (pads: 0); with own_loops or
-    // n_grad_loops some loops are not reached, so zero them before.
+    // For every (layer, loop, token) that the launch reaches all columns are written; at pads the left operand is 0
+    // and the right one finite. With own_loops some loops are not reached: zero the operands before.
     // in_proj = dqkv^T xn, out_proj = dy^T o, linear1 = dpre^T xn2, linear2 = dy2^T act; a bias is the sum of its
     // matrix's left operand. linear1's columns: d_ff padded to ff_pad, with swiglu ff_pad gates then ff_pad values.
     void* xn;    // d_model

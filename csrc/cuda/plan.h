@@ -15,8 +15,8 @@
 //             moments rows 8                    of the norm that is being differentiated
 //             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
 //
-// Of what fits it takes the widest work, for the fewest passes over the tile, that leaves three tiles to be under
-// way; only where nothing does, two.
+// Of what fits it takes the widest work, for the fewest passes over the tile, that leaves room for three weight
+// tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow.
 #pragma once
 #include "call.h"
 
@@ -29,8 +29,14 @@ constexpr int64_t OPERAND = 2;           // bytes of a matmul operand
 constexpr int64_t WIDTHS[] = {256, 128, 64, 32, 16};
 
 constexpr int64_t ceil_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class N>
+constexpr N larger(N a, N b) {
+    return a > b ? a : b;
+}
+template <class N>
+constexpr N smaller(N a, N b) {
+    return a < b ? a : b;
+}
 
 constexpr int64_t hidden_parts(const Call& c) { return c.activation == SWIGLU ? 2 : 1; }
 constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
@@ -45,11 +51,17 @@ constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_hea
 
 constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_model + PAD) * 4; }
 
+// Columns of work, padding included, that the two halves of a layer take.
+constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backward) {
+    const int64_t qkv = round_columns(c, kv_heads) + PAD;
+    return backward ? 2 * qkv + query_columns(c, kv_heads) + PAD : qkv;
+}
+constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
+    return ff_chunk + PAD + (backward && c.activation == SWIGLU ? 2 * ff_chunk + PAD : 0);
+}
 constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
-    const int64_t qkv = round_columns(c, p.kv_heads) + PAD, ff = p.ff_chunk + PAD;
-    if (!backward) return p.rows * larger(qkv, c.d_ff ? ff : 0) * OPERAND;
-    const int64_t attention = 2 * qkv + query_columns(c, p.kv_heads) + PAD;
-    const int64_t mlp = c.d_ff ? ff + (c.activation == SWIGLU ? 2 * p.ff_chunk + PAD : 0) : 0;
+    const int64_t attention = attention_columns(c, p.kv_heads, backward);
+    const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
     return p.rows * larger(attention, mlp) * OPERAND;
 }
 
@@ -98,14 +110,24 @@ constexpr Refusal refusal(const Call& c) {
     return FITS;
 }
 
+// Hidden columns at a time: `width`, or as many as the heads leave room for, in chunks of one size.
+constexpr int64_t ff_chunk(const Call& c, const Plan& p, int64_t width, bool backward) {
+    if (!p.ff_pad) return 0;
+    const int64_t room = attention_columns(c, p.kv_heads, backward);
+    int64_t most = width;
+    while (mlp_columns(c, most + 16, backward) <= room) most += 16;
+    const int64_t chunks = (p.ff_pad + most - 1) / most;
+    return ceil_to((p.ff_pad + chunks - 1) / chunks, 16);
+}
+
 // Fills in the chunks and stages for rows and tile_in_shared; says whether there are any that fit.
 constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
-    for (int64_t least : {3, 2})
+    for (int64_t least = 3; least >= 2; least--)
         for (int64_t width : WIDTHS) {
             p.kv_heads = 1;
             for (int64_t n = 2; n <= c.n_kv_heads; n++)
                 if (c.n_kv_heads % n == 0 && query_columns(c, n) <= width) p.kv_heads = n;
-            p.ff_chunk = smaller(width, p.ff_pad);
+            p.ff_chunk = ff_chunk(c, p, width, backward);
             for (p.stages = 4; p.stages >= least; p.stages--)
                 if (shared_bytes(c, p, backward) <= c.shared_bytes) return true;
         }
@@ -120,7 +142,7 @@ constexpr Plan plan(const Call& c, bool backward) {
     // Samples that leave at loops of their own do not share a program.
     const int64_t most = c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len;
     const int64_t least_rows = ceil_to(c.seq_len, 16);
-    for (int64_t in_shared : {1, 0})
+    for (int64_t in_shared = 1; in_shared >= 0; in_shared--)
         for (int64_t n = most; n > 0; n--) {
             p.tile_in_shared = in_shared;
             p.sequences = n;

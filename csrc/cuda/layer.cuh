@@ -1,0 +1,60 @@
+// Half a layer, attention or MLP, applied to the tile; what is kept on the way is up to the caller:
+//
+//     pre:       x + scale f(norm(x))        accumulated straight into the tile
+//     post:      norm(x + scale f(x))        likewise
+//     sandwich:  x + scale norm_post(f(norm(x)))      f alone in the tile, x put aside
+#pragma once
+#include "attention.cuh"
+#include "mlp.cuh"
+#include "norm.cuh"
+
+namespace shift_cuda {
+
+template <class T>
+__device__ inline float2 tile_pair(const Program<T>& p, int r, int j) {
+    return load<float2>(p.tile.row(r) + j);
+}
+
+template <class T>
+__device__ inline void clear_tile(const Program<T>& p) {
+    p.each_pair([&](int r, int j) { store(p.tile.row(r) + j, make_float2(0.0f, 0.0f)); });
+}
+
+// Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)
+// and sum(layer, is_mlp), tiles for x and for what the second norm reads, or tiles at null. apply: whether the
+// result is wanted, and not only what is kept before the branch.
+template <class T, class Keep>
+__device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, const Keep& keep, bool apply = true) {
+    const Weights<T> w = layer_of<T>(p.job, layer);
+    const bool post = p.c().placement == POST, sandwich = p.c().placement == SANDWICH;
+    const float* first_norm = w.norms + (is_mlp ? NORM2 : NORM1) * p.d();
+    const float scale = float(p.c().residual_scale);
+    const Rows<T> xn = keep.xn(layer, is_mlp);
+    const Tile input = keep.input(layer, is_mlp), sum = keep.sum(layer, is_mlp);
+    const auto to_operand = [&](int r, int j, float2 x) {
+        if (r < keep.n_rows) store(xn.at + int64_t(r) * xn.ld + j, pack<T>(x.x, x.y));
+    };
+    if (post)
+        p.each_pair([&](int r, int j) { to_operand(r, j, tile_pair(p, r, j)); });
+    else
+        norm(p, first_norm, to_operand);
+    if (input.at) p.each_pair([&](int r, int j) { store(input.row(r) + j, tile_pair(p, r, j)); });
+    if (!apply) return;
+    if (sandwich) clear_tile(p);
+
+    if (is_mlp)
+        mlp(p, xn, w, sandwich ? 1.0f : scale);
+    else
+        attention(p, xn, w, sandwich ? 1.0f : scale);
+    sync_block();
+
+    if (sum.at) p.each_pair([&](int r, int j) { store(sum.row(r) + j, tile_pair(p, r, j)); });
+    if (post) norm_in_place(p, first_norm);
+    if (sandwich)
+        norm(p, first_norm + 2 * p.d(), [&](int r, int j, float2 y) {
+            const float2 x = load<float2>(input.row(r) + j);
+            store(p.tile.row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
+        });
+}
+
+}  // namespace shift_cuda
