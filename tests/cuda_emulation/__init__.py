@@ -1,12 +1,13 @@
 """Builds kernels of csrc/cuda for the CPU that plays a GPU (emulation.h), and runs them.
 
-    library = emulated(Path("csrc/cuda/some_kernel.cu"))
-    x = library.tensor(torch.randn(64, 64))         # in memory whose end is guarded
-    for seed in range(20):
-        library.run("launch_some_kernel", x, 64, seed=seed)   # a C function that returns null or a message
+library = emulated(Path("csrc/cuda/some_kernel.cu"))
+x = library.tensor(torch.randn(64, 64))         # in memory whose end is guarded
+for seed in range(20):
+    library.run("launch_some_kernel", x, 64, seed=seed)   # a C function that returns null or a message
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -19,8 +20,15 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 RUNTIME = ["machine", "memory", "races", "collectives"]
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
-FLAGS += ["-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-I{HERE}"]
-# Its hooks are ours: see races.cpp. "-w" would hide too much; TSan's runtime must not be linked.
+FLAGS += [
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-Wno-attributes",
+    f"-I{CSRC}",
+    f"-I{CSRC / 'cuda'}",
+    f"-I{HERE}",
+]
+# The hooks that this option calls are in races.cpp; its own runtime library is not linked.
 WATCH = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 
 
@@ -43,6 +51,7 @@ def _compile(source: Path, flags: list[str], folder: Path) -> Path:
     return target
 
 
+@functools.cache
 def emulated(source: Path, *defines: str, watched: bool = False) -> "Library":
     """``source``, a .cu or .cpp file with extern "C" functions, as a library of the emulated GPU.
 

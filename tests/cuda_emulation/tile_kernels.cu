@@ -108,7 +108,7 @@ __global__ void late_reader(const float* x, float* y) {  // a buffer is overwrit
     for (int round = 0; round < 2; round++) {
         s[threadIdx.x] = x[threadIdx.x] + round;
         sync_block();
-        y[threadIdx.x] = s[(threadIdx.x + 32) % blockDim.x];
+        y[threadIdx.x] += s[(threadIdx.x + 32) % blockDim.x];
     }
 }
 __global__ void same_output(float* y) { y[threadIdx.x] = float(blockIdx.x); }
