@@ -101,7 +101,7 @@ uint32_t draw(uint32_t below) {
     uint64_t z = random_state;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return uint32_t((z ^ z >> 31) >> 32) % below;
+    return ((z ^ z >> 31) >> 32) * below >> 32;
 }
 
 namespace {

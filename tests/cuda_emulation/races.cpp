@@ -22,13 +22,11 @@ struct Cell {
     uint16_t writer = 0;
     uint8_t in_flight = 0;  // asynchronous copies
     bool read_elsewhere = false;  // by an earlier cluster of this launch
-    bool more = false;
-    Readers readers = {0, 0, 0};
+    std::vector<Readers> readers;
 };
 
 constexpr size_t GRANULE = 2;
 std::unordered_map<const unsigned char*, std::vector<Cell>> shadows;  // by the region's pages
-std::unordered_map<const Cell*, std::vector<Readers>> more_readers;
 
 std::vector<Cell>& shadow(const Region& r) {
     static const unsigned char* last;
@@ -59,26 +57,25 @@ void check_readers(const Region& r, const void* p, const Readers& x) {
     }
 }
 
-bool all_happened(const Readers& x) {
-    for (uint32_t lanes = x.lanes; lanes; lanes &= lanes - 1)
-        if (!happened(x.warp * WARP + __builtin_ctz(lanes), x.clock)) return false;
-    return true;
-}
-
-void add_reader(Cell& c) {
+// A thread's later read stands for its earlier ones: what races with those races with it.
+void add_reader(std::vector<Readers>& readers) {
     const uint32_t warp = current->id / WARP, clock = current->clock[current->id], lane = 1u << current->lane;
-    auto is_mine = [&](const Readers& x) { return x.warp == warp && x.clock == clock; };
-    if (is_mine(c.readers)) {
-        c.readers.lanes |= lane;
-    } else if (!c.readers.lanes || all_happened(c.readers)) {
-        c.readers = {warp, clock, lane};
-    } else {
-        auto& others = more_readers[&c];
-        if (!c.more) others.clear(), c.more = true;
-        for (Readers& x : others)
-            if (is_mine(x)) return void(x.lanes |= lane);
-        others.push_back({warp, clock, lane});
+    Readers *mine = nullptr, *empty = nullptr;
+    for (Readers& x : readers) {
+        if (x.warp != warp) continue;
+        if (x.clock == clock) {
+            mine = &x;
+        } else {
+            x.lanes &= ~lane;
+            if (!x.lanes) empty = &x;
+        }
     }
+    if (mine)
+        mine->lanes |= lane;
+    else if (empty)
+        *empty = {warp, clock, lane};
+    else
+        readers.push_back({warp, clock, lane});
 }
 
 void access(const void* address, size_t bytes, bool write) {
@@ -94,7 +91,7 @@ void access(const void* address, size_t bytes, bool write) {
         if (c.cluster != machine.cluster) {
             const bool same_launch = !r->shared && c.cluster >= machine.launch;
             if (same_launch && c.write_clock) race(*r, here, what, "write", "another cluster's");
-            const bool elsewhere = same_launch && (c.readers.lanes || c.read_elsewhere);
+            const bool elsewhere = same_launch && (!c.readers.empty() || c.read_elsewhere);
             c = {};
             c.cluster = machine.cluster, c.read_elsewhere = elsewhere;
         }
@@ -102,14 +99,12 @@ void access(const void* address, size_t bytes, bool write) {
                               r->shared ? "shared memory" : "a device buffer");
         if (c.write_clock && !happened(c.writer, c.write_clock)) race(*r, here, what, "write", name(c.writer));
         if (!write) {
-            add_reader(c);
+            add_reader(c.readers);
             continue;
         }
         if (c.read_elsewhere) race(*r, here, what, "read", "another cluster's");
-        check_readers(*r, here, c.readers);
-        if (c.more)
-            for (const Readers& x : more_readers[&c]) check_readers(*r, here, x);
-        c.readers = {}, c.more = false;
+        for (const Readers& x : c.readers) check_readers(*r, here, x);
+        c.readers.clear();
         c.writer = current->id, c.write_clock = current->clock[current->id];
     }
 }
