@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-RUNTIME = ["machine", "memory", "races", "collectives"]
+RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
 FLAGS += [
     "-Wno-unknown-pragmas",

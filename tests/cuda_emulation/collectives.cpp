@@ -3,24 +3,19 @@
 
 namespace emulation {
 
-void sync_warp() {
-    warp_collective("sync_warp", nullptr, [](Warp& w) {
-        if (!watched) return;
-        Clock all;
-        for (unsigned i = 0; i < WARP; i++) join(all, w.threads[i].clock);
-        for (unsigned i = 0; i < WARP; i++) w.threads[i].clock = all, w.threads[i].clock[w.threads[i].id]++;
-    });
+void order_lanes(Warp& w) {
+    if (!watched) return;
+    Clock all;
+    for (unsigned i = 0; i < WARP; i++) join(all, w.threads[i].clock);
+    for (unsigned i = 0; i < WARP; i++) w.threads[i].clock = all, w.threads[i].clock[w.threads[i].id]++;
 }
 
-namespace {
+void sync_warp() { warp_collective("sync_warp", nullptr, order_lanes); }
 
 // Section 9.7.13.1: the barrier of that many threads is done, and all who wait go on, when the last has come.
-void meet(int id, unsigned threads, bool wait, const char* name) {
-    if (!threads || threads % WARP || threads > machine.threads_per_block)
-        trap("%s: barrier %d of %u threads in a block of %u", name, id, threads, machine.threads_per_block);
-    Barrier& b = current->block->barriers[id];
+void meet(Barrier& b, unsigned threads, bool wait, const char* name) {
     if (b.arrived && b.expected != threads)
-        trap("%s: barrier %d is awaited by %u threads and by %u", name, id, b.expected, threads);
+        trap("%s: this barrier is awaited by %u threads and by %u", name, b.expected, threads);
     b.expected = threads;
     release_into(b.joined);
     if (++b.arrived < threads) {
@@ -35,19 +30,22 @@ void meet(int id, unsigned threads, bool wait, const char* name) {
     b = {};
 }
 
+namespace {
+
+Barrier& named(int id, unsigned threads, const char* name) {
+    if (id < 1 || id > 15) trap("%s: barrier %d; 1 .. 15 are possible", name, id);
+    if (!threads || threads % WARP || threads > machine.threads_per_block)
+        trap("%s: barrier %d of %u threads in a block of %u", name, id, threads, machine.threads_per_block);
+    return current->block->barriers[id];
+}
+
 }  // namespace
 
-void sync_block() { meet(0, machine.threads_per_block, true, "sync_block"); }
+void sync_block() { meet(current->block->barriers[0], machine.threads_per_block, true, "sync_block"); }
 
-void sync_threads(int id, int threads) {
-    if (id < 1 || id > 15) trap("sync_threads: barrier %d; 1 .. 15 are possible", id);
-    meet(id, threads, true, "sync_threads");
-}
+void sync_threads(int id, int threads) { meet(named(id, threads, "sync_threads"), threads, true, "sync_threads"); }
 
-void arrive_threads(int id, int threads) {
-    if (id < 1 || id > 15) trap("arrive_threads: barrier %d; 1 .. 15 are possible", id);
-    meet(id, threads, false, "arrive_threads");
-}
+void arrive_threads(int id, int threads) { meet(named(id, threads, "arrive_threads"), threads, false, "arrive_threads"); }
 
 uint32_t shuffle(uint32_t value, int from_lane) {
     struct {
@@ -84,7 +82,7 @@ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     } mine{r, static_cast<const uint16_t*>(row)};
     using Mine = decltype(mine);
     check_shared(row, 16, 16, "ldmatrix");
-    saw_read(row, 16);
+    saw_read(row, 16, as_current());
     const auto run = [](Warp& w, bool transposed) {
         for (unsigned l = 0; l < WARP; l++)
             for (unsigned i = 0; i < 4; i++) {

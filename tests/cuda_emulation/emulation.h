@@ -11,13 +11,16 @@
 //   - lanes of a warp are at different collectives, or a barrier is not reached by all (reported as the deadlock
 //     that it is, with who waits where);
 //   - a barrier's count is not what its users agree on.
-// cp.async lands anywhere between issue and wait, by seed; what a wait would have to ensure is not there before it.
+// What is asynchronous (cp.async, bulk copies, wgmma) happens anywhere between issue and wait, by seed; registers
+// that wgmma will write are NaN until waited for.
 //
 // Compiled with -fsanitize=thread (whose hooks races.cpp defines itself; its runtime library is not used), every
 // single access of the kernel is seen, and these end the launch whatever the order in which fibers ran:
 //   - a race in shared or allocated device memory: two accesses, one a write, that no barrier orders (happens-before
 //     by vector clocks, 2-byte granules), within a block, a cluster, or between clusters of one launch;
-//   - an access to bytes that an asynchronous copy is still writing;
+//   - an access to bytes that an asynchronous copy is still writing, a write to bytes that wgmma is still reading;
+//   - wgmma or a bulk copy of what ordinary writes left without fence_async_proxy;
+//   - an access to the shared memory of a block that has returned;
 //   - an access outside its buffer by a single byte.
 // What it cannot find: races on bytes of one granule; a fragment layout that the emulation and the kernel both have
 // wrong (layouts are from the PTX ISA, not from hardware); a block barrier that lanes of one warp reach from
@@ -102,6 +105,23 @@ uint32_t ballot(bool yes);
 enum class Number { BF16, FP16, TF32 };
 void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed);
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number type);
+
+// sm_90
+void mbarrier_init(uint64_t* b, int arrivals);
+void mbarrier_arrive(uint64_t* b, int expected_bytes);
+void mbarrier_wait(uint64_t* b, int parity);
+void bulk_copy(void* shared, const void* device, int bytes, uint64_t* arrives_at, uint16_t ranks);  // 0: only here
+void fence_async_proxy();
+int cluster_rank();
+int cluster_size();
+void sync_cluster();
+void* map_shared(void* mine, int rank);
+uint32_t shared_offset(const void* shared);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups_left);
+void wgmma(float* d, int columns, const uint32_t* a_registers, uint64_t a, bool a_mn_major, uint64_t b, bool b_mn_major,
+           bool accumulate, Number type);
 
 // numbers
 template <class To, class From>

@@ -124,7 +124,9 @@ Thread* next_thread() {
 
 // Leaves the current fiber (or the launcher, whose `save` is main's) for the next that can run, or the launcher.
 void go_on(void** save) {
+    if (machine.eagerness && draw(256) < machine.eagerness) land_a_copy();
     Thread* next = next_thread();
+    while (!next && land_a_copy()) next = next_thread();
     if (next == current && next) {
         next->warp->ready &= ~(1u << next->lane);
         return;
@@ -137,6 +139,7 @@ void go_on(void** save) {
 void enter_fiber() {
     (*kernel)();
     current->done = true;
+    current->block->running--;
     machine.done++;
     void* nowhere;
     go_on(&nowhere);
@@ -177,6 +180,8 @@ void run_cluster(uint3 first_block, size_t shared_bytes) {
     const unsigned per_block = m.threads_per_block, n = per_block * m.cluster_size;
     m.cluster = ++clusters_run;
     m.done = 0;
+    m.cluster_barrier = {};
+    m.bulk_copies.clear();
     m.blocks.assign(m.cluster_size, {});
     m.threads.assign(n, {});
     m.warps.assign(n / WARP, {});
@@ -184,6 +189,7 @@ void run_cluster(uint3 first_block, size_t shared_bytes) {
         Block& block = m.blocks[b];
         block.index = {first_block.x + b, first_block.y, first_block.z};
         block.rank = b;
+        block.running = per_block;
         block.shared = begin_shared(b, shared_bytes);
     }
     for (unsigned i = 0; i < n; i++) {
@@ -198,6 +204,7 @@ void run_cluster(uint3 first_block, size_t shared_bytes) {
     favoured = nullptr;
     go_on(&main_stack_pointer);
     if (!failed && m.done < n) say_deadlock();
+    if (!failed) message = left_undone(), failed = !message.empty();
 }
 
 }  // namespace
@@ -264,7 +271,9 @@ const char* launch(dim3 grid, unsigned threads, size_t shared_bytes, unsigned cl
     machine.launch = clusters_run + 1;
     random_state = seed;
     constexpr uint32_t PATIENCE[] = {256, 250, 128};
+    constexpr unsigned EAGERNESS[] = {0, 64, 256};
     patience = PATIENCE[draw(3)];
+    machine.eagerness = EAGERNESS[draw(3)];
     std::vector<unsigned> order(grid.x / cluster * grid.y * grid.z);  // of the clusters
     std::iota(order.begin(), order.end(), 0u);
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[draw(i)]);

@@ -18,6 +18,7 @@ constexpr uint32_t ALL_LANES = ~0u;
 using Clock = std::vector<uint32_t>;
 void join(Clock& into, const Clock& from);
 
+// A cp.async under way.
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
@@ -38,8 +39,34 @@ struct Thread {
     const char* waits;  // at what, or null
     bool done;
     Clock clock;
+    uint32_t fenced;  // its writes before this step are visible to asynchronous operations
     std::vector<Copy> uncommitted;
     std::deque<std::vector<Copy>> groups;
+};
+
+// One warp's share of a wgmma under way: 16 of the 64 rows.
+struct Product {
+    uint32_t a[WARP][4];
+    const uint32_t* a_registers[WARP];  // null: a is in shared memory
+    uint64_t a_descriptor, b_descriptor;
+    bool a_mn_major, b_mn_major, accumulate, done;
+    int columns;
+    Number type;
+    float* d[WARP];
+};
+
+// What the accumulators at one place will be: kept here until waited for.
+struct Accumulators {
+    int columns, products;
+    std::vector<float> values;  // [32][columns / 2]
+};
+
+struct WgmmaState {
+    bool fenced = false;
+    uint64_t history = 0;  // the same for the four warps of a warpgroup in the end
+    std::vector<Product> uncommitted;
+    std::deque<std::vector<Product>> groups;
+    std::map<float*, Accumulators> accumulators;  // by lane 0's
 };
 
 struct Warp {
@@ -49,6 +76,25 @@ struct Warp {
     const char* collective = nullptr;
     uint32_t arrived = 0;
     void* operands[WARP];
+    WgmmaState wgmma;
+};
+
+// Section 9.7.13.15: a phase is complete when no arrival and no byte is outstanding.
+struct Mbarrier {
+    int arrivals, pending, bytes;
+    uint32_t phase;
+    std::vector<Thread*> waiting;
+    Clock joined, completed;  // of this phase; of the one before
+};
+
+// A bulk copy under way.
+struct BulkCopy {
+    Thread* issuer;
+    Clock clock;
+    const unsigned char* from;
+    int bytes;
+    std::vector<unsigned char*> to;
+    std::vector<Mbarrier*> arrives_at;
 };
 
 struct Barrier {
@@ -61,7 +107,9 @@ struct Block {
     uint3 index;
     unsigned rank;  // in the cluster
     unsigned char* shared;
+    unsigned running;
     std::map<int, Barrier> barriers;
+    std::map<const void*, Mbarrier> mbarriers;
 };
 
 struct Machine {
@@ -73,6 +121,9 @@ struct Machine {
     std::vector<Warp> warps;
     std::vector<Block> blocks;
     unsigned done;
+    Barrier cluster_barrier;
+    std::deque<BulkCopy> bulk_copies;
+    unsigned eagerness;  // of what is asynchronous, of 256 each time it could happen; 0: as late as possible
 };
 
 extern Machine machine;
@@ -89,6 +140,8 @@ void wake(Thread& thread);
 // The current thread's own step ends: what others learn of it from now on includes all until here.
 void release_into(Clock& clock);
 void acquire_from(const Clock& clock);
+void order_lanes(Warp& w);  // each knows what the others did
+void meet(Barrier& b, unsigned threads, bool wait, const char* name);
 
 // Lanes meet; the last one to come runs the operation for all, given every lane's operands.
 template <class F>
@@ -120,9 +173,21 @@ std::string writes_past_ends();  // empty if there were none
 unsigned char* begin_shared(unsigned rank, size_t bytes);
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);
 
-// races.cpp: accesses that an instruction makes on the current thread's behalf
-void saw_read(const void* p, size_t bytes);
-void saw_write(const void* p, size_t bytes);
-void mark_in_flight(const void* p, size_t bytes, bool in_flight);
+// races.cpp: accesses that an instruction makes on a thread's behalf, at a step of its clock; in the asynchronous
+// proxy or like ordinary ones
+struct Agent {
+    unsigned thread;
+    const Clock& clock;
+    bool asynchronous;
+};
+inline Agent as_current() { return {current->id, current->clock, false}; }
+void saw_read(const void* p, size_t bytes, Agent by);
+void saw_write(const void* p, size_t bytes, Agent by);
+void mark_writing(const void* p, size_t bytes, int change);  // asynchronous copies to it under way
+void mark_reading(const void* p, size_t bytes, int change);  // wgmmas that read it under way
+
+// wgmma.cpp, bulk_copy.cpp
+bool land_a_copy();  // false: there was none
+std::string left_undone();  // at a cluster's end; empty: nothing
 
 }  // namespace emulation

@@ -160,11 +160,11 @@ void copy_async(void* shared, const void* device, int bytes) {
     if (bytes < 0 || bytes > 16) trap("cp.async of %d bytes; 0 .. 16 are possible", bytes);
     check_access(device, bytes, 16, "cp.async");
     if (const Region* r = region_of(device); r && r->shared) trap("cp.async from shared memory");
-    saw_read(device, bytes);
-    saw_write(shared, 16);
-    mark_in_flight(shared, 16, true);
+    saw_read(device, bytes, as_current());
+    saw_write(shared, 16, as_current());
+    mark_writing(shared, 16, 1);
     Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(device), bytes, false};
-    if (draw(2)) land(copy);
+    if (draw(256) < machine.eagerness) land(copy);
     current->uncommitted.push_back(copy);
 }
 
@@ -177,8 +177,8 @@ void copy_async_wait(int groups_left) {
     while (int(current->groups.size()) > groups_left) {
         for (Copy& copy : current->groups.front()) {
             land(copy);
-            mark_in_flight(copy.to, 16, false);
-            saw_write(copy.to, 16);
+            mark_writing(copy.to, 16, -1);
+            saw_write(copy.to, 16, as_current());
         }
         current->groups.pop_front();
     }

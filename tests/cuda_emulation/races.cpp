@@ -20,8 +20,9 @@ struct Cell {
     uint32_t cluster = 0;  // that the rest is about
     uint32_t write_clock = 0;  // 0: nobody wrote
     uint16_t writer = 0;
-    uint8_t in_flight = 0;  // asynchronous copies
+    bool ordinary_write = false;
     bool read_elsewhere = false;  // by an earlier cluster of this launch
+    uint16_t being_written = 0, being_read = 0;  // by so many asynchronous operations
     std::vector<Readers> readers;
 };
 
@@ -38,28 +39,39 @@ std::vector<Cell>& shadow(const Region& r) {
     return *cells;
 }
 
-[[noreturn]] void race(const Region& r, const void* p, const char* mine, const char* theirs, const std::string& who) {
-    trap("race at byte %zd of %s %u: this %s and %s %s that no barrier orders", static_cast<const unsigned char*>(p) - r.begin,
-         r.shared ? "shared memory" : "device buffer", r.number, mine, who.c_str(), theirs);
-}
-
 std::string name(unsigned thread) {
-    return "thread " + std::to_string(thread % machine.threads_per_block) + "'s" +
-           (machine.cluster_size > 1 ? " (rank " + std::to_string(thread / machine.threads_per_block) + ")" : "");
+    return "thread " + std::to_string(thread % machine.threads_per_block) +
+           (machine.cluster_size > 1 ? " of rank " + std::to_string(thread / machine.threads_per_block) : "");
 }
 
-bool happened(unsigned thread, uint32_t clock) { return thread == current->id || current->clock[thread] >= clock; }
+std::string place(const Region& r, const unsigned char* p) {
+    return "byte " + std::to_string(p - r.begin) + " of " + (r.shared ? "shared memory " : "device buffer ") + std::to_string(r.number);
+}
 
-void check_readers(const Region& r, const void* p, const Readers& x) {
-    for (uint32_t lanes = x.lanes; lanes; lanes &= lanes - 1) {
-        const unsigned reader = x.warp * WARP + __builtin_ctz(lanes);
-        if (!happened(reader, x.clock)) race(r, p, "write", "read", name(reader));
+// One access of an agent to one cell.
+struct Access {
+    const Region& region;
+    const unsigned char* byte;
+    const Agent& by;
+    bool write;
+
+    [[noreturn]] void race(const char* what, const std::string& whose) const {
+        trap("race at %s: a %s by %s and a %s by %s, which no barrier orders", place(region, byte).c_str(),
+             write ? "write" : "read", name(by.thread).c_str(), what, whose.c_str());
     }
-}
+    bool after(unsigned thread, uint32_t clock) const { return by.clock[thread] >= clock; }
+    void check_reader(const Readers& x) const {
+        for (uint32_t lanes = x.lanes; lanes; lanes &= lanes - 1) {
+            const unsigned reader = x.warp * WARP + __builtin_ctz(lanes);
+            if (!after(reader, x.clock)) race("read", name(reader));
+        }
+    }
+    void check(Cell& c) const;
+};
 
 // A thread's later read stands for its earlier ones: what races with those races with it.
-void add_reader(std::vector<Readers>& readers) {
-    const uint32_t warp = current->id / WARP, clock = current->clock[current->id], lane = 1u << current->lane;
+void add_reader(std::vector<Readers>& readers, const Agent& by) {
+    const uint32_t warp = by.thread / WARP, clock = by.clock[by.thread], lane = 1u << by.thread % WARP;
     Readers *mine = nullptr, *empty = nullptr;
     for (Readers& x : readers) {
         if (x.warp != warp) continue;
@@ -78,54 +90,64 @@ void add_reader(std::vector<Readers>& readers) {
         readers.push_back({warp, clock, lane});
 }
 
-void access(const void* address, size_t bytes, bool write) {
+void Access::check(Cell& c) const {
+    if (c.cluster != machine.cluster) {
+        const bool same_launch = !region.shared && c.cluster >= machine.launch;
+        if (same_launch && c.write_clock) race("write", "another cluster");
+        const bool elsewhere = same_launch && (!c.readers.empty() || c.read_elsewhere);
+        c = {};
+        c.cluster = machine.cluster, c.read_elsewhere = elsewhere;
+    }
+    if (c.being_written)
+        trap("%s of %s while an asynchronous copy writes it", write ? "write" : "read", place(region, byte).c_str());
+    if (write && c.being_read) trap("write of %s while wgmma reads it", place(region, byte).c_str());
+    if (c.write_clock && !after(c.writer, c.write_clock)) race("write", name(c.writer));
+    if (by.asynchronous && !write && c.ordinary_write && machine.threads[c.writer].fenced <= c.write_clock)
+        trap("asynchronous read of %s, which %s wrote and did not follow by fence_async_proxy", place(region, byte).c_str(),
+             name(c.writer).c_str());
+    if (!write) return add_reader(c.readers, by);
+    if (c.read_elsewhere) race("read", "another cluster");
+    for (const Readers& x : c.readers) check_reader(x);
+    c.readers.clear();
+    c.writer = by.thread, c.write_clock = by.clock[by.thread], c.ordinary_write = !by.asynchronous;
+}
+
+template <class F>
+void each_cell(const Region& r, const unsigned char* p, size_t bytes, F f) {
+    auto& cells = shadow(r);
+    for (size_t i = (p - r.pages) / GRANULE; i <= size_t(p + bytes - 1 - r.pages) / GRANULE; i++)
+        f(cells[i], std::max(r.begin, r.pages + i * GRANULE));
+}
+
+void access(const void* address, size_t bytes, bool write, const Agent& by) {
     Region* r = region_of(address);
     if (!r || !bytes) return;
     auto* p = static_cast<const unsigned char*>(address);
-    const char* what = write ? "write" : "read";
-    check_access(p, bytes, 1, what);
-    auto& cells = shadow(*r);
-    for (size_t i = (p - r->pages) / GRANULE; i <= size_t(p + bytes - 1 - r->pages) / GRANULE; i++) {
-        Cell& c = cells[i];
-        const unsigned char* here = std::max(r->begin, r->pages + i * GRANULE);
-        if (c.cluster != machine.cluster) {
-            const bool same_launch = !r->shared && c.cluster >= machine.launch;
-            if (same_launch && c.write_clock) race(*r, here, what, "write", "another cluster's");
-            const bool elsewhere = same_launch && (!c.readers.empty() || c.read_elsewhere);
-            c = {};
-            c.cluster = machine.cluster, c.read_elsewhere = elsewhere;
-        }
-        if (c.in_flight) trap("%s of byte %td of %s while an asynchronous copy writes it", what, here - r->begin,
-                              r->shared ? "shared memory" : "a device buffer");
-        if (c.write_clock && !happened(c.writer, c.write_clock)) race(*r, here, what, "write", name(c.writer));
-        if (!write) {
-            add_reader(c.readers);
-            continue;
-        }
-        if (c.read_elsewhere) race(*r, here, what, "read", "another cluster's");
-        for (const Readers& x : c.readers) check_readers(*r, here, x);
-        c.readers.clear();
-        c.writer = current->id, c.write_clock = current->clock[current->id];
-    }
+    check_access(p, bytes, 1, write ? "write" : "read");
+    if (r->shared && r->begin != current->block->shared)
+        for (const Block& b : machine.blocks)
+            if (b.shared == r->begin && !b.running)
+                trap("%s of the shared memory of rank %u, which has returned", write ? "write" : "read", b.rank);
+    each_cell(*r, p, bytes, [&](Cell& c, const unsigned char* byte) { Access{*r, byte, by, write}.check(c); });
+}
+
+void mark(const void* p, size_t bytes, int change, uint16_t Cell::*count) {
+    if (!watched) return;
+    each_cell(*region_of(p), static_cast<const unsigned char*>(p), bytes, [&](Cell& c, const unsigned char*) { c.*count += change; });
 }
 
 }  // namespace
 
-void saw_read(const void* p, size_t bytes) {
-    if (watched) access(p, bytes, false);
+void saw_read(const void* p, size_t bytes, Agent by) {
+    if (watched) access(p, bytes, false, by);
 }
 
-void saw_write(const void* p, size_t bytes) {
-    if (watched) access(p, bytes, true);
+void saw_write(const void* p, size_t bytes, Agent by) {
+    if (watched) access(p, bytes, true, by);
 }
 
-void mark_in_flight(const void* p, size_t bytes, bool in_flight) {
-    if (!watched) return;
-    Region* r = region_of(p);
-    auto& cells = shadow(*r);
-    for (size_t i = 0; i < bytes / GRANULE; i++)
-        cells[(static_cast<const unsigned char*>(p) - r->pages) / GRANULE + i].in_flight += in_flight ? 1 : -1;
-}
+void mark_writing(const void* p, size_t bytes, int change) { mark(p, bytes, change, &Cell::being_written); }
+void mark_reading(const void* p, size_t bytes, int change) { mark(p, bytes, change, &Cell::being_read); }
 
 }  // namespace emulation
 
@@ -133,7 +155,7 @@ void mark_in_flight(const void* p, size_t bytes, bool in_flight) {
 extern "C" {
 #define SHIFT_HOOK(name, bytes, write) \
     void __tsan_##name(void* p) {      \
-        if (emulation::current) emulation::access(p, bytes, write); \
+        if (emulation::current) emulation::access(p, bytes, write, emulation::as_current()); \
     }
 #define SHIFT_HOOKS(bytes)              \
     SHIFT_HOOK(read##bytes, bytes, false) \
@@ -142,10 +164,10 @@ extern "C" {
     SHIFT_HOOK(unaligned_write##bytes, bytes, true)
 SHIFT_HOOKS(1) SHIFT_HOOKS(2) SHIFT_HOOKS(4) SHIFT_HOOKS(8) SHIFT_HOOKS(16)
 void __tsan_read_range(void* p, size_t bytes) {
-    if (emulation::current) emulation::access(p, bytes, false);
+    if (emulation::current) emulation::access(p, bytes, false, emulation::as_current());
 }
 void __tsan_write_range(void* p, size_t bytes) {
-    if (emulation::current) emulation::access(p, bytes, true);
+    if (emulation::current) emulation::access(p, bytes, true, emulation::as_current());
 }
 void __tsan_init() { emulation::watched = true; }
 void __tsan_func_entry(void*) {}
