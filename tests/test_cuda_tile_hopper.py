@@ -143,6 +143,13 @@ def test_reading_a_block_that_has_returned_is_reported(watched):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_nvcc_takes_every_wrapper(tmp_path):
-    command = ["nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CSRC / 'cuda'}", "-c", str(KERNELS)]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        f"-I{CSRC / 'cuda'}",
+        "-c",
+        str(KERNELS),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
