@@ -132,7 +132,7 @@ def test_named_barriers_order_warps(gpu, warps):
 def test_a_copy_that_is_not_waited_for_is_found_in_every_schedule(watched, missing):
     x, y = watched.tensor(normal(1001)), watched.tensor(torch.zeros(1001))
     for seed in SEEDS:
-        with pytest.raises(EmulationError, match="asynchronous copy|race at"):
+        with pytest.raises(EmulationError, match=r"asynchronous copy|race at"):
             watched.run("run_reversed", missing, x, y, 1001, seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/tile for sm_90a: mbarriers, bulk copies, clusters and wgmma on the emulated GPU, and mistakes in their use."""
+"""csrc/cuda/tile for sm_90a: mbarriers, bulk copies, clusters and wgmma, emulated; mistakes in their use."""
 
 import shutil
 import subprocess
