@@ -50,7 +50,7 @@ def test_architectures_come_from_the_environment(monkeypatch):
     ("nvcc", "archs", "reason"),
     [
         ("/no/such/nvcc", "sm_80", "no nvcc found"),
-        ("false", "sm_80", "false -shared"),
+        ("false", "sm_80", "false -"),
         ("nvcc", "", "CUDA_ARCHS is not set"),
     ],
 )

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from shift_kernels import backends, native
+from shift_kernels import backends
 from shift_kernels.info import report
+from shift_kernels.native import cpu as native
 
 
 def test_report_names_versions_and_every_backend():
