@@ -25,7 +25,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CUDA_ARCHS = "sm_80 sm_90a"
 # ptxas says what a kernel takes of the chip; benchmarks/offline/compile_cuda.py reads it beside the object.
-CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v"]
 
 
 def compiler():
@@ -83,6 +83,7 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda"):
     if cuda is None:
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
     flags = [*cuda, *CUDA_FLAGS, *(f"-gencode={_gencode(arch)}" for arch in archs), "-c"]
+    flags.append(f'-DSHIFT_ARCHS="{" ".join(archs)}"')
     jobs = {source.stem: [*flags, str(source)] for source in sorted(Path("csrc/cuda").glob("*.cu"))}
     compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
 

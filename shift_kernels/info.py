@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import shift_kernels
-from shift_kernels.native import cpu
+from shift_kernels.native import cpu, cuda
 
 
 def report() -> str:
@@ -26,6 +26,7 @@ def report() -> str:
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
         ("cpu library", cpu.load()[1]),
+        ("cuda library", cuda.load()[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
