@@ -1,17 +1,15 @@
 """The build of the compiled parts: what is compiled again, and what an install does without."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from setuptools import Distribution
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import build_native
+import setup
 
-import build_native  # noqa: E402
-import setup  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(build_native.compiler() is None, reason="needs a C++ compiler")
