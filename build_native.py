@@ -47,6 +47,11 @@ def cuda_archs():
     return (CUDA_ARCHS if chosen == "default" else chosen).split()
 
 
+def cuda_sources():
+    """What nvcc compiles, each to an object of its own."""
+    return sorted(Path("csrc/cuda").glob("*.cu"))
+
+
 def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
     """Compile csrc/cpu into ``target``: once for each instruction set, side by side, and link.
 
@@ -84,7 +89,7 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda"):
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
     flags = [*cuda, *CUDA_FLAGS, *(f"-gencode={_gencode(arch)}" for arch in archs), "-c"]
     flags.append(f'-DSHIFT_ARCHS="{" ".join(archs)}"')
-    jobs = {source.stem: [*flags, str(source)] for source in sorted(Path("csrc/cuda").glob("*.cu"))}
+    jobs = {source.stem: [*flags, str(source)] for source in cuda_sources()}
     compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
 
 

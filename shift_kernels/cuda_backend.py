@@ -88,7 +88,7 @@ def _refusal(
 ) -> str | None:
     """Asks the library, which torch.compile cannot trace."""
     assert _LIBRARY is not None, "asked only if available"
-    call = _sizes(spec_from_key(spec_key), 1, seq_len, dtype, compute_dtype, device)
+    call = sizes(spec_from_key(spec_key), 1, seq_len, dtype, compute_dtype, _limits(device))
     for backward in (False, True)[: 1 + grad]:
         reason = _LIBRARY.reason(_LIBRARY.plan(call, backward=backward))
         if reason is not None:
@@ -104,7 +104,7 @@ def how(problem: Problem) -> str:
     """The tile of a program, of the backward's where there is one, and where it is."""
     assert _LIBRARY is not None, "asked only if available"
     p = problem
-    call = _sizes(p.spec, p.batch, p.seq_len, p.dtype, p.compute_dtype, p.device)
+    call = sizes(p.spec, p.batch, p.seq_len, p.dtype, p.compute_dtype, _limits(p.device))
     parts = []
     for backward in (False, True)[: 1 + p.grad]:
         plan = _LIBRARY.plan(call, backward=backward)
@@ -288,23 +288,22 @@ def _norms(vectors: Tensor, spec: BlockSpec) -> dict[str, Tensor]:
     return found | {"loop_norm.weight": vectors[-1, 0], "loop_norm.bias": vectors[-1, 1]}
 
 
-def _sizes(
+def sizes(
     spec: BlockSpec,
     batch: int,
     seq_len: int,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    device: torch.device,
+    limits: tuple[int, int],
 ) -> cuda.Call:
-    """A call as far as the planner reads it."""
-    shared_bytes, n_sms = _limits(device)
+    """A call as far as the planner reads it; limits: as of :func:`_limits`."""
     return cuda.Call(
         batch=batch,
         seq_len=seq_len,
         dtype=cuda.DTYPES.index(dtype),
         compute_dtype=cuda.DTYPES.index(compute_dtype),
-        shared_bytes=shared_bytes,
-        n_sms=n_sms,
+        shared_bytes=limits[0],
+        n_sms=limits[1],
         **block.options(spec),
     )
 
@@ -329,7 +328,7 @@ def _call(
     weight_dtype = _common_dtype(weights)
     values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)
-    call = _sizes(spec, batch, seq_len, e.dtype, compute_dtype or e.dtype, e.device)
+    call = sizes(spec, batch, seq_len, e.dtype, compute_dtype or e.dtype, _limits(e.device))
     call.return_all, call.n_grad_loops = return_all_loops, n_grad_loops or 0
     call.own_loops, call.ragged = loops is not None, lengths is not None
     call.weight_dtype = cuda.DTYPES.index(weight_dtype)
