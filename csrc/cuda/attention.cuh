@@ -44,16 +44,16 @@ __device__ inline void rotate(const Program<T>& p, int row, int column_in_head, 
 template <class T>
 __device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round) {
     const Round of(p, round);
-    const float* bias = w.qkv_bias + round * of.columns;
+    const float* bias = w.qkv_bias() + round * of.columns;
     const int turned = p.c().rope ? of.v(0) : 0;  // columns of q and k
-    multiply<false>(p, xn, w.qkv + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d(),
+    multiply<false>(p, xn, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d(),
                     [&](int r, int j, float2 x, float2 y) {
                         const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);
                         x = make_float2(x.x + bx.x, x.y + bx.y);
                         y = make_float2(y.x + by.x, y.y + by.y);
                         if (j < turned) rotate(p, r, j % of.head_dim, false, x, y);
-                        store(p.work + r * of.ld + j, pack<T>(x.x, x.y));
-                        store(p.work + r * of.ld + j + 8, pack<T>(y.x, y.y));
+                        store(p.work() + r * of.ld + j, pack<T>(x.x, x.y));
+                        store(p.work() + r * of.ld + j + 8, pack<T>(y.x, y.y));
                     });
 }
 
@@ -61,8 +61,8 @@ __device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weight
 template <class T>
 __device__ inline void span_of_16(const Program<T>& p, int row0, int& low, int& high) {
     const int r = row0 + lane() % 16;
-    low = int(-max_over_lanes<16>(-float(p.low[r]))) / 16 * 16;
-    high = int(max_over_lanes<16>(float(p.high[r])));
+    low = int(-max_over_lanes<16>(-float(p.low()[r]))) / 16 * 16;
+    high = int(max_over_lanes<16>(float(p.high()[r])));
 }
 
 // c [16, 16] = a b^T over a head's columns; a and b are rows of work.
@@ -90,12 +90,12 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 template <class T, class Out, class Rest>
 __device__ inline void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out, Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
-    const T* q = p.work + row0 * of.ld + of.q(head);
-    const T* k = p.work + of.k(head / of.group);
-    const T* v = p.work + of.v(head / of.group);
+    const T* q = p.work() + row0 * of.ld + of.q(head);
+    const T* k = p.work() + of.k(head / of.group);
+    const T* v = p.work() + of.v(head / of.group);
     const float scale = LOG2_E / sqrtf(float(of.head_dim));
     const int r[2] = {row0 + lane() / 4, row0 + lane() / 4 + 8};
-    const int low[2] = {p.low[r[0]], p.low[r[1]]}, high[2] = {p.high[r[0]], p.high[r[1]]};
+    const int low[2] = {p.low()[r[0]], p.low()[r[1]]}, high[2] = {p.high()[r[0]], p.high()[r[1]]};
     float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
     int begin, end;
     span_of_16(p, row0, begin, end);
@@ -161,18 +161,18 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
         const Round of(p, round);
         project_qkv(p, xn, w, round);
         sync_block();
-        for (int i = warp(); i < of.queries * (p.rows / 16); i += p.warps()) {
+        for (int i = warp(); i < of.queries * (p.rows() / 16); i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
             const auto to_work = [&](int r, int j, float2 x, float2 y) {
-                store(p.work + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
-                store(p.work + r * of.ld + of.q(head) + j + 8, pack<T>(y.x, y.y));
+                store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
+                store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(y.x, y.y));
             };
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         }
-        const float* bias = round ? nullptr : w.out_bias;
-        multiply<false>(p, Rows<T>{p.work, of.ld, false}, w.out + of.first_query_column, attn, p.d(),
+        const float* bias = round ? nullptr : w.out_bias();
+        multiply<false>(p, Rows<T>{p.work(), of.ld, false}, w.out() + of.first_query_column, attn, p.d(),
                         of.queries * of.head_dim, [&](int r, int j, float2 x, float2 y) {
-                            add_to_tile(p.tile, r, j, x, y, scale, bias);
+                            add_to_tile(p.tile(), r, j, x, y, scale, bias);
                         });
     }
 }

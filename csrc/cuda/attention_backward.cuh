@@ -21,8 +21,8 @@ struct RoundGradients {
     int ld_o;
     __device__ RoundGradients(const Program<T>& p, const Round& of) {
         ld_o = of.queries * of.head_dim + int(PAD);
-        d_o = p.work + p.rows * of.ld;
-        dqkv = d_o + p.rows * ld_o;
+        d_o = p.work() + p.rows() * of.ld;
+        dqkv = d_o + p.rows() * ld_o;
     }
 };
 
@@ -78,16 +78,16 @@ __device__ inline void queries_16(const Program<T>& p, const Round& of, const Ro
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row0 + lane() / 4 + 8 * h;
-        low[h] = p.low[r], high[h] = p.high[r];
-        normaliser[h] = p.normaliser[head * p.rows + r], o_do[h] = p.o_do[head * p.rows + r];
+        low[h] = p.low()[r], high[h] = p.high()[r];
+        normaliser[h] = p.normaliser()[head * p.rows() + r], o_do[h] = p.o_do()[head * p.rows() + r];
     }
     span_of_16(p, row0, begin, end);
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dq[HELD_COLUMNS / 16][2][4] = {};
         for (int key = begin; key < end; key += 16) {
             float s[2][4], dp[2][4];
-            scores_16(s, p.work + row0 * of.ld + of.q(head), p.work + key * of.ld + of.k(kv), of.ld, of.ld, hd);
-            scores_16(dp, g.d_o + row0 * g.ld_o + of.q(head), p.work + key * of.ld + of.v(kv), g.ld_o, of.ld, hd);
+            scores_16(s, p.work() + row0 * of.ld + of.q(head), p.work() + key * of.ld + of.k(kv), of.ld, of.ld, hd);
+            scores_16(dp, g.d_o + row0 * g.ld_o + of.q(head), p.work() + key * of.ld + of.v(kv), g.ld_o, of.ld, hd);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int h = i % 4 / 2, at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
@@ -95,7 +95,7 @@ __device__ inline void queries_16(const Program<T>& p, const Round& of, const Ro
                 const bool seen = low[h] <= at && at < high[h];
                 x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) * (dp[i / 4][i % 4] - o_do[h]) * factor : 0.0f;
             }
-            accumulate<T>(dq, s, p.work + key * of.ld + of.k(kv) + first, of.ld, hd - first);
+            accumulate<T>(dq, s, p.work() + key * of.ld + of.k(kv) + first, of.ld, hd - first);
         }
         give_out(dq, row0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.q(head) + first + j, x, y); });
     }
@@ -109,23 +109,23 @@ __device__ inline void keys_16(const Program<T>& p, const Round& of, const Round
     const float factor = 1.0f / sqrtf(float(hd));
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dk[HELD_COLUMNS / 16][2][4] = {}, dv[HELD_COLUMNS / 16][2][4] = {};
-        for (int row = 0; row < p.rows; row += 16) {
+        for (int row = 0; row < p.rows(); row += 16) {
             const int r = row + lane() % 16;
-            if (!vote(p.low[r] < key0 + 16 && key0 < p.high[r])) continue;
+            if (!vote(p.low()[r] < key0 + 16 && key0 < p.high()[r])) continue;
             for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
-                const T* q = p.work + row * of.ld + of.q(head);
+                const T* q = p.work() + row * of.ld + of.q(head);
                 const T* d_o = g.d_o + row * g.ld_o + of.q(head);
                 float s[2][4], ds[2][4];
-                scores_16(s, p.work + key0 * of.ld + of.k(kv), q, of.ld, of.ld, hd);
-                scores_16(ds, p.work + key0 * of.ld + of.v(kv), d_o, of.ld, g.ld_o, hd);
+                scores_16(s, p.work() + key0 * of.ld + of.k(kv), q, of.ld, of.ld, hd);
+                scores_16(ds, p.work() + key0 * of.ld + of.v(kv), d_o, of.ld, g.ld_o, hd);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int key = key0 + lane() / 4 + i % 4 / 2 * 8, query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-                    const int at = head * p.rows + query;
+                    const int at = head * p.rows() + query;
                     float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
-                    const bool seen = p.low[query] <= key && key < p.high[query];
-                    x = seen ? exp2_approx(x * (factor * LOG2_E) - p.normaliser[at]) : 0.0f;
-                    dx = x * (dx - p.o_do[at]) * factor;
+                    const bool seen = p.low()[query] <= key && key < p.high()[query];
+                    x = seen ? exp2_approx(x * (factor * LOG2_E) - p.normaliser()[at]) : 0.0f;
+                    dx = x * (dx - p.o_do()[at]) * factor;
                 }
                 accumulate<T>(dv, s, d_o + first, g.ld_o, hd - first);
                 accumulate<T>(dk, ds, q + first, of.ld, hd - first);
@@ -140,12 +140,12 @@ __device__ inline void keys_16(const Program<T>& p, const Round& of, const Round
 template <class T>
 __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w, Rows<T> dqkv,
                                           Rows<T> o) {
-    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = p.rows / 16;
+    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = p.rows() / 16;
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);
         const RoundGradients<T> g(p, of);
         project_qkv(p, xn, w, round);
-        multiply<true>(p, dy, w.out + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
+        multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
                        [&](int r, int j, float2 x, float2 y) {
                            store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
                            store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
@@ -165,7 +165,7 @@ __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<
             };
             attend_16(p, of, head, i / of.queries * 16, with_do, [&](int r, float normaliser) {
                 o_do = sum_over_lanes<4>(o_do);
-                if (lane() % 4 == 0) p.normaliser[head * p.rows + r] = normaliser, p.o_do[head * p.rows + r] = o_do;
+                if (lane() % 4 == 0) p.normaliser()[head * p.rows() + r] = normaliser, p.o_do()[head * p.rows() + r] = o_do;
                 o_do = 0.0f;
             });
         }
@@ -178,9 +178,9 @@ __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<
             else
                 keys_16(p, of, g, head - of.queries, row0, keep);
         }
-        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
+        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
                        of.columns,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
     }
 }
 

@@ -12,12 +12,12 @@ namespace shift_cuda {
 
 template <class T>
 __device__ inline float2 tile_pair(const Program<T>& p, int r, int j) {
-    return load<float2>(p.tile.row(r) + j);
+    return load<float2>(p.tile().row(r) + j);
 }
 
 template <class T>
 __device__ inline void clear_tile(const Program<T>& p) {
-    p.each_pair([&](int r, int j) { store(p.tile.row(r) + j, make_float2(0.0f, 0.0f)); });
+    p.each_pair([&](int r, int j) { store(p.tile().row(r) + j, make_float2(0.0f, 0.0f)); });
 }
 
 // Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)
@@ -25,9 +25,9 @@ __device__ inline void clear_tile(const Program<T>& p) {
 // result is wanted, and not only what is kept before the branch.
 template <class T, class Keep>
 __device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, const Keep& keep, bool apply = true) {
-    const Weights<T> w = layer_of<T>(p.job, layer);
+    const Weights<T> w{p.job, layer};
     const bool post = p.c().placement == POST, sandwich = p.c().placement == SANDWICH;
-    const float* first_norm = w.norms + (is_mlp ? NORM2 : NORM1) * p.d();
+    const int slot = is_mlp ? NORM2 : NORM1;
     const float scale = float(p.c().residual_scale);
     const Rows<T> xn = keep.xn(layer, is_mlp);
     const Tile input = keep.input(layer, is_mlp), sum = keep.sum(layer, is_mlp);
@@ -37,7 +37,7 @@ __device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, c
     if (post)
         p.each_pair([&](int r, int j) { to_operand(r, j, tile_pair(p, r, j)); });
     else
-        norm(p, first_norm, to_operand);
+        norm(p, w.norm(slot), to_operand);
     if (input.at) p.each_pair([&](int r, int j) { store(input.row(r) + j, tile_pair(p, r, j)); });
     if (!apply) return;
     if (sandwich) clear_tile(p);
@@ -49,11 +49,11 @@ __device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, c
     sync_block();
 
     if (sum.at) p.each_pair([&](int r, int j) { store(sum.row(r) + j, tile_pair(p, r, j)); });
-    if (post) norm_in_place(p, first_norm);
+    if (post) norm_in_place(p, w.norm(slot));
     if (sandwich)
-        norm(p, first_norm + 2 * p.d(), [&](int r, int j, float2 y) {
+        norm(p, w.norm(slot + 2), [&](int r, int j, float2 y) {
             const float2 x = load<float2>(input.row(r) + j);
-            store(p.tile.row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
+            store(p.tile().row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
         });
 }
 

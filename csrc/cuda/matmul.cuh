@@ -53,7 +53,7 @@ template <bool ROWS_ALONG_N, class T, class Out>
 __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
     const int tiles_k = (k + int(TILE_K) - 1) / int(TILE_K), tiles = (n + int(TILE_N) - 1) / int(TILE_N) * tiles_k;
-    const auto b_tile = [&](int i) { return reinterpret_cast<T*>(p.ring + i % stages * stage); };
+    const auto b_tile = [&](int i) { return reinterpret_cast<T*>(p.template shared<unsigned char>(0) + i % stages * stage); };
     const auto issue = [&](int i) {
         if (i < tiles) {
             const int n0 = i / tiles_k * int(TILE_N), k0 = i % tiles_k * int(TILE_K);
@@ -63,7 +63,7 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int6
                 copy_tile(to, LD_K, b + k0 * ld_b + n0, ld_b, some_k, some_n, some_k);
             else
                 copy_tile(to, LD_N, b + n0 * ld_b + k0, ld_b, some_n, some_k, some_n);
-            if (a.streamed) copy_tile(to + TILE_N * LD_N, LD_N, a.at + k0, a.ld, p.rows, some_k, p.inside);
+            if (a.streamed) copy_tile(to + TILE_N * LD_N, LD_N, a.at + k0, a.ld, p.rows(), some_k, p.inside);
         }
         copy_async_commit();  // an empty group too, so that their number tells which have arrived
     };
@@ -85,7 +85,7 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int6
             uint32_t fa[2][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
-                if (row + 16 * m < p.rows) load_a(fa[m], as + 16 * m * lda + kk, lda);
+                if (row + 16 * m < p.rows()) load_a(fa[m], as + 16 * m * lda + kk, lda);
 #pragma unroll
             for (int j = 0; j < 2; j++)
                 if (n0 + 16 * j < n) {
@@ -96,7 +96,7 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int6
                         load_b(fb, bs + (column + 16 * j) * LD_N + kk, LD_N);
 #pragma unroll
                     for (int m = 0; m < 2; m++)
-                        if (row + 16 * m < p.rows) mma_16<T>(acc[m][2 * j], acc[m][2 * j + 1], fa[m], fb);
+                        if (row + 16 * m < p.rows()) mma_16<T>(acc[m][2 * j], acc[m][2 * j + 1], fa[m], fb);
                 }
         }
         if (i % tiles_k < tiles_k - 1) continue;
@@ -104,7 +104,7 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int6
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                if (row + 16 * m < p.rows && n0 + 16 * j < n) {
+                if (row + 16 * m < p.rows() && n0 + 16 * j < n) {
                     float(&x)[4] = acc[m][2 * j];
                     float(&y)[4] = acc[m][2 * j + 1];
                     const int r = row + 16 * m + lane() / 4, col = n0 + 16 * j + lane() % 4 * 2;

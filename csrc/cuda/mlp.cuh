@@ -32,8 +32,8 @@ __device__ inline float activate(int64_t activation, float x, float& slope) {
 template <class T, class Out>
 __device__ inline void project_up(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int first, int n, Out out) {
     const int parts = int(hidden_parts(p.c()));
-    const float* bias = w.up_bias + parts * first;
-    multiply<false>(p, xn, w.up + int64_t(parts) * first * p.d(), p.d(), parts * n, p.d(),
+    const float* bias = w.up_bias() + parts * first;
+    multiply<false>(p, xn, w.up() + int64_t(parts) * first * p.d(), p.d(), parts * n, p.d(),
                     [&](int r, int j, float2 x, float2 y) {
                         const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);
                         out(r, j, make_float2(x.x + bx.x, x.y + bx.y), make_float2(y.x + by.x, y.y + by.y));
@@ -51,15 +51,15 @@ __device__ inline void mlp(const Program<T>& p, Rows<T> xn, const Weights<T>& w,
             float slope;
             float2 a = make_float2(activate(f, x.x, slope), activate(f, x.y, slope));
             if (f == SWIGLU) {
-                store(p.work + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * y.x, a.y * y.y));
+                store(p.work() + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * y.x, a.y * y.y));
             } else {
-                store(p.work + r * ld + j, pack<T>(a.x, a.y));
-                store(p.work + r * ld + j + 8, pack<T>(activate(f, y.x, slope), activate(f, y.y, slope)));
+                store(p.work() + r * ld + j, pack<T>(a.x, a.y));
+                store(p.work() + r * ld + j + 8, pack<T>(activate(f, y.x, slope), activate(f, y.y, slope)));
             }
         });
-        const float* bias = first ? nullptr : w.down_bias;
-        multiply<false>(p, Rows<T>{p.work, ld, false}, w.down + first, ff, p.d(), n,
-                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); });
+        const float* bias = first ? nullptr : w.down_bias();
+        multiply<false>(p, Rows<T>{p.work(), ld, false}, w.down() + first, ff, p.d(), n,
+                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); });
     }
 }
 

@@ -17,12 +17,12 @@ __device__ inline void mlp_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy,
     const bool swiglu = f == SWIGLU;
     const int parts = swiglu ? 2 : 1;
     // dpre takes the place of da where each has one number.
-    const Rows<T> local = {p.work + (swiglu ? p.rows * ld : 0), parts * chunk + int(PAD), false};
+    const Rows<T> local = {p.work() + (swiglu ? p.rows() * ld : 0), parts * chunk + int(PAD), false};
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
-        multiply<true>(p, dy, w.down + first, ff, n, d, [&](int r, int j, float2 x, float2 y) {
-            store(p.work + r * ld + j, pack<T>(x.x, x.y));
-            store(p.work + r * ld + j + 8, pack<T>(y.x, y.y));
+        multiply<true>(p, dy, w.down() + first, ff, n, d, [&](int r, int j, float2 x, float2 y) {
+            store(p.work() + r * ld + j, pack<T>(x.x, x.y));
+            store(p.work() + r * ld + j + 8, pack<T>(y.x, y.y));
         });
         const auto keep = [&](Rows<T> to, int r, int column, uint32_t pair) {
             if (r < p.inside) store(to.at + int64_t(r) * to.ld + column, pair);
@@ -35,7 +35,7 @@ __device__ inline void mlp_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy,
             T* to = local.at + r * local.ld + j;
             if (swiglu) {
                 const int column = j / 16 * 8 + j % 8;
-                const float2 da = unpack<T>(load<uint32_t>(p.work + r * ld + column)), a = activated(x);
+                const float2 da = unpack<T>(load<uint32_t>(p.work() + r * ld + column)), a = activated(x);
                 const uint32_t gate = pack<T>(da.x * y.x * slope.x, da.y * y.y * slope.y);
                 const uint32_t value = pack<T>(da.x * a.x, da.y * a.y);
                 store(to, gate);
@@ -54,8 +54,8 @@ __device__ inline void mlp_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy,
                 }
             }
         });
-        multiply<true>(p, local, w.up + int64_t(parts) * first * d, d, d, parts * n,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
+        multiply<true>(p, local, w.up() + int64_t(parts) * first * d, d, d, parts * n,
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
     }
 }
 

@@ -30,8 +30,8 @@ __device__ inline Moments moments(const float* x, const Call& c) {
 template <class T, class Out>
 __device__ inline void norm(const Program<T>& p, const float* weight, Out out) {
     const int d = p.d();
-    for (int r = warp(); r < p.rows; r += p.warps()) {
-        const float* x = p.tile.row(r);
+    for (int r = warp(); r < p.rows(); r += p.warps()) {
+        const float* x = p.tile().row(r);
         if (p.c().norm == NO_NORM) {
             for (int j = 2 * lane(); j < d; j += 64) out(r, j, load<float2>(x + j));
             continue;
@@ -47,7 +47,7 @@ __device__ inline void norm(const Program<T>& p, const float* weight, Out out) {
 // The same, in place: a thread reads and writes its own columns alone.
 template <class T>
 __device__ inline void norm_in_place(const Program<T>& p, const float* weight) {
-    norm(p, weight, [&](int r, int j, float2 y) { store(p.tile.row(r) + j, y); });
+    norm(p, weight, [&](int r, int j, float2 y) { store(p.tile().row(r) + j, y); });
 }
 
 }  // namespace shift_cuda

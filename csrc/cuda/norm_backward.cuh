@@ -16,24 +16,24 @@ __device__ inline void norm_backward(const Program<T>& p, Tile x, const float* w
         p.each_pair([&](int r, int j) { out(r, j, dy(r, j)); });
         return;
     }
-    for (int r = warp(); r < p.rows; r += p.warps()) {
+    for (int r = warp(); r < p.rows(); r += p.warps()) {
         const Moments m = moments(x.row(r), p.c());
-        if (lane() == 0) p.mean[r] = m.mean, p.inverse[r] = m.inverse;
+        if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;
     }
     sync_block();
     for (int j = 2 * threadIdx.x; j < d; j += 2 * blockDim.x) {
         float2 dw = load<float2>(dv + j), db = load<float2>(dv + d + j);
         for (int r = 0; r < p.inside; r++) {
             const float2 v = load<float2>(x.row(r) + j), g = dy(r, j);
-            dw.x += g.x * (v.x - p.mean[r]) * p.inverse[r], dw.y += g.y * (v.y - p.mean[r]) * p.inverse[r];
+            dw.x += g.x * (v.x - p.mean()[r]) * p.inverse()[r], dw.y += g.y * (v.y - p.mean()[r]) * p.inverse()[r];
             db.x += g.x, db.y += g.y;
         }
         store(dv + j, dw);
         store(dv + d + j, db);
     }
     sync_block();
-    for (int r = warp(); r < p.rows; r += p.warps()) {
-        const float mean = p.mean[r], inverse = p.inverse[r];
+    for (int r = warp(); r < p.rows(); r += p.warps()) {
+        const float mean = p.mean()[r], inverse = p.inverse()[r];
         const auto unit_of = [&](int j) {
             const float2 v = load<float2>(x.row(r) + j);
             return make_float2((v.x - mean) * inverse, (v.y - mean) * inverse);

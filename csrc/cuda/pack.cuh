@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
     const Job& job = pack.job;
     const Call& c = job.call;
     const int64_t d = c.d_model, ff = job.plan.ff_pad, attn = c.n_heads * c.head_dim, type = c.weight_dtype;
-    const Weights<T> w = layer_of<T>(job, pack.layer);
+    const Weights<T> w{job, pack.layer};
     const auto same = [](int i) { return i; };
     const auto qkv = [&](int i) { return qkv_row(job, i); };
     const auto up = [&](int i) {
@@ -54,19 +54,19 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
         return column < c.d_ff ? hidden / int(ff) * int(c.d_ff) + column : -1;
     };
     if (pack.layer < c.n_layers) {
-        pack_matrix(w.qkv, qkv_columns(c), d, pack.from[QKV_W], type, d, qkv);
-        pack_matrix(w.out, d, attn, pack.from[OUT_W], type, attn, same);
-        pack_vector(w.qkv_bias, qkv_columns(c), pack.from[QKV_B], type, qkv);
-        pack_vector(w.out_bias, d, pack.from[OUT_B], type, same);
+        pack_matrix(w.qkv(), qkv_columns(c), d, pack.from[QKV_W], type, d, qkv);
+        pack_matrix(w.out(), d, attn, pack.from[OUT_W], type, attn, same);
+        pack_vector(w.qkv_bias(), qkv_columns(c), pack.from[QKV_B], type, qkv);
+        pack_vector(w.out_bias(), d, pack.from[OUT_B], type, same);
     }
     if (pack.layer < c.n_layers && ff) {
-        pack_matrix(w.up, hidden_parts(c) * ff, d, pack.from[UP_W], type, d, up);
-        pack_matrix(w.down, d, ff, pack.from[DOWN_W], type, c.d_ff, same);
-        pack_vector(w.up_bias, hidden_parts(c) * ff, pack.from[UP_B], type, up);
-        pack_vector(w.down_bias, d, pack.from[DOWN_B], type, same);
+        pack_matrix(w.up(), hidden_parts(c) * ff, d, pack.from[UP_W], type, d, up);
+        pack_matrix(w.down(), d, ff, pack.from[DOWN_W], type, c.d_ff, same);
+        pack_vector(w.up_bias(), hidden_parts(c) * ff, pack.from[UP_B], type, up);
+        pack_vector(w.down_bias(), d, pack.from[DOWN_B], type, same);
     }
     const int norms[NORM_SLOTS] = {N1_W, N1_B, N1P_W, N1P_B, N2_W, N2_B, N2P_W, N2P_B};
-    for (int i = 0; i < NORM_SLOTS; i++) pack_vector(w.norms + i * d, d, pack.from[norms[i]], type, same);
+    for (int i = 0; i < NORM_SLOTS; i++) pack_vector(w.norm(i), d, pack.from[norms[i]], type, same);
 }
 
 }  // namespace shift_cuda

@@ -27,37 +27,65 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS = 8 };  // a bias behind each weight
 
-// A kernel's only argument.
+// Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
+struct Layout {
+    int xn, work, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int64_t layer, out, up, down;                                // weights, in T
+    int64_t vectors, layer_vectors;                              // bytes from the workspace; fp32
+    int up_bias, out_bias, down_bias, norms;                     // fp32 behind qkv's bias
+    int64_t states;                                              // bytes from the workspace
+};
+
+constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
+    Layout l = {};
+    const int64_t d = c.d_model;
+    l.work = int(p.stages * stage_bytes(p, backward));
+    l.xn = l.normaliser = l.work + int(work_bytes(c, p, backward));
+    l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
+    l.moments = l.normaliser + int(scores_bytes(c, p));
+    l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
+    l.sums = l.spans + int(p.rows * 8);
+    l.tile = l.sums + 128;
+    l.layer = layer_weights(c, p.ff_pad);
+    l.out = qkv_columns(c) * d;
+    l.up = l.out + c.n_heads * c.head_dim * d;
+    l.down = l.up + hidden_parts(c) * p.ff_pad * d;
+    l.vectors = weights_bytes(c, p.ff_pad);
+    l.layer_vectors = layer_vectors(c, p.ff_pad);
+    l.up_bias = int(qkv_columns(c));
+    l.out_bias = l.up_bias + int(hidden_parts(c) * p.ff_pad);
+    l.down_bias = l.out_bias + int(d);
+    l.norms = l.down_bias + int(d);
+    l.states = l.vectors + vectors_bytes(c, p.ff_pad);
+    return l;
+}
+
+// A kernel's only argument: in constant memory, so that what is said here costs no register.
 struct Job {
     Call call;
     Plan plan;
+    Layout at;
     int backward;
 };
 
-// Where the workspace's parts are.
+// A layer's packed weights.
 template <class T>
 struct Weights {
-    const T *qkv, *out, *up, *down;
-    const float *qkv_bias, *up_bias, *out_bias, *down_bias, *norms;
+    const Job& job;
+    int layer;
+    __device__ unsigned char* base() const { return static_cast<unsigned char*>(job.call.workspace); }
+    __device__ T* qkv() const { return reinterpret_cast<T*>(base()) + layer * job.at.layer; }
+    __device__ T* out() const { return qkv() + job.at.out; }
+    __device__ T* up() const { return qkv() + job.at.up; }
+    __device__ T* down() const { return qkv() + job.at.down; }
+    __device__ float* qkv_bias() const {
+        return reinterpret_cast<float*>(base() + job.at.vectors) + layer * job.at.layer_vectors;
+    }
+    __device__ float* up_bias() const { return qkv_bias() + job.at.up_bias; }
+    __device__ float* out_bias() const { return qkv_bias() + job.at.out_bias; }
+    __device__ float* down_bias() const { return qkv_bias() + job.at.down_bias; }
+    __device__ float* norm(int slot) const { return qkv_bias() + job.at.norms + slot * int(job.call.d_model); }
 };
-
-template <class T>
-__device__ inline Weights<T> layer_of(const Job& job, int layer) {
-    const Call& c = job.call;
-    const int64_t ff = job.plan.ff_pad, d = c.d_model;
-    unsigned char* base = static_cast<unsigned char*>(c.workspace);
-    Weights<T> w;
-    w.qkv = reinterpret_cast<T*>(base) + layer * layer_weights(c, ff);
-    w.out = w.qkv + qkv_columns(c) * d;
-    w.up = w.out + c.n_heads * c.head_dim * d;
-    w.down = w.up + hidden_parts(c) * ff * d;
-    w.qkv_bias = reinterpret_cast<float*>(base + weights_bytes(c, ff)) + layer * layer_vectors(c, ff);
-    w.up_bias = w.qkv_bias + qkv_columns(c);
-    w.out_bias = w.up_bias + hidden_parts(c) * ff;
-    w.down_bias = w.out_bias + d;
-    w.norms = w.down_bias + d;
-    return w;
-}
 
 // Row of a matrix whose two halves of `half` rows are interleaved by 8: where packed row i comes from.
 __device__ inline int from_halves(int i, int half) { return i / 16 * 8 + i % 8 + (i % 16 < 8 ? 0 : half); }
@@ -106,76 +134,63 @@ struct Rows {
 template <class T>
 struct Program {
     const Job& job;
-    // of the program
-    int rows, inside;      // rows of the tile; how many of them are tokens of the batch (pads included)
-    int sample;            // the first sequence
-    int64_t token;         // the first row in [batch * seq_len]
-    // shared memory, see plan.h
-    Tile tile;
-    int *low, *high;       // [rows] row r sees the rows low[r] <= key < high[r]; a pad none: high 0
-    float* sums;           // [32]
-    T *xn, *work;          // xn: forward alone
-    float *normaliser, *o_do;  // [query heads][rows], backward alone
-    float *mean, *inverse;     // [rows], backward alone
-    unsigned char* ring;
+    int inside;     // how many of the rows are tokens of the batch (pads included)
+    int64_t token;  // the first row in [batch * seq_len]
 
     __device__ const Call& c() const { return job.call; }
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
-    __device__ bool valid(int row) const { return high[row] > 0; }
+    __device__ int rows() const { return int(job.plan.rows); }
+    __device__ int sample() const { return int(blockIdx.x * job.plan.sequences); }
     __device__ int warps() const { return int(blockDim.x) / 32; }
 
+    // Shared memory, see plan.h.
+    template <class N>
+    __device__ N* shared(int at) const {
+        return reinterpret_cast<N*>(shared_memory() + at);
+    }
+    __device__ T* work() const { return shared<T>(job.at.work); }
+    __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone
+    __device__ float* normaliser() const { return shared<float>(job.at.normaliser); }  // [query heads][rows]
+    __device__ float* o_do() const { return shared<float>(job.at.o_do); }
+    __device__ float* mean() const { return shared<float>(job.at.moments); }
+    __device__ float* inverse() const { return mean() + rows(); }
+    __device__ float* sums() const { return shared<float>(job.at.sums); }  // [32]
+    // Row r sees the rows low[r] <= key < high[r]; a pad none: its high is 0.
+    __device__ int* low() const { return shared<int>(job.at.spans); }
+    __device__ int* high() const { return low() + rows(); }
+    __device__ bool valid(int row) const { return high()[row] > 0; }
+
+    __device__ Tile tile() const {
+        return job.plan.tile_in_shared ? Tile{shared<float>(job.at.tile), d() + int(PAD)}
+                                       : aside(int(states_aside(c(), job.backward)));
+    }
     // The i-th state put aside, see plan.h.
     __device__ Tile aside(int i) const {
-        const int64_t states = states_aside(c(), job.backward) + !p().tile_in_shared;
-        unsigned char* base = static_cast<unsigned char*>(c().workspace) + weights_bytes(c(), p().ff_pad) +
-                              vectors_bytes(c(), p().ff_pad);
-        const int64_t bytes = tile_bytes(c(), rows);
-        return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * bytes), d() + int(PAD)};
+        const int64_t states = states_aside(c(), job.backward) + !job.plan.tile_in_shared;
+        unsigned char* base = static_cast<unsigned char*>(c().workspace) + job.at.states;
+        return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * tile_bytes(c(), rows())), d() + int(PAD)};
     }
 
     // Calls f(row, column) for this thread's pairs of columns. They are the same in every pass over rows, here
     // and in norm.cuh, so that such passes need no barrier among them.
     template <class F>
     __device__ void each_pair(F f) const {
-        for (int r = warp(); r < rows; r += warps())
+        for (int r = warp(); r < rows(); r += warps())
             for (int j = 2 * lane(); j < d(); j += 64) f(r, j);
     }
 
     __device__ explicit Program(const Job& j) : job(j) {
         const Call& c = j.call;
-        rows = int(p().rows);
-        sample = int(blockIdx.x * p().sequences);
-        token = int64_t(sample) * c.seq_len;
-        inside = int(smaller<int64_t>(p().sequences, c.batch - sample) * c.seq_len);
-        unsigned char* at = shared_memory();
-        const auto take = [&at](int64_t bytes) {
-            unsigned char* mine = at;
-            at += bytes;
-            return mine;
-        };
-        ring = take(p().stages * stage_bytes(p(), j.backward));
-        work = reinterpret_cast<T*>(take(work_bytes(c, p(), j.backward)));
-        if (j.backward) {
-            normaliser = reinterpret_cast<float*>(take(scores_bytes(c, p())));
-            o_do = normaliser + scores_bytes(c, p()) / 8;
-            mean = reinterpret_cast<float*>(take(rows * 8));
-            inverse = mean + rows;
-        } else {
-            xn = reinterpret_cast<T*>(take(rows * (c.d_model + PAD) * OPERAND));
-        }
-        low = reinterpret_cast<int*>(take(rows * 8));
-        high = low + rows;
-        sums = reinterpret_cast<float*>(take(128));
-        tile = p().tile_in_shared ? Tile{reinterpret_cast<float*>(at), d() + int(PAD)}
-                                  : aside(int(states_aside(c, j.backward)));
         const int n = int(c.seq_len);
-        for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+        token = int64_t(sample()) * n;
+        inside = int(smaller<int64_t>(j.plan.sequences, c.batch - sample())) * n;
+        for (int r = threadIdx.x; r < rows(); r += blockDim.x) {
             const int pos = r % n;
-            const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample + r / n], n) : n;
+            const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
             const int last = pos < length ? r - pos + int(c.causal ? pos + 1 : length) : 0;
-            low[r] = last ? r - pos : int(MOST_ROWS);
-            high[r] = last;
+            low()[r] = last ? r - pos : int(MOST_ROWS);
+            high()[r] = last;
         }
         sync_block();
     }

@@ -43,8 +43,9 @@ int64_t shift_cuda_workspace_bytes(const Call* call, int backward) {
 }
 
 const char* shift_cuda_run(const Call* call, int backward, void* stream) {
-    const shift_cuda::Job job = {*call, shift_cuda::plan(*call, backward != 0), backward};
-    if (job.plan.refusal) return shift_cuda::reason(job.plan.refusal);
+    const Plan plan = shift_cuda::plan(*call, backward != 0);
+    const shift_cuda::Job job = {*call, plan, shift_cuda::layout(*call, plan, backward != 0), backward};
+    if (plan.refusal) return shift_cuda::reason(plan.refusal);
     return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
                                            : shift_cuda::run<tile::fp16>(job, stream);
 }

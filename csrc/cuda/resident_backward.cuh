@@ -65,7 +65,7 @@ template <class T>
 __device__ inline void half_layer_backward(const Program<T>& p, int layer, bool is_mlp, const BackwardKeep<T>& keep,
                                            const Gradient<T>& dh) {
     const Call& c = p.c();
-    const Weights<T> w = layer_of<T>(p.job, layer);
+    const Weights<T> w{p.job, layer};
     const int d = p.d(), slot = is_mlp ? NORM2 : NORM1;
     const float scale = float(c.residual_scale);
     float* dv = c.dv + ((blockIdx.x * (c.n_layers + 1) + layer) * NORM_SLOTS + slot) * d;
@@ -79,10 +79,10 @@ __device__ inline void half_layer_backward(const Program<T>& p, int layer, bool 
         if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
     };
     if (c.placement == POST)
-        norm_backward(p, keep.sum(layer, is_mlp), w.norms + slot * d, dv, get,
+        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot), dv, get,
                       [&](int r, int j, float2 x) { dh.set(r, j, x); });
     if (c.placement == SANDWICH)
-        norm_backward(p, keep.sum(layer, is_mlp), w.norms + (slot + 2) * d, dv + 2 * d, scaled, to_dy);
+        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot + 2), dv + 2 * d, scaled, to_dy);
     else
         p.each_pair([&](int r, int j) { to_dy(r, j, scaled(r, j)); });
     clear_tile(p);
@@ -99,7 +99,7 @@ __device__ inline void half_layer_backward(const Program<T>& p, int layer, bool 
         p.each_pair([&](int r, int j) { dh.add(r, j, tile_pair(p, r, j)); });
     else
         norm_backward(
-            p, keep.input(layer, is_mlp), w.norms + slot * d, dv, [&](int r, int j) { return tile_pair(p, r, j); },
+            p, keep.input(layer, is_mlp), w.norm(slot), dv, [&](int r, int j) { return tile_pair(p, r, j); },
             [&](int r, int j, float2 x) { dh.add(r, j, x); });
 }
 
@@ -119,7 +119,7 @@ __device__ inline void loop_backward(const Program<T>& p, int64_t t, const Gradi
         const Tile u = p.aside(int(states_aside(c, true)) - 1);
         p.each_pair([&](int r, int j) { store(u.row(r) + j, tile_pair(p, r, j)); });
         norm_backward(
-            p, u, layer_of<T>(p.job, layers).norms,
+            p, u, Weights<T>{p.job, layers}.norm(NORM1),
             c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),
             [&](int r, int j) { return dh.get(r, j); }, [&](int r, int j, float2 x) { dh.set(r, j, x); });
     }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constan
     const Program<T> p(job);
     const Call& c = job.call;
     const Gradient<T> dh(p, c.dh), de(p, c.de);
-    const int64_t last = c.loops ? smaller(c.loops[p.sample], c.most_loops) : c.most_loops;
+    const int64_t last = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
     const int64_t first = c.n_grad_loops ? larger<int64_t>(last - c.n_grad_loops, 0) : 0;  // up to here none is carried
     for (int64_t t = c.high; t > larger(c.low, first); t--) {
         if (c.return_all) {

@@ -16,7 +16,7 @@ template <class T>
 struct ForwardKeep {
     const Program<T>& p;
     int n_rows;
-    __device__ Rows<T> xn(int, bool) const { return {p.xn, p.d() + int(PAD), false}; }
+    __device__ Rows<T> xn(int, bool) const { return {p.xn(), p.d() + int(PAD), false}; }
     __device__ Tile input(int, bool) const { return p.c().placement == SANDWICH ? p.aside(0) : Tile{nullptr, 0}; }
     __device__ Tile sum(int, bool) const { return {nullptr, 0}; }
 };
@@ -45,7 +45,7 @@ __device__ inline void begin_loop(const Program<T>& p, H h) {
                 x = make_float2(x.x + e.x, x.y + e.y);
             }
         }
-        store(p.tile.row(r) + j, x);
+        store(p.tile().row(r) + j, x);
     });
 }
 
@@ -54,11 +54,11 @@ template <class T>
 __device__ inline float2 block_sum(const Program<T>& p, float2 x) {
     x = make_float2(sum_over_lanes(x.x), sum_over_lanes(x.y));
     sync_block();
-    if (lane() == 0) store(p.sums + 2 * warp(), x);
+    if (lane() == 0) store(p.sums() + 2 * warp(), x);
     sync_block();
     float2 total = make_float2(0.0f, 0.0f);
     for (int i = 0; i < p.warps(); i++) {
-        const float2 part = load<float2>(p.sums + 2 * i);
+        const float2 part = load<float2>(p.sums() + 2 * i);
         total = make_float2(total.x + part.x, total.y + part.y);
     }
     return total;
@@ -82,13 +82,13 @@ template <class T>
 __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job job) {
     const Program<T> p(job);
     const Call& c = job.call;
-    const ForwardKeep<T> keep{p, p.rows};
+    const ForwardKeep<T> keep{p, p.rows()};
     const Tile before = p.aside(c.placement == SANDWICH);  // with halting
-    const int64_t most = c.loops ? smaller(c.loops[p.sample], c.most_loops) : c.most_loops;
+    const int64_t most = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);
         if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);
-        store(p.tile.row(r) + j, h);
+        store(p.tile().row(r) + j, h);
     });
     int64_t t = 0;
     for (bool running = most > 0; running;) {
@@ -99,12 +99,12 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
             half_layer(p, layer, false, keep);
             if (c.d_ff) half_layer(p, layer, true, keep);
         }
-        if (c.loop_norm) norm_in_place(p, layer_of<T>(job, int(c.n_layers)).norms);
+        if (c.loop_norm) norm_in_place(p, Weights<T>{job, int(c.n_layers)}.norm(NORM1));
         if (c.return_all) store_state(p, c.out, t);
         t++;
         running = t < most && !(c.halting && settled(p, before));
     }
-    if (c.halting && threadIdx.x == 0) c.used[p.sample] = t;
+    if (c.halting && threadIdx.x == 0) c.used[p.sample()] = t;
     if (!c.return_all) store_state(p, c.out, 0);
     for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
 }
