@@ -70,6 +70,7 @@ template <class T>
 __device__ inline void scores_16(float (&c)[2][4], const T* a, const T* b, int lda, int ldb, int head_dim) {
 #pragma unroll
     for (int i = 0; i < 4; i++) c[0][i] = c[1][i] = 0.0f;
+#pragma unroll 1
     for (int k = 0; k < head_dim; k += 16) {
         uint32_t fa[4], fb[4];
         load_a(fa, a + k, lda);
@@ -88,7 +89,7 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 // One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
 // rest(row, normaliser in base 2).
 template <class T, class Out, class Rest>
-__device__ inline void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out, Rest rest) {
+__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out, Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
     const T* k = p.work() + of.k(head / of.group);
@@ -99,6 +100,7 @@ __device__ inline void attend_16(const Program<T>& p, const Round& of, int head,
     float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
     int begin, end;
     span_of_16(p, row0, begin, end);
+#pragma unroll 1
     for (int key = begin; key < end; key += 16) {
         float s[2][4], factor[2];
         scores_16(s, q, k + key * of.ld, of.ld, of.ld, of.head_dim);

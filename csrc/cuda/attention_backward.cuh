@@ -69,7 +69,7 @@ __device__ inline void give_out(const float (&c)[HELD_COLUMNS / 16][2][4], int r
 
 // dq of one head for 16 queries, by a warp.
 template <class T, class Out>
-__device__ inline void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head, int row0,
+__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head, int row0,
                                   Out out) {
     const int kv = head / of.group, hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));
@@ -84,6 +84,7 @@ __device__ inline void queries_16(const Program<T>& p, const Round& of, const Ro
     span_of_16(p, row0, begin, end);
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dq[HELD_COLUMNS / 16][2][4] = {};
+#pragma unroll 1
         for (int key = begin; key < end; key += 16) {
             float s[2][4], dp[2][4];
             scores_16(s, p.work() + row0 * of.ld + of.q(head), p.work() + key * of.ld + of.k(kv), of.ld, of.ld, hd);
@@ -103,7 +104,7 @@ __device__ inline void queries_16(const Program<T>& p, const Round& of, const Ro
 
 // dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
 template <class T, class Out>
-__device__ inline void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv, int key0,
+__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv, int key0,
                                Out out) {
     const int hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));

@@ -50,7 +50,7 @@ __device__ inline void mma_16(float (&c0)[4], float (&c1)[4], const uint32_t (&a
 // out(row, column, x, y): x are columns column and + 1, y column + 8 and + 9 of the same 16. Ends without a
 // barrier: what out wrote may be read after the next one, with which the next multiply begins.
 template <bool ROWS_ALONG_N, class T, class Out>
-__device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out) {
+__device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
     const int tiles_k = (k + int(TILE_K) - 1) / int(TILE_K), tiles = (n + int(TILE_N) - 1) / int(TILE_N) * tiles_k;
     const auto b_tile = [&](int i) { return reinterpret_cast<T*>(p.template shared<unsigned char>(0) + i % stages * stage); };
@@ -81,6 +81,7 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T* b, int6
         const T* bs = b_tile(i);
         const T* as = a.streamed ? bs + TILE_N * LD_N + row * LD_N : a.at + row * a.ld + k0;
         const int lda = a.streamed ? LD_N : a.ld;
+#pragma unroll 1
         for (int kk = 0; kk < smaller(k - k0, int(TILE_K)); kk += 16) {
             uint32_t fa[2][4];
 #pragma unroll

@@ -19,6 +19,13 @@
 #include "tile/types.cuh"
 #include "tile/warp.cuh"
 
+// The inner loops are functions of their own: each has all registers, and nvcc compiles them in half the time.
+#if defined(SHIFT_EMULATE)
+#define SHIFT_OUT_OF_LINE inline
+#else
+#define SHIFT_OUT_OF_LINE __noinline__
+#endif
+
 namespace shift_cuda {
 
 using namespace tile;
