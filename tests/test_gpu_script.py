@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.baseline import PLAIN, sdpa
-from benchmarks.gpu import table, tune
+from benchmarks.gpu import slope, table, tune
 from benchmarks.gpu.cases import BLOCKS, CASES, KINDS, Attention, Block, runners
-from benchmarks.gpu.run import Budget, run
+from benchmarks.gpu.run import SLOPES, Budget, run
 from shift_kernels import BlockSpec, LoopedBlock
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,11 @@ def test_what_is_no_measurement_is_refused(bad):
 def test_spread_is_half_the_distance_of_the_quartiles():
     assert table.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
     assert table.spread([7.0]) == 0
+
+
+def test_slope_is_what_a_loop_costs():
+    assert set(SLOPES) <= {case.name for case in BLOCKS}
+    assert slope.fit([1, 2, 4], [1.5, 2.0, 3.0]) == pytest.approx((0.5, 1.0))
 
 
 def test_table_has_its_columns_aligned():

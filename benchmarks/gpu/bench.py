@@ -122,8 +122,8 @@ def measure(case: Block | Attention, runner: str, direction: str) -> tuple[list[
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        return _times(graph.replay), kept
-    return _times(step), kept
+        return times(graph.replay), kept
+    return times(step), kept
 
 
 def _kept(call: Callable[[], Tensor]) -> int:
@@ -132,17 +132,18 @@ def _kept(call: Callable[[], Tensor]) -> int:
     return torch.cuda.memory_allocated() - before - out.nbytes
 
 
-def _times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
-    times: list[float] = []
+def times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
+    """Times of calls in ms."""
+    found: list[float] = []
     start = time.monotonic()
-    while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.monotonic() - start < seconds):
+    while len(found) < ROUNDS[0] or (len(found) < ROUNDS[1] and time.monotonic() - start < seconds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
+        found.append(begin.elapsed_time(end))
+    return found
 
 
 def floor_ms(case: Block | Attention, direction: str) -> float | None:
