@@ -75,13 +75,17 @@ def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
         build([])  # no OpenMP here (or a real error, which shows itself again): one thread
 
 
-def build_cuda_library(target, scratch=SCRATCH / "cuda"):
-    """Compile csrc/cuda into ``target`` for :func:`cuda_archs`, and link it with the static CUDA runtime.
+def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
+    """Compile csrc/cuda into ``target`` for ``archs``, and link it with the static CUDA runtime.
+
+    Args:
+        target, scratch: the library; a folder for its objects and what the compiler said of each.
+        archs: as nvcc names them; default :func:`cuda_archs`.
 
     Raises:
         RuntimeError: no architecture is asked for, no nvcc, or it failed; the message is what it said.
     """
-    archs = cuda_archs()
+    archs = cuda_archs() if archs is None else archs
     if not archs:
         raise RuntimeError("no NVIDIA device here, and CUDA_ARCHS is not set")
     cuda = nvcc()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -37,9 +36,8 @@ _REPORT = re.compile(
 
 def build() -> Path:
     """The library for the default architectures, compiled again only where something has changed."""
-    os.environ["CUDA_ARCHS"] = "default"
     library = build_native.SCRATCH / "offline" / "libshift_cuda.so"
-    build_native.build_cuda_library(library)
+    build_native.build_cuda_library(library, archs=build_native.CUDA_ARCHS.split())
     return library
 
 
