@@ -108,7 +108,6 @@ def test_explain_tells_the_tile_and_what_is_kept(gpu):
 
 
 OPTIONS = {
-    "pre": {},
     "two layers, post, swiglu, rope": dict(
         n_layers=2,
         norm="rmsnorm",
@@ -122,7 +121,6 @@ OPTIONS = {
     "sandwich, loop norm, grouped heads": dict(
         norm_placement="sandwich", loop_norm=True, n_kv_heads=2, head_dim=32, residual_scale=0.5
     ),
-    "attention only": dict(d_ff=0, norm="none"),
 }
 CALLS = {
     "plain": {"n_loops": 2},
