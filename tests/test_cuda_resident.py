@@ -1,7 +1,7 @@
 """The CUDA resident kernels on an emulated GPU against the float64 reference; and what their planner admits.
 
-An error may be at most twice that of the same computation in plain PyTorch of the same dtype, plus a rounding, for
-where PyTorch is lucky; as root mean squares, because the largest of a few errors is a matter of luck too.
+An error may be at most twice that of the same computation in plain PyTorch of the same dtype, plus a rounding,
+for where PyTorch is lucky; as root mean squares, because the largest of a few errors is a matter of luck too.
 """
 
 import itertools
@@ -295,10 +295,10 @@ def test_planner_admits_what_brute_force_says_fits(gpu):
         chosen = (p.rows, p.kv_heads, p.ff_chunk, p.stages, p.tile_in_shared)
         assert p.shared_bytes == shared_bytes(spec, *chosen, backward) <= limit
         assert p.sequences * seq_len <= p.rows <= 128
-        assert p.rows % 16 == 0 and spec.n_kv_heads % p.kv_heads == 0
+        assert p.rows % 16 == spec.n_kv_heads % p.kv_heads == p.ff_chunk % 16 == 0
         assert p.programs == -(-batch // p.sequences)
         assert p.threads == -(-p.rows // 32) * 128
-        assert p.ff_pad == -(-spec.d_ff // 16) * 16 and p.ff_chunk % 16 == 0 and p.ff_chunk <= p.ff_pad
+        assert p.ff_chunk <= p.ff_pad == -(-spec.d_ff // 16) * 16
         assert p.sequences == 1 or not own
         assert p.programs >= 132 or p.rows == least
         if not p.tile_in_shared:  # then no chunks leave room for it

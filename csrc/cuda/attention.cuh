@@ -89,7 +89,8 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 // One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
 // rest(row, normaliser in base 2).
 template <class T, class Out, class Rest>
-__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out, Rest rest) {
+__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out,
+                                            Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
     const T* k = p.work() + of.k(head / of.group);

@@ -28,8 +28,8 @@ struct RoundGradients {
 
 // Stores the gradient of columns j and j + 8 of a round's q, k or v: for the next product, and in in_proj's order.
 template <class T>
-__device__ inline void keep_dqkv(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int round, Rows<T> dqkv,
-                                 int r, int j, float2 x, float2 y) {
+__device__ inline void keep_dqkv(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int round,
+                                 Rows<T> dqkv, int r, int j, float2 x, float2 y) {
     if (p.c().rope && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
     const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
     store(g.dqkv + r * of.ld + j, first);
@@ -69,8 +69,8 @@ __device__ inline void give_out(const float (&c)[HELD_COLUMNS / 16][2][4], int r
 
 // dq of one head for 16 queries, by a warp.
 template <class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head, int row0,
-                                  Out out) {
+__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head,
+                                             int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));
     int low[2], high[2], begin, end;
@@ -94,7 +94,8 @@ __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& o
                 const int h = i % 4 / 2, at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
                 float& x = s[i / 4][i % 4];
                 const bool seen = low[h] <= at && at < high[h];
-                x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) * (dp[i / 4][i % 4] - o_do[h]) * factor : 0.0f;
+                const float share = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) : 0.0f;
+                x = share * (dp[i / 4][i % 4] - o_do[h]) * factor;
             }
             accumulate<T>(dq, s, p.work() + key * of.ld + of.k(kv) + first, of.ld, hd - first);
         }
@@ -104,8 +105,8 @@ __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& o
 
 // dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
 template <class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv, int key0,
-                               Out out) {
+__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv,
+                                          int key0, Out out) {
     const int hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
@@ -139,8 +140,8 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
 
 // tile += gradient of xn. dqkv, o: rows of this program.
 template <class T>
-__device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w, Rows<T> dqkv,
-                                          Rows<T> o) {
+__device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+                                          Rows<T> dqkv, Rows<T> o) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = p.rows() / 16;
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);
@@ -166,7 +167,8 @@ __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<
             };
             attend_16(p, of, head, i / of.queries * 16, with_do, [&](int r, float normaliser) {
                 o_do = sum_over_lanes<4>(o_do);
-                if (lane() % 4 == 0) p.normaliser()[head * p.rows() + r] = normaliser, p.o_do()[head * p.rows() + r] = o_do;
+                const int at = head * p.rows() + r;
+                if (lane() % 4 == 0) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;
                 o_do = 0.0f;
             });
         }

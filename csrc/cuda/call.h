@@ -74,7 +74,10 @@ struct Plan {
 };
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
-enum Weight { QKV_W, QKV_B, OUT_W, OUT_B, N1_W, N1_B, N1P_W, N1P_B, UP_W, UP_B, DOWN_W, DOWN_B, N2_W, N2_B, N2P_W, N2P_B };
+enum Weight {
+    QKV_W, QKV_B, OUT_W, OUT_B, N1_W, N1_B, N1P_W, N1P_B,
+    UP_W, UP_B, DOWN_W, DOWN_B, N2_W, N2_B, N2P_W, N2P_B
+};
 constexpr int WEIGHTS = 16;
 enum Norm { LAYERNORM, RMSNORM, NO_NORM };
 enum Placement { PRE, POST, SANDWICH };

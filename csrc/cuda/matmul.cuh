@@ -50,10 +50,11 @@ __device__ inline void mma_16(float (&c0)[4], float (&c1)[4], const uint32_t (&a
 // out(row, column, x, y): x are columns column and + 1, y column + 8 and + 9 of the same 16. Ends without a
 // barrier: what out wrote may be read after the next one, with which the next multiply begins.
 template <bool ROWS_ALONG_N, class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out) {
+__device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k,
+                                           Out out) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
     const int tiles_k = (k + int(TILE_K) - 1) / int(TILE_K), tiles = (n + int(TILE_N) - 1) / int(TILE_N) * tiles_k;
-    const auto b_tile = [&](int i) { return reinterpret_cast<T*>(p.template shared<unsigned char>(0) + i % stages * stage); };
+    const auto b_tile = [&](int i) { return p.template shared<T>(i % stages * stage); };
     const auto issue = [&](int i) {
         if (i < tiles) {
             const int n0 = i / tiles_k * int(TILE_N), k0 = i % tiles_k * int(TILE_K);
