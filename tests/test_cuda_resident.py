@@ -1,6 +1,6 @@
 """The CUDA resident kernels on an emulated GPU against the float64 reference; and what their planner admits.
 
-An error may be at most twice that of the same computation in plain PyTorch of the same dtype, plus a rounding,
+An error may be at most twice that of the same computation in plain PyTorch of the same dtype, plus a rounding
 for where PyTorch is lucky; as root mean squares, because the largest of a few errors is a matter of luck too.
 """
 

@@ -41,8 +41,16 @@ __device__ inline void rotate(const Program<T>& p, int row, int column_in_head, 
     y = make_float2(b.x * cos.x + a.x * sin.x, b.y * cos.y + a.y * sin.y);
 }
 
+// A round's Wqkv, for the product before it.
 template <class T>
-__device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round) {
+__device__ inline Ahead<T> qkv_ahead(const Program<T>& p, const Weights<T>& w, int round) {
+    const Round of(p, round);
+    return {w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d()};
+}
+
+template <class T>
+__device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round,
+                                   Ahead<T> ahead = {}) {
     const Round of(p, round);
     const float* bias = w.qkv_bias() + round * of.columns;
     const int turned = p.c().rope ? of.v(0) : 0;  // columns of q and k
@@ -54,7 +62,8 @@ __device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weight
                         if (j < turned) rotate(p, r, j % of.head_dim, false, x, y);
                         store(p.work() + r * of.ld + j, pack<T>(x.x, x.y));
                         store(p.work() + r * of.ld + j + 8, pack<T>(y.x, y.y));
-                    });
+                    },
+                    ahead);
 }
 
 // The keys that any of 16 rows sees, rounded to whole blocks of 16 at the low end. Spans of pads are empty.
@@ -156,13 +165,14 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
     }
 }
 
-// tile += scale self_attention(xn).
+// tile += scale self_attention(xn). after: the weights of the product that follows.
 template <class T>
-__device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale) {
+__device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);
-        project_qkv(p, xn, w, round);
+        const Ahead<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
+        project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
         sync_block();
         for (int i = warp(); i < of.queries * (p.rows() / 16); i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
@@ -173,10 +183,10 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         }
         const float* bias = round ? nullptr : w.out_bias();
-        multiply<false>(p, Rows<T>{p.work(), of.ld, false}, w.out() + of.first_query_column, attn, p.d(),
-                        of.queries * of.head_dim, [&](int r, int j, float2 x, float2 y) {
-                            add_to_tile(p.tile(), r, j, x, y, scale, bias);
-                        });
+        multiply<false>(
+            p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
+            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); },
+            xn.streamed ? Ahead<T>{} : round + 1 < rounds ? qkv_ahead(p, w, round + 1) : after);
     }
 }
 

@@ -20,6 +20,13 @@ __device__ inline void clear_tile(const Program<T>& p) {
     p.each_pair([&](int r, int j) { store(p.tile().row(r) + j, make_float2(0.0f, 0.0f)); });
 }
 
+// The first weights that the half layer behind this one needs; behind the last, the first layer's in the next loop.
+template <class T>
+__device__ inline Ahead<T> following(const Program<T>& p, int layer, bool is_mlp) {
+    if (!is_mlp && p.c().d_ff) return up_ahead(p, Weights<T>{p.job, layer}, 0);
+    return qkv_ahead(p, Weights<T>{p.job, layer + 1 < p.c().n_layers ? layer + 1 : 0}, 0);
+}
+
 // Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)
 // and sum(layer, is_mlp), tiles for x and for what the second norm reads, or tiles at null. apply: whether the
 // result is wanted, and not only what is kept before the branch.
@@ -43,9 +50,9 @@ __device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, c
     if (sandwich) clear_tile(p);
 
     if (is_mlp)
-        mlp(p, xn, w, sandwich ? 1.0f : scale);
+        mlp(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
     else
-        attention(p, xn, w, sandwich ? 1.0f : scale);
+        attention(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
     sync_block();
 
     if (sum.at) p.each_pair([&](int r, int j) { store(sum.row(r) + j, tile_pair(p, r, j)); });

@@ -1,8 +1,9 @@
 // out = a b with a [rows, k] in shared memory (or streamed) and the weights b streamed from L2 through a ring.
 //
 // The weight tiles of 128 columns x 64 k of all n and k are one sequence: while a tile is multiplied the next
-// ones are under way (cp.async). Four warps side by side take 32 columns each, for 32 rows; 32 accumulators a
-// thread. One barrier a tile.
+// ones are under way (cp.async), at the end of a product those of the product that is known to follow, so that
+// they arrive while its operand is still being computed. Four warps side by side take 32 columns each, for 32
+// rows; 32 accumulators a thread. One barrier a tile.
 #pragma once
 #include "program.cuh"
 
@@ -46,16 +47,33 @@ __device__ inline void mma_16(float (&c0)[4], float (&c1)[4], const uint32_t (&a
     mma<T>(c1, a, second);
 }
 
+// The weights of the product that follows: b [n][k], or null where it is not known or is of another kind.
+template <class T>
+struct Ahead {
+    const T* b = nullptr;
+    int64_t ld = 0;
+    int n = 0, k = 0;
+};
+
+constexpr int tiles_along(int n, int64_t side) { return (n + int(side) - 1) / int(side); }
+
 // ROWS_ALONG_N false: b is [n][k], a weight as torch has it; true: [k][n]. n and k are multiples of 16.
 // out(row, column, x, y): x are columns column and + 1, y column + 8 and + 9 of the same 16. Ends without a
-// barrier: what out wrote may be read after the next one, with which the next multiply begins.
+// barrier: what out wrote may be read after the next one. multiply has one before it reads a.
 template <bool ROWS_ALONG_N, class T, class Out>
 __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k,
-                                           Out out) {
+                                           Out out, Ahead<T> ahead = {}) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
-    const int tiles_k = (k + int(TILE_K) - 1) / int(TILE_K), tiles = (n + int(TILE_N) - 1) / int(TILE_N) * tiles_k;
-    const auto b_tile = [&](int i) { return p.template shared<T>(i % stages * stage); };
+    const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;
+    const int next_k = tiles_along(ahead.k, TILE_K), next = ahead.b ? tiles_along(ahead.n, TILE_N) * next_k : 0;
+    const int first = p.next_tile;
+    const auto b_tile = [&](int i) { return p.template shared<T>((first + i) % stages * stage); };
     const auto issue = [&](int i) {
+        if (i >= tiles && i - tiles < next) {
+            const int n0 = (i - tiles) / next_k * int(TILE_N), k0 = (i - tiles) % next_k * int(TILE_K);
+            const int some_n = smaller(ahead.n - n0, int(TILE_N)), some_k = smaller(ahead.k - k0, int(TILE_K));
+            copy_tile(b_tile(i), LD_N, ahead.b + n0 * ahead.ld + k0, ahead.ld, some_n, some_k, some_n);
+        }
         if (i < tiles) {
             const int n0 = i / tiles_k * int(TILE_N), k0 = i % tiles_k * int(TILE_K);
             const int some_n = smaller(n - n0, int(TILE_N)), some_k = smaller(k - k0, int(TILE_K));
@@ -70,8 +88,12 @@ __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const
     };
     const int row = warp() / 4 * 32, column = warp() % 4 * 32;
     float acc[2][4][4] = {};
-    sync_block();
-    for (int i = 0; i < stages - 1; i++) issue(i);
+    int under_way = 0;
+    if (p.begun)
+        under_way = smaller(tiles, stages - 1);
+    else
+        sync_block();  // a, if streamed, is written; and everyone is done with the ring
+    for (int i = under_way; i < stages - 1; i++) issue(i);
     for (int i = 0; i < tiles; i++) {
         if (stages == 2) copy_async_wait<0>();
         if (stages == 3) copy_async_wait<1>();
@@ -116,6 +138,8 @@ __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const
                     for (int v = 0; v < 4; v++) x[v] = y[v] = 0.0f;
                 }
     }
+    p.next_tile = (first + tiles) % stages;
+    p.begun = next > 0;
 }
 
 // Adds scale (x + bias) to the tile; bias may be null.

@@ -143,6 +143,10 @@ struct Program {
     const Job& job;
     int inside;     // how many of the rows are tokens of the batch (pads included)
     int64_t token;  // the first row in [batch * seq_len]
+    // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
+    // behind it are under way.
+    mutable int next_tile = 0;
+    mutable bool begun = false;
 
     __device__ const Call& c() const { return job.call; }
     __device__ const Plan& p() const { return job.plan; }

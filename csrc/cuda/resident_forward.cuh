@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
         t++;
         running = t < most && !(c.halting && settled(p, before));
     }
+    copy_async_wait<0>();  // the weights of a loop that nobody asked for
     if (c.halting && threadIdx.x == 0) c.used[p.sample()] = t;
     if (!c.return_all) store_state(p, c.out, 0);
     for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
