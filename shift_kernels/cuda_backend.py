@@ -28,6 +28,8 @@ OPERAND_BYTES = 512 * 2**20
 """Of weight-gradient operands alive at once: bounds the loops in a launch of the backward."""
 HOPPER = (227 * 1024, 132)
 """Shared memory that a block may use, and multiprocessors, of the device taken where there is none."""
+LONG = 1024
+"""Tokens that no program holds; any longer sequence is refused as one of these."""
 _FOREVER = 2**31 - 1  # more loops than any sample asks for: its own number decides
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
@@ -54,12 +56,6 @@ def meant_for(problem: Problem) -> str | None:
     """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != ("cpu" if _emulated() else "cuda"):
         return f"is for CUDA tensors, not {problem.device.type}"
-    if problem.device.type == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(problem.device)
-        if not (_LIBRARY and _LIBRARY.runs_on(major, minor)):
-            return (
-                f"was not compiled for compute capability {major}.{minor}: set CUDA_ARCHS and install again"
-            )
     for dtype in (problem.dtype, problem.compute_dtype):
         if dtype not in cuda.DTYPES:
             return f"is for float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -70,12 +66,17 @@ def refusal(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     return _refusal(
         problem.spec.key,
-        problem.seq_len,
+        _rows(problem.seq_len),
         problem.dtype,
         problem.compute_dtype,
         problem.device,
         problem.grad,
     )
+
+
+def _rows(seq_len: int) -> int:
+    """seq_len to the next multiple of 16, which decides; a number even where torch.compile has a symbol."""
+    return next((rows for rows in range(16, LONG, 16) if seq_len <= rows), LONG)
 
 
 def _refusal(
@@ -88,6 +89,10 @@ def _refusal(
 ) -> str | None:
     """Asks the library, which torch.compile cannot trace."""
     assert _LIBRARY is not None, "asked only if available"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if not _LIBRARY.runs_on(major, minor):
+            return f"not compiled for compute capability {major}.{minor}: set CUDA_ARCHS and install again"
     call = sizes(spec_from_key(spec_key), 1, seq_len, dtype, compute_dtype, _limits(device))
     for backward in (False, True)[: 1 + grad]:
         reason = _LIBRARY.reason(_LIBRARY.plan(call, backward=backward))

@@ -97,6 +97,19 @@ def test_a_block_that_no_tile_holds_is_refused_in_words(gpu):
 
 
 @needs_emulation
+@pytest.mark.parametrize("d_model", [64, 512, 1024])
+def test_only_the_next_multiple_of_16_of_seq_len_decides(gpu, d_model):
+    library, limits = cuda_backend._LIBRARY, (96 * 1024, *cuda_backend.HOPPER[1:])
+    spec = BlockSpec(d_model=d_model, n_heads=d_model // 32)
+    for backward in (False, True):
+        served = [
+            library.plan(cuda_backend.sizes(spec, 1, n, BF16, BF16, limits), backward=backward).refusal
+            for n in range(1, 145)
+        ]
+        assert all(refusal == served[cuda_backend._rows(n) - 1] for n, refusal in enumerate(served, 1))
+
+
+@needs_emulation
 def test_explain_tells_the_tile_and_what_is_kept(gpu):
     block, e = make()
     text = explain(block.spec, *e.shape[:2], BF16, n_loops=3, backend="cuda")
@@ -204,3 +217,13 @@ def test_compiled_model_runs_it_without_recompiling(gpu):
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a, b, atol=1e-2, rtol=5e-2)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_emulation
+def test_compiled_model_takes_lengths_that_vary(gpu):
+    torch._dynamo.reset()
+    block, e = make(seq_len=40)
+    compiled = torch.compile(lambda e: block(e, 1, backend="cuda").sin(), fullgraph=True, backend="aot_eager")
+    for seq_len in (9, 12, 40):
+        x = e[:, :seq_len]
+        torch.testing.assert_close(compiled(x), block(x, 1, backend="cuda").sin(), atol=1e-2, rtol=5e-2)
