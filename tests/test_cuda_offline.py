@@ -14,8 +14,8 @@ from benchmarks.offline.limits import REGISTERS, SHARED_LIMIT
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "benchmarks/results/offline/cuda.json").read_text())
 RESIDENT = ("resident_forward", "resident_backward")
-# Bytes of spill stores a thread, at most.
-SPILLS = {"resident_forward": 256, "resident_backward": 512, "pack_layer": 0}
+# Bytes of spill stores a thread, at most, called functions included.
+SPILLS = {"resident_forward": 320, "resident_backward": 1408, "pack_layer": 0}
 kernels = pytest.mark.parametrize(
     "row", RECORDED["kernels"], ids=[f"{r['kernel']} sm_{r['sm']}" for r in RECORDED["kernels"]]
 )

@@ -29,7 +29,7 @@ N_SMS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM)
 _REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)a?'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill l.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)(?P<callees>(?:(?!Compiling entry).)*)",
     re.DOTALL,
 )
 
@@ -51,14 +51,18 @@ def kernels() -> list[dict[str, Any]]:
 
 
 def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
+    """Spills are the kernel's own and those of the functions that it calls, once each."""
     shared = re.search(r"(\d+) bytes smem", match["rest"])
+    stack = re.search(r"(\d+) bytes cumulative stack", match["rest"])
+    spills = [match.group("stores", "loads")]
+    spills += re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", match["callees"])
     return {
         "kernel": re.sub(r"^void |\w+::|\(.*", "", name),
         "sm": int(match["sm"]),
         "registers": int(match["registers"]),
-        "spill_stores": int(match["stores"]),
-        "spill_loads": int(match["loads"]),
-        "stack": int(match["stack"]),
+        "spill_stores": sum(int(stores) for stores, _ in spills),
+        "spill_loads": sum(int(loads) for _, loads in spills),
+        "stack": int(stack[1] if stack else match["stack"]),
         "static_shared": int(shared[1]) if shared else 0,
     }
 
