@@ -56,7 +56,8 @@ void mbarrier_wait(uint64_t* b, int parity) {
     if (int(phase % 2) == parity) {
         m.waiting.push_back(current);
         suspend("mbarrier_wait");
-        if (m.phase != phase + 1) trap("mbarrier_wait: two phases passed while one was awaited; a GPU might wait for ever");
+        if (m.phase != phase + 1)
+            trap("mbarrier_wait: two phases passed while one was awaited; a GPU might wait for ever");
     }
     acquire_from(m.completed);
 }
@@ -110,12 +111,11 @@ bool land_a_copy() {
 
 std::string left_undone() {
     if (!machine.bulk_copies.empty()) return "a block returned while a bulk copy to its shared memory was under way";
-    for (size_t first = 0; first + 4 <= machine.warps.size(); first += 4)
-        for (size_t i = 1; i < 4; i++)
-            if (machine.warps[first].wgmma.history != machine.warps[first + i].wgmma.history)
-                return "the four warps of a warpgroup issued different wgmmas";
-    for (Warp& w : machine.warps)
+    for (Warp& w : machine.warps) {
         if (!w.wgmma.accumulators.empty()) return "a warp returned while wgmmas were under way";
+        const Warp& first = (&w)[-int(w.threads[0].index.x / WARP % 4)];  // of its warpgroup
+        if (w.wgmma.history != first.wgmma.history) return "the four warps of a warpgroup issued different wgmmas";
+    }
     return {};
 }
 

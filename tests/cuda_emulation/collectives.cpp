@@ -45,7 +45,9 @@ void sync_block() { meet(current->block->barriers[0], machine.threads_per_block,
 
 void sync_threads(int id, int threads) { meet(named(id, threads, "sync_threads"), threads, true, "sync_threads"); }
 
-void arrive_threads(int id, int threads) { meet(named(id, threads, "arrive_threads"), threads, false, "arrive_threads"); }
+void arrive_threads(int id, int threads) {
+    meet(named(id, threads, "arrive_threads"), threads, false, "arrive_threads");
+}
 
 uint32_t shuffle(uint32_t value, int from_lane) {
     struct {
@@ -123,7 +125,8 @@ void multiply(Warp& w) {
         const unsigned g = l / 4, t = l % 4;
         const Mma& lane = *static_cast<Mma*>(w.operands[l]);
         for (unsigned half = 0; half < PER; half++) {
-            for (unsigned i = 0; i < 4; i++) a[g + 8 * (i % 2)][(t + 4 * (i / 2)) * PER + half] = number<TYPE>(lane.a[i], half);
+            for (unsigned i = 0; i < 4; i++)
+                a[g + 8 * (i % 2)][(t + 4 * (i / 2)) * PER + half] = number<TYPE>(lane.a[i], half);
             for (unsigned i = 0; i < 2; i++) b[(t + 4 * i) * PER + half][g] = number<TYPE>(lane.b[i], half);
         }
         for (unsigned i = 0; i < 4; i++) c[g + 8 * (i / 2)][2 * t + i % 2] = lane.c[i];

@@ -149,15 +149,16 @@ __global__ void turns(int* out, int rounds) {
 template <class T, int N, bool REGISTERS, Major A, Major B, Mistake MISTAKE = NONE>
 const char* go(const void* a, const void* b, float* c) {
     const size_t lines_b = B == K_MAJOR ? N * K / 64 : (N + 63) / 64 * K;
-    return launch({1, 128, 64 * K * 2 + lines_b * 128}, product<T, N, REGISTERS, A, B, MISTAKE>, static_cast<const T*>(a),
-                  static_cast<const T*>(b), c);
+    const auto kernel = product<T, N, REGISTERS, A, B, MISTAKE>;
+    return launch({1, 128, 64 * K * 2 + lines_b * 128}, kernel, static_cast<const T*>(a), static_cast<const T*>(b), c);
 }
 
 template <class T, int N>
 const char* each_layout(int64_t a_in, int64_t b_major, const void* a, const void* b, float* c) {
-    if (a_in == 0) return b_major ? go<T, N, false, K_MAJOR, MN_MAJOR>(a, b, c) : go<T, N, false, K_MAJOR, K_MAJOR>(a, b, c);
-    if (a_in == 1) return b_major ? go<T, N, false, MN_MAJOR, MN_MAJOR>(a, b, c) : go<T, N, false, MN_MAJOR, K_MAJOR>(a, b, c);
-    return b_major ? go<T, N, true, K_MAJOR, MN_MAJOR>(a, b, c) : go<T, N, true, K_MAJOR, K_MAJOR>(a, b, c);
+    const auto run = a_in == 0   ? (b_major ? go<T, N, false, K_MAJOR, MN_MAJOR> : go<T, N, false, K_MAJOR, K_MAJOR>)
+                     : a_in == 1 ? (b_major ? go<T, N, false, MN_MAJOR, MN_MAJOR> : go<T, N, false, MN_MAJOR, K_MAJOR>)
+                                 : (b_major ? go<T, N, true, K_MAJOR, MN_MAJOR> : go<T, N, true, K_MAJOR, K_MAJOR>);
+    return run(a, b, c);
 }
 
 extern "C" {

@@ -155,7 +155,8 @@ void prepare(Thread& t, unsigned char* stack) {
 
 unsigned char* stack(size_t i) {
     while (stacks.size() <= i) {
-        void* p = mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        const int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void* p = mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, kind, -1, 0);
         if (p == MAP_FAILED) {
             std::perror("emulation: no memory for a fiber's stack");
             std::abort();
@@ -259,7 +260,8 @@ void trap(const char* format, ...) {
     __builtin_unreachable();
 }
 
-const char* launch(dim3 grid, unsigned threads, size_t shared_bytes, unsigned cluster, const std::function<void()>& body) {
+const char* launch(dim3 grid, unsigned threads, size_t shared_bytes, unsigned cluster,
+                   const std::function<void()>& body) {
     constexpr size_t MOST_SHARED = 227 << 10;
     message.clear();
     failed = false;

@@ -45,7 +45,8 @@ std::string name(unsigned thread) {
 }
 
 std::string place(const Region& r, const unsigned char* p) {
-    return "byte " + std::to_string(p - r.begin) + " of " + (r.shared ? "shared memory " : "device buffer ") + std::to_string(r.number);
+    const std::string which = r.shared ? "shared memory " : "device buffer ";
+    return "byte " + std::to_string(p - r.begin) + " of " + which + std::to_string(r.number);
 }
 
 // One access of an agent to one cell.
@@ -103,8 +104,8 @@ void Access::check(Cell& c) const {
     if (write && c.being_read) trap("write of %s while wgmma reads it", place(region, byte).c_str());
     if (c.write_clock && !after(c.writer, c.write_clock)) race("write", name(c.writer));
     if (by.asynchronous && !write && c.ordinary_write && machine.threads[c.writer].fenced <= c.write_clock)
-        trap("asynchronous read of %s, which %s wrote and did not follow by fence_async_proxy", place(region, byte).c_str(),
-             name(c.writer).c_str());
+        trap("asynchronous read of %s, which %s wrote and did not follow by fence_async_proxy",
+             place(region, byte).c_str(), name(c.writer).c_str());
     if (!write) return add_reader(c.readers, by);
     if (c.read_elsewhere) race("read", "another cluster");
     for (const Readers& x : c.readers) check_reader(x);
@@ -133,7 +134,8 @@ void access(const void* address, size_t bytes, bool write, const Agent& by) {
 
 void mark(const void* p, size_t bytes, int change, uint16_t Cell::*count) {
     if (!watched) return;
-    each_cell(*region_of(p), static_cast<const unsigned char*>(p), bytes, [&](Cell& c, const unsigned char*) { c.*count += change; });
+    const auto* at = static_cast<const unsigned char*>(p);
+    each_cell(*region_of(p), at, bytes, [&](Cell& c, const unsigned char*) { c.*count += change; });
 }
 
 }  // namespace

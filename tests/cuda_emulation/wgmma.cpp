@@ -48,7 +48,7 @@ struct Matrix {
     }
 };
 
-int first_row(const Warp& w) { return (&w - machine.warps.data()) % 4 * 16; }
+int first_row(const Warp& w) { return w.threads[0].index.x / WARP % 4 * 16; }
 
 template <class F>
 void each_piece(const Warp& w, const Product& p, F f) {
@@ -67,7 +67,8 @@ void run(const Warp& w, Product& p, Accumulators& acc) {
         for (unsigned l = 0; l < WARP; l++)
             for (int i = 0; i < 8; i++) {
                 const uint16_t bits = p.a[l][i / 2] >> i % 2 * 16;
-                a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i % 2 + i / 4 * 8] = p.type == Number::BF16 ? from_bf16(bits) : from_fp16(bits);
+                float& place = a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i % 2 + i / 4 * 8];
+                place = p.type == Number::BF16 ? from_bf16(bits) : from_fp16(bits);
             }
     } else {
         const Matrix matrix_a(p.a_descriptor, p.a_mn_major);

@@ -27,8 +27,8 @@ __device__ __forceinline__ void bulk_copy_multicast(void* shared, const void* de
     emulation::bulk_copy(shared, device, bytes, arrives_at, ranks);
 #else
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-            "r"(shared_address(shared)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
         "l"(device), "r"(bytes), "r"(shared_address(arrives_at)), "h"(ranks)
         : "memory");
 #endif

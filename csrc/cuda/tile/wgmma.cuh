@@ -67,7 +67,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #if !defined(SHIFT_EMULATE)
 
 // Eight accumulators as asm operands, and their names in the text.
-#define SHIFT_D(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SHIFT_D(i)                                                                            \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SHIFT_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SHIFT_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define SHIFT_R2 "%16, %17, %18, %19, %20, %21, %22, %23"
@@ -86,18 +88,18 @@ __device__ __forceinline__ void wgmma_wait() {
 #define SHIFT_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define SHIFT_NAMES_16 SHIFT_R0
 #define SHIFT_OPERANDS_16 SHIFT_D(0)
-#define SHIFT_NAMES_32 SHIFT_R0 ", " SHIFT_R1
-#define SHIFT_OPERANDS_32 SHIFT_D(0), SHIFT_D(8)
-#define SHIFT_NAMES_64 SHIFT_R0 ", " SHIFT_R1 ", " SHIFT_R2 ", " SHIFT_R3
-#define SHIFT_OPERANDS_64 SHIFT_D(0), SHIFT_D(8), SHIFT_D(16), SHIFT_D(24)
-#define SHIFT_NAMES_96 SHIFT_R0 ", " SHIFT_R1 ", " SHIFT_R2 ", " SHIFT_R3 ", " SHIFT_R4 ", " SHIFT_R5
-#define SHIFT_OPERANDS_96 SHIFT_D(0), SHIFT_D(8), SHIFT_D(16), SHIFT_D(24), SHIFT_D(32), SHIFT_D(40)
-#define SHIFT_NAMES_128 SHIFT_R0 ", " SHIFT_R1 ", " SHIFT_R2 ", " SHIFT_R3 ", " SHIFT_R4 ", " SHIFT_R5 ", " SHIFT_R6 ", " SHIFT_R7
-#define SHIFT_OPERANDS_128 SHIFT_D(0), SHIFT_D(8), SHIFT_D(16), SHIFT_D(24), SHIFT_D(32), SHIFT_D(40), SHIFT_D(48), SHIFT_D(56)
-#define SHIFT_NAMES_192 SHIFT_R0 ", " SHIFT_R1 ", " SHIFT_R2 ", " SHIFT_R3 ", " SHIFT_R4 ", " SHIFT_R5 ", " SHIFT_R6 ", " SHIFT_R7 ", " SHIFT_R8 ", " SHIFT_R9 ", " SHIFT_R10 ", " SHIFT_R11
-#define SHIFT_OPERANDS_192 SHIFT_D(0), SHIFT_D(8), SHIFT_D(16), SHIFT_D(24), SHIFT_D(32), SHIFT_D(40), SHIFT_D(48), SHIFT_D(56), SHIFT_D(64), SHIFT_D(72), SHIFT_D(80), SHIFT_D(88)
-#define SHIFT_NAMES_256 SHIFT_R0 ", " SHIFT_R1 ", " SHIFT_R2 ", " SHIFT_R3 ", " SHIFT_R4 ", " SHIFT_R5 ", " SHIFT_R6 ", " SHIFT_R7 ", " SHIFT_R8 ", " SHIFT_R9 ", " SHIFT_R10 ", " SHIFT_R11 ", " SHIFT_R12 ", " SHIFT_R13 ", " SHIFT_R14 ", " SHIFT_R15
-#define SHIFT_OPERANDS_256 SHIFT_D(0), SHIFT_D(8), SHIFT_D(16), SHIFT_D(24), SHIFT_D(32), SHIFT_D(40), SHIFT_D(48), SHIFT_D(56), SHIFT_D(64), SHIFT_D(72), SHIFT_D(80), SHIFT_D(88), SHIFT_D(96), SHIFT_D(104), SHIFT_D(112), SHIFT_D(120)
+#define SHIFT_NAMES_32 SHIFT_NAMES_16 ", " SHIFT_R1
+#define SHIFT_OPERANDS_32 SHIFT_OPERANDS_16, SHIFT_D(8)
+#define SHIFT_NAMES_64 SHIFT_NAMES_32 ", " SHIFT_R2 ", " SHIFT_R3
+#define SHIFT_OPERANDS_64 SHIFT_OPERANDS_32, SHIFT_D(16), SHIFT_D(24)
+#define SHIFT_NAMES_96 SHIFT_NAMES_64 ", " SHIFT_R4 ", " SHIFT_R5
+#define SHIFT_OPERANDS_96 SHIFT_OPERANDS_64, SHIFT_D(32), SHIFT_D(40)
+#define SHIFT_NAMES_128 SHIFT_NAMES_96 ", " SHIFT_R6 ", " SHIFT_R7
+#define SHIFT_OPERANDS_128 SHIFT_OPERANDS_96, SHIFT_D(48), SHIFT_D(56)
+#define SHIFT_NAMES_192 SHIFT_NAMES_128 ", " SHIFT_R8 ", " SHIFT_R9 ", " SHIFT_R10 ", " SHIFT_R11
+#define SHIFT_OPERANDS_192 SHIFT_OPERANDS_128, SHIFT_D(64), SHIFT_D(72), SHIFT_D(80), SHIFT_D(88)
+#define SHIFT_NAMES_256 SHIFT_NAMES_192 ", " SHIFT_R12 ", " SHIFT_R13 ", " SHIFT_R14 ", " SHIFT_R15
+#define SHIFT_OPERANDS_256 SHIFT_OPERANDS_192, SHIFT_D(96), SHIFT_D(104), SHIFT_D(112), SHIFT_D(120)
 
 // X, Y, Z, U, V, W, P: numbers of the operands after the accumulators.
 #define SHIFT_WGMMA_SHARED(N, NAME, X, Y, Z, U, V)                                                              \
