@@ -91,9 +91,12 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
     cuda = nvcc()
     if cuda is None:
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
-    flags = [*cuda, *CUDA_FLAGS, *(f"-gencode={_gencode(arch)}" for arch in archs), "-c"]
-    flags.append(f'-DSHIFT_ARCHS="{" ".join(archs)}"')
-    jobs = {source.stem: [*flags, str(source)] for source in cuda_sources()}
+    flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"', "-c"]
+    jobs = {}
+    for source in cuda_sources():
+        # A source named for an architecture is for that alone; unless it is not asked for: others call it.
+        own = [arch for arch in archs if source.stem.endswith("_" + arch.replace("_", ""))]
+        jobs[source.stem] = [*flags, *(f"-gencode={_gencode(arch)}" for arch in own or archs), str(source)]
     compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
 
 

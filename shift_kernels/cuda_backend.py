@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,23 @@ ONLY_BY_NAME: str | None = "not yet run on hardware: name it to try it"
 
 OPERAND_BYTES = 512 * 2**20
 """Of weight-gradient operands alive at once: bounds the loops in a launch of the backward."""
-HOPPER = (227 * 1024, 132)
-"""Shared memory that a block may use, and multiprocessors, of the device taken where there is none."""
 LONG = 1024
 """Tokens that no program holds; any longer sequence is refused as one of these."""
+
+
+class Limits(NamedTuple):
+    """What the planner must know of a device."""
+
+    shared_bytes: int
+    """Shared memory that a block may use."""
+    n_sms: int
+    """Multiprocessors."""
+    sm90a: bool = False
+    """Whether it is an sm_90, and the library has code for sm_90a."""
+
+
+HOPPER = Limits(227 * 1024, 132)
+"""The device taken where there is none."""
 _FOREVER = 2**31 - 1  # more loops than any sample asks for: its own number decides
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
@@ -121,13 +135,14 @@ def how(problem: Problem) -> str:
     return "; ".join(["resident, all loops in one launch", *parts])
 
 
-def _limits(device: torch.device) -> tuple[int, int]:
-    """Shared memory that a block may use, bytes, and multiprocessors."""
+def _limits(device: torch.device) -> Limits:
     if device.type != "cuda" or not torch.cuda.is_available():
         return HOPPER
     properties = torch.cuda.get_device_properties(device)
     most = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return most, properties.multi_processor_count
+    assert _LIBRARY is not None, "checked by the backend's choice"
+    sm90a = (properties.major, properties.minor) == (9, 0) and "sm_90a" in _LIBRARY.archs
+    return Limits(most, properties.multi_processor_count, sm90a)
 
 
 def saved_bytes(problem: Problem) -> int:
@@ -299,16 +314,15 @@ def sizes(
     seq_len: int,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    limits: tuple[int, int],
+    limits: Limits | tuple[int, int],
 ) -> cuda.Call:
-    """A call as far as the planner reads it; limits: as of :func:`_limits`."""
+    """A call as far as the planner reads it."""
     return cuda.Call(
         batch=batch,
         seq_len=seq_len,
         dtype=cuda.DTYPES.index(dtype),
         compute_dtype=cuda.DTYPES.index(compute_dtype),
-        shared_bytes=limits[0],
-        n_sms=limits[1],
+        **Limits(*limits)._asdict(),
         **block.options(spec),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import emulated
+from cuda_emulation import LIBRARY, emulated
 from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
 
@@ -22,10 +22,11 @@ BF16 = torch.bfloat16
 needs_emulation = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["sm_80", "sm_90a"])
+def gpu(monkeypatch, request):
     """The backend on an emulated GPU."""
-    library = emulated(Path(__file__).parent / "cuda_emulation" / "library.cu").library
+    library = emulated(*LIBRARY).library
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(227 * 1024, 132, request.param))
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     return library
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from any_problem import problems
-from cuda_emulation import emulated
+from cuda_emulation import LIBRARY, emulated
 from hypothesis import HealthCheck, Phase, given, settings
 from test_reference import OPTIONS as REFERENCE_OPTIONS
 
@@ -21,7 +21,6 @@ from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-SOURCE = Path(__file__).parent / "cuda_emulation" / "library.cu"
 A100, GEFORCE, H100 = 163 * 1024, 99 * 1024, 227 * 1024  # shared memory that a block may use
 
 
@@ -54,7 +53,7 @@ CALLS = {
 
 
 def on(monkeypatch, watched):
-    library = emulated(SOURCE, watched=watched).library
+    library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     return library
 

@@ -44,10 +44,14 @@ def build() -> Path:
 def kernels() -> list[dict[str, Any]]:
     """What ptxas said of every kernel on every architecture, of the last build."""
     logs = [build_native.SCRATCH / "cuda" / f"{source.stem}.log" for source in build_native.cuda_sources()]
-    found = [match for log in logs for match in _REPORT.finditer(log.read_text())]
+    sources = [(log.stem, match) for log in logs for match in _REPORT.finditer(log.read_text())]
+    found = [match for _, match in sources]
     command = ["c++filt", *(match["name"] for match in found)]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [_kernel(match, name) for match, name in zip(found, names, strict=True)]
+    return [
+        {"source": source} | _kernel(match, name)
+        for (source, match), name in zip(sources, names, strict=True)
+    ]
 
 
 def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def plans(library: cuda.Library) -> Iterator[dict[str, Any]]:
                     case.seq_len,
                     torch.bfloat16,
                     torch.bfloat16,
-                    (SHARED_LIMIT[sm], N_SMS[sm]),
+                    cuda_backend.Limits(SHARED_LIMIT[sm], N_SMS[sm], sm90a=sm == 90),
                 )
                 plan = library.plan(call, backward=backward)
                 row = {"case": case.name, "direction": "backward" if backward else "forward", "sm": sm}

@@ -173,7 +173,7 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
         const Round of(p, round);
         const Ahead<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
         project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
-        sync_block();
+        p.sync();
         for (int i = warp(); i < of.queries * (p.rows() / 16); i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
             const auto to_work = [&](int r, int j, float2 x, float2 y) {

@@ -24,6 +24,7 @@ struct Call {
     // device
     int64_t shared_bytes;  // most shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
     int64_t n_sms;
+    int64_t sm90a;           // whether device and library both are for sm_90a
     // tensors
     const void* e;           // [batch, seq_len, d_model] dtype
     const int64_t* loops;    // [batch], or null: most_loops each
@@ -68,6 +69,8 @@ struct Plan {
     int64_t ff_pad;           // d_ff to the next multiple of 16
     int64_t ff_chunk;         // hidden columns at a time
     int64_t stages;           // weight tiles in flight
+    int64_t tiles;            // weight tiles of a layer, packed in the order of use, if the sm_90a kernel runs; or 0
+    int64_t cluster;          // blocks that share each weight tile's way from L2
     int64_t tile_in_shared;   // whether the fp32 tile is in shared memory; else in the workspace, which L2 holds
     int64_t shared_bytes;     // dynamic shared memory of a block
     int64_t workspace_bytes;

@@ -53,7 +53,7 @@ __device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, c
         mlp(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
     else
         attention(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
-    sync_block();
+    p.sync();
 
     if (sum.at) p.each_pair([&](int r, int j) { store(sum.row(r) + j, tile_pair(p, r, j)); });
     if (post) norm_in_place(p, w.norm(slot));

@@ -57,6 +57,8 @@ struct Ahead {
 
 constexpr int tiles_along(int n, int64_t side) { return (n + int(side) - 1) / int(side); }
 
+#if !defined(SHIFT_SM90A)  // there: matmul_sm90a.cuh
+
 // ROWS_ALONG_N false: b is [n][k], a weight as torch has it; true: [k][n]. n and k are multiples of 16.
 // out(row, column, x, y): x are columns column and + 1, y column + 8 and + 9 of the same 16. Ends without a
 // barrier: what out wrote may be read after the next one. multiply has one before it reads a.
@@ -142,6 +144,8 @@ __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const
     p.begun = next > 0;
 }
 
+#endif
+
 // Adds scale (x + bias) to the tile; bias may be null.
 __device__ inline void add_to_tile(Tile tile, int row, int column, float2 x, float2 y, float scale, const float* bias) {
     float* at = tile.row(row) + column;
@@ -153,3 +157,7 @@ __device__ inline void add_to_tile(Tile tile, int row, int column, float2 x, flo
 }
 
 }  // namespace shift_cuda
+
+#if defined(SHIFT_SM90A)
+#include "matmul_sm90a.cuh"
+#endif

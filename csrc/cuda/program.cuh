@@ -18,6 +18,11 @@
 #include "tile/mma.cuh"
 #include "tile/types.cuh"
 #include "tile/warp.cuh"
+#if defined(SHIFT_SM90A)
+#include "tile/bulk_copy.cuh"
+#include "tile/cluster.cuh"
+#include "tile/wgmma.cuh"
+#endif
 
 // The inner loops are functions of their own: each has all registers, and nvcc compiles them in half the time.
 #if defined(SHIFT_EMULATE)
@@ -28,6 +33,12 @@
 
 namespace shift_cuda {
 
+#if defined(SHIFT_SM90A)
+constexpr bool SM90A = true;  // see resident_forward_sm90a.cu
+#else
+constexpr bool SM90A = false;
+#endif
+
 using namespace tile;
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -36,17 +47,18 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
-    int xn, work, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
-    int64_t layer, out, up, down;                                // weights, in T
-    int64_t vectors, layer_vectors;                              // bytes from the workspace; fp32
-    int up_bias, out_bias, down_bias, norms;                     // fp32 behind qkv's bias
-    int64_t states;                                              // bytes from the workspace
+    int mbarriers, xn, work, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int64_t layer, out, up, down;             // weights, in T; for sm_90a they are packed as tiles instead
+    int64_t vectors, layer_vectors;           // bytes from the workspace; fp32
+    int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
+    int64_t states;                           // bytes from the workspace
 };
 
 constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     Layout l = {};
     const int64_t d = c.d_model;
-    l.work = int(p.stages * stage_bytes(p, backward));
+    l.mbarriers = int(p.stages * stage_bytes(p, backward));
+    l.work = l.mbarriers + int(mbarrier_bytes(p));
     l.xn = l.normaliser = l.work + int(work_bytes(c, p, backward));
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
@@ -57,7 +69,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.out = qkv_columns(c) * d;
     l.up = l.out + c.n_heads * c.head_dim * d;
     l.down = l.up + hidden_parts(c) * p.ff_pad * d;
-    l.vectors = weights_bytes(c, p.ff_pad);
+    l.vectors = weights_bytes(c, p);
     l.layer_vectors = layer_vectors(c, p.ff_pad);
     l.up_bias = int(qkv_columns(c));
     l.out_bias = l.up_bias + int(hidden_parts(c) * p.ff_pad);
@@ -147,19 +159,33 @@ struct Program {
     // behind it are under way.
     mutable int next_tile = 0;
     mutable bool begun = false;
+    mutable int round = 0;  // how often the ring has come round; sm_90a
 
     __device__ const Call& c() const { return job.call; }
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
     __device__ int sample() const { return int(blockIdx.x * job.plan.sequences); }
-    __device__ int warps() const { return int(blockDim.x) / 32; }
+
+    // Those who own the rows: all of the block, but for the warp that streams weights.
+    __device__ int threads() const { return SM90A ? int(CONSUMERS) : int(blockDim.x); }
+    __device__ int warps() const { return threads() / 32; }
+    __device__ void sync() const {
+        if (SM90A)
+            sync_threads(1, threads());
+        else
+            sync_block();
+    }
 
     // Shared memory, see plan.h.
     template <class N>
     __device__ N* shared(int at) const {
         return reinterpret_cast<N*>(shared_memory() + at);
     }
+    __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
+    __device__ uint64_t* full() const { return shared<uint64_t>(job.at.mbarriers); }  // [stages]; these three sm_90a
+    __device__ uint64_t* empty() const { return full() + job.plan.stages; }           // [stages]
+    __device__ uint64_t* again() const { return empty() + job.plan.stages; }          // and an int
     __device__ T* work() const { return shared<T>(job.at.work); }
     __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone
     __device__ float* normaliser() const { return shared<float>(job.at.normaliser); }  // [query heads][rows]
@@ -192,18 +218,22 @@ struct Program {
     }
 
     __device__ explicit Program(const Job& j) : job(j) {
-        const Call& c = j.call;
+        token = int64_t(sample()) * j.call.seq_len;
+        inside = int(smaller<int64_t>(j.plan.sequences, j.call.batch - sample()) * j.call.seq_len);
+        if (!SM90A) find_spans();
+    }
+
+    __device__ void find_spans() const {
+        const Call& c = job.call;
         const int n = int(c.seq_len);
-        token = int64_t(sample()) * n;
-        inside = int(smaller<int64_t>(j.plan.sequences, c.batch - sample())) * n;
-        for (int r = threadIdx.x; r < rows(); r += blockDim.x) {
+        for (int r = threadIdx.x; r < rows(); r += threads()) {
             const int pos = r % n;
             const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
             const int last = pos < length ? r - pos + int(c.causal ? pos + 1 : length) : 0;
             low()[r] = last ? r - pos : int(MOST_ROWS);
             high()[r] = last;
         }
-        sync_block();
+        sync();
     }
 };
 

@@ -1,27 +1,15 @@
 // The looped block on CUDA: what the library exports (call.h says how). nvcc needs --expt-relaxed-constexpr.
 #include "pack.cuh"
 #include "resident_backward.cuh"
-#include "tile/launch.cuh"
+
+// resident_forward_sm90a.cu: what a plan with tiles is for.
+extern "C" const char* shift_cuda_forward_sm90a(const Call*, const Plan*, void* stream);
 
 namespace shift_cuda {
 
 template <class T>
 const char* run(const Job& job, void* stream) {
-    const Call& c = job.call;
-    for (int layer = 0; layer <= c.n_layers; layer++) {
-        PackJob pack = {job, layer, {}};
-        const int there = layer < c.n_layers ? WEIGHTS : 2;
-        for (int i = 0; i < there; i++)
-            pack.from[layer < c.n_layers ? i : N1_W + i] = c.weights[layer * WEIGHTS + i];
-        if (layer == c.n_layers && !c.loop_norm) break;
-        tile::Launch grid;
-        grid.grid = dim3(unsigned(2 * c.n_sms)), grid.threads = 256, grid.shared_bytes = 0, grid.stream = stream;
-        if (const char* error = tile::launch(grid, pack_layer<T>, pack)) return error;
-    }
-    tile::Launch grid;
-    grid.grid = dim3(unsigned(job.plan.programs)), grid.threads = unsigned(job.plan.threads);
-    grid.shared_bytes = size_t(job.plan.shared_bytes), grid.stream = stream;
-    return tile::launch(grid, job.backward ? resident_backward<T> : resident_forward<T>, job);
+    return pack_and_launch<T>(job, stream, job.backward ? resident_backward<T> : resident_forward<T>);
 }
 
 }  // namespace shift_cuda
@@ -46,6 +34,7 @@ const char* shift_cuda_run(const Call* call, int backward, void* stream) {
     const Plan plan = shift_cuda::plan(*call, backward != 0);
     const shift_cuda::Job job = {*call, plan, shift_cuda::layout(*call, plan, backward != 0), backward};
     if (plan.refusal) return shift_cuda::reason(plan.refusal);
+    if (plan.tiles) return shift_cuda_forward_sm90a(call, &plan, stream);
     return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
                                            : shift_cuda::run<tile::fp16>(job, stream);
 }

@@ -53,9 +53,9 @@ __device__ inline void begin_loop(const Program<T>& p, H h) {
 template <class T>
 __device__ inline float2 block_sum(const Program<T>& p, float2 x) {
     x = make_float2(sum_over_lanes(x.x), sum_over_lanes(x.y));
-    sync_block();
+    p.sync();
     if (lane() == 0) store(p.sums() + 2 * warp(), x);
-    sync_block();
+    p.sync();
     float2 total = make_float2(0.0f, 0.0f);
     for (int i = 0; i < p.warps(); i++) {
         const float2 part = load<float2>(p.sums() + 2 * i);
@@ -78,10 +78,10 @@ __device__ inline bool settled(const Program<T>& p, Tile before) {
     return sqrtf(squares.x) < float(p.c().halt_threshold) * sqrtf(squares.y);  // a NaN runs on
 }
 
-template <class T>
-__global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job job) {
-    const Program<T> p(job);
-    const Call& c = job.call;
+// begins(t, running) is told before each loop, and at the end, whether there is one; it returns that.
+template <class T, class Begins>
+__device__ inline void forward(const Program<T>& p, Begins begins) {
+    const Call& c = p.c();
     const ForwardKeep<T> keep{p, p.rows()};
     const Tile before = p.aside(c.placement == SANDWICH);  // with halting
     const int64_t most = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
         store(p.tile().row(r) + j, h);
     });
     int64_t t = 0;
-    for (bool running = most > 0; running;) {
+    for (bool running = most > 0; begins(t, running);) {
         if (c.save) store_state(p, c.boundaries, t);
         if (c.halting) p.each_pair([&](int r, int j) { store(before.row(r) + j, tile_pair(p, r, j)); });
         begin_loop(p, [&](int r, int j) { return tile_pair(p, r, j); });
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
             half_layer(p, layer, false, keep);
             if (c.d_ff) half_layer(p, layer, true, keep);
         }
-        if (c.loop_norm) norm_in_place(p, Weights<T>{job, int(c.n_layers)}.norm(NORM1));
+        if (c.loop_norm) norm_in_place(p, Weights<T>{p.job, int(c.n_layers)}.norm(NORM1));
         if (c.return_all) store_state(p, c.out, t);
         t++;
         running = t < most && !(c.halting && settled(p, before));
@@ -108,6 +108,11 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
     if (c.halting && threadIdx.x == 0) c.used[p.sample()] = t;
     if (!c.return_all) store_state(p, c.out, 0);
     for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
+}
+
+template <class T>
+__global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job job) {
+    forward(Program<T>(job), [](int64_t, bool running) { return running; });
 }
 
 }  // namespace shift_cuda

@@ -24,7 +24,7 @@ class Call(ctypes.Structure):
         (INT, "return_all n_grad_loops halting own_loops ragged save"),
         (INT, "dtype compute_dtype weight_dtype"),
         (FLOAT, "eps residual_scale halt_threshold"),
-        (INT, "shared_bytes n_sms"),
+        (INT, "shared_bytes n_sms sm90a"),
         (POINTER, "e loops lengths rotary weights out boundaries used workspace"),
         (POINTER, "grad_out dh de dv xn dqkv o dy xn2 dpre act dy2"),
     )
@@ -34,7 +34,7 @@ class Plan(ctypes.Structure):
     """``struct Plan`` of csrc/cuda/call.h: what the planner decided."""
 
     _fields_ = fields(
-        (INT, "refusal rows sequences programs threads kv_heads ff_pad ff_chunk stages"),
+        (INT, "refusal rows sequences programs threads kv_heads ff_pad ff_chunk stages tiles cluster"),
         (INT, "tile_in_shared shared_bytes workspace_bytes"),
     )
 

@@ -18,6 +18,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_forward_sm90a.cu")  # all that csrc/cuda exports
 RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
 FLAGS += [
@@ -52,8 +53,8 @@ def _compile(source: Path, flags: list[str], folder: Path) -> Path:
 
 
 @functools.cache
-def emulated(source: Path, *defines: str, watched: bool = False) -> "Library":
-    """``source``, a .cu or .cpp file with extern "C" functions, as a library of the emulated GPU.
+def emulated(*sources: Path, watched: bool = False) -> "Library":
+    """``sources``, .cu files with extern "C" functions, as a library of the emulated GPU.
 
     Args:
         watched: see every single access (races, bytes out of bounds), at several times the run time.
@@ -62,9 +63,8 @@ def emulated(source: Path, *defines: str, watched: bool = False) -> "Library":
     folder.mkdir(exist_ok=True)
     optimised = ["-O3", *FLAGS]
     objects = [_compile(HERE / f"{name}.cpp", optimised, folder) for name in RUNTIME]
-    objects.append(
-        _compile(source, [*FLAGS, *(WATCH if watched else []), *(f"-D{d}" for d in defines), "-xc++"], folder)
-    )
+    flags = [*FLAGS, *(WATCH if watched else []), "-xc++"]
+    objects += [_compile(source, flags, folder) for source in sources]
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
     library = folder / f"{digest}.so"
     if not library.exists():
