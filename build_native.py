@@ -17,11 +17,13 @@ SCRATCH = Path("build/native")  # stays: an editable install throws setuptools' 
 
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 CPU_FLAGS += ["-Wno-psabi", "-Wno-ignored-attributes"]  # vectors wider than the portable build has registers
+CPU_FLAGS += ["-Wno-uninitialized"]  # g++ 12 warns of its own intrinsics
 ISAS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
     avx512 = ["f", "dq", "vl", "bw"]
     ISAS["avx512"] = [f"-mavx512{part}" for part in avx512] + ["-mfma", "-mprefer-vector-width=512"]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 CUDA_ARCHS = "sm_80 sm_90a"
 # ptxas says what a kernel takes of the chip; benchmarks/offline/compile_cuda.py reads it beside the object.

@@ -102,6 +102,12 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
     return Arm(name, label, config)
 
 
+def seeded(arm: Arm, seed: int) -> TrainConfig:
+    """The arm's config with this seed for the weights and for the data."""
+    task = dataclasses.replace(arm.config.task, seed=seed)
+    return dataclasses.replace(arm.config, task=task, seed=seed)
+
+
 def _steps_of_looped_compute(base: TrainConfig) -> int:
     """Steps of Single that cost what all steps of Looped do."""
     task = build_task(base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from shift.config import TrainConfig
@@ -42,3 +44,10 @@ def build_schedule(config: TrainConfig) -> LoopSchedule:
         seed=config.seed,
         **config.schedule.options,
     )
+
+
+def find_device(name: str) -> torch.device:
+    """``auto``: this process's GPU where there is one (torchrun gives each process of a machine its own)."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -46,9 +46,13 @@ class Checkpoint:
     files: Mapping[str, bytes]
     state: dict[str, Any]
 
+    def restore_weights(self, model: nn.Module) -> None:
+        """Load the weights alone into a model of the same shapes."""
+        model.load_state_dict(safetensors.torch.load(self.files[WEIGHTS]))
+
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load weights and optimiser into objects of the same shapes; set torch's generators."""
-        model.load_state_dict(safetensors.torch.load(self.files[WEIGHTS]))
+        self.restore_weights(model)
         file = io.BytesIO(self.files[OPTIMIZER])
         optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         _set_generators(self.state["generators"])

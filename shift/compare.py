@@ -26,7 +26,7 @@ from typing import Any
 
 import tyro
 
-from shift.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm
+from shift.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, seeded
 from shift.build import build_schedule, build_task
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
 from shift.files import replace_atomically
@@ -163,7 +163,7 @@ class Comparison:
 
     def train(self, arms: Sequence[Arm]) -> None:
         """Train the arms on all seeds; finished runs are kept. Seeds take turns, so that arms interleave."""
-        every = {self._directory(arm, seed): _seeded(arm, seed) for seed in self.seeds for arm in arms}
+        every = {self._directory(arm, seed): seeded(arm, seed) for seed in self.seeds for arm in arms}
         unfinished = {path: config for path, config in every.items() if not _finished(path, config)}
         train_all(unfinished, self.jobs)
 
@@ -173,11 +173,6 @@ class Comparison:
 
     def _directory(self, arm: Arm, seed: int) -> Path:
         return self.out / arm.directory / f"seed-{seed}"
-
-
-def _seeded(arm: Arm, seed: int) -> TrainConfig:
-    task = dataclasses.replace(arm.config.task, seed=seed)
-    return dataclasses.replace(arm.config, task=task, seed=seed)
 
 
 def _finished(path: Path, config: TrainConfig) -> bool:

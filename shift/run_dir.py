@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,18 @@ from shift.snapshots import SNAPSHOTS
 from shift_kernels.errors import input_error
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+
+def short_names(tool: str, runs: Sequence[Path]) -> dict[str, Path]:
+    """Run directories by the last two parts of their paths, as ``tool`` shows them.
+
+    Raises:
+        ShiftInputError: no runs, or two of one name.
+    """
+    names = ["/".join(path.resolve().parts[-2:]) for path in runs]
+    if not runs or len(set(names)) < len(names):
+        raise input_error(tool, "runs", names, "different run directories", "Name some.")
+    return dict(zip(names, runs, strict=True))
 
 
 class RunDirectory:

@@ -11,7 +11,6 @@ was left alone (same machine, thread count and versions).
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shift import checkpoint
-from shift.build import build_model, build_schedule, build_task
+from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig
 from shift.criterion import Signals
 from shift.evaluate import autocast, evaluate, loops_of
@@ -94,7 +93,7 @@ class Trainer:
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
-        self.config, self.console, self.device = config, console, _device(config.device)
+        self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimiser)
@@ -319,10 +318,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _device(name: str) -> torch.device:
-    """``auto``: this process's GPU where there is one (torchrun gives each process of a machine its own)."""
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -34,6 +34,12 @@ MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
 MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),  # autocast
+    (torch.bfloat16, torch.bfloat16),
+)
+"""Of e and of the matrix products' operands. Residual stream, attention and all sums are float32."""
 
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
@@ -49,8 +55,9 @@ def meant_for(problem: Problem) -> str | None:
     """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != "cpu":
         return f"is for CPU tensors, not {problem.device.type}"
-    if (problem.dtype, problem.compute_dtype) != (torch.float32, torch.float32):
-        return f"is for float32, not {problem.dtype} with matrix products in {problem.compute_dtype}"
+    if (problem.dtype, problem.compute_dtype) not in DTYPES:
+        products = problem.compute_dtype
+        return f"is for float32 and bfloat16, not {problem.dtype} with matrix products in {products}"
     return None
 
 
@@ -80,7 +87,7 @@ def saved_like(
     e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Empty tensors shaped as what :func:`forward` saves."""
-    return [e.new_empty(_saved_shape(e, spec, n_loops))]
+    return [e.new_empty(_saved_shape(e, spec, n_loops), dtype=torch.float32)]
 
 
 def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int) -> tuple[int, ...]:
@@ -122,16 +129,18 @@ def forward(
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
-    call, keep = _call(e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
+    call, keep = _call(
+        e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, halt_threshold, compute_dtype
+    )
     shape = (call.most_loops, *e.shape) if return_all_loops else e.shape
-    out = e.new_empty(shape) if seq_lens is None else e.new_zeros(shape)  # pads are never written
+    out = torch.empty(shape) if seq_lens is None else torch.zeros(shape)  # pads are never written
     used = torch.empty(e.shape[0], dtype=torch.int64)
     saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
     _set_saved(call, saved)
     native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
     del keep
-    return out, used, saved
+    return out.to(e.dtype), used, saved
 
 
 def backward(
@@ -149,8 +158,10 @@ def backward(
     isa: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
-    call, keep = _call(e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, None)
-    grad_h = grad_h.contiguous()
+    call, keep = _call(
+        e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, None, compute_dtype
+    )
+    grad_h = grad_h.to(torch.float32).contiguous()
     grad_e = torch.zeros(e.shape)
     grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
     addresses = block.addresses(grads, spec)
@@ -159,7 +170,7 @@ def backward(
     call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
     native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
     del keep
-    return grad_e, [g.to(weights[name].dtype) for name, g in grads.items()]
+    return grad_e.to(e.dtype), [g.to(weights[name].dtype) for name, g in grads.items()]
 
 
 def _call(
@@ -171,6 +182,7 @@ def _call(
     return_all_loops: bool,
     n_grad_loops: int | None,
     halt_threshold: float | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[native.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
@@ -181,7 +193,8 @@ def _call(
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
-    e = e.contiguous()
+    bf16 = (compute_dtype or e.dtype) == torch.bfloat16
+    e = e.to(torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)
     call = native.Call(
@@ -194,6 +207,7 @@ def _call(
         n_grad_loops=n_grad_loops or 0,
         halting=halt_threshold is not None,
         halt_threshold=halt_threshold or 0.0,
+        bf16=bf16,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),

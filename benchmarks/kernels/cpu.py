@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels.cpu [--out benchmarks/results/cpu]      # cpu.json, cpu.md, cpu.png
 
-Forward and backward of one causal pre-norm block with injection, float32. All take turns in one process, so
-that a busy machine hurts them alike; each size and number of threads has a process of its own, because
-torch.compile decides by them. Beside the times: the share of this core's float32 peak, measured in the same
-process as the best of many large matrix products.
+Forward and backward of one causal pre-norm block with injection, in float32 and in bfloat16. All take turns
+in one process, so that a busy machine hurts them alike; each size, dtype and number of threads has a process
+of its own, because torch.compile decides by them. Beside the times: the share of the best rate that large
+library products of that dtype reach in the same process.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch
 from benchmarks.baseline import PlainBlock
 from shift_kernels import BlockSpec, LoopedBlock, info
 
-WARM_UP, ROUNDS = 3, 15
+WARM_UP, ROUNDS = 2, 9
 THREADS = (1, 2)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,16 @@ class Size:
 
 
 BASE = Size(64, 32, 32, 8)
+WIDTHS = [Size(d, 32, 32, 8) for d in (64, 96, 128, 192, 256, 320)]
 SIZES = {  # what is varied -> sizes
-    "d_model": [Size(d, 32, 32, 8) for d in (32, 64, 96, 128, 192, 256, 320)],
-    "seq_len": [Size(64, n, 32, 8) for n in (8, 16, 17, 32, 33, 64, 128)],
-    "T": [Size(64, 32, 32, t) for t in (1, 2, 4, 8, 12)],
-    "batch": [Size(64, 32, b, 8) for b in (1, 4, 8, 32, 128)],
+    "d_model": WIDTHS,
+    "seq_len": [Size(64, n, 32, 8) for n in (17, 24, 32, 33, 64, 128)],
+    "T": [Size(64, 32, 32, t) for t in (1, 4, 8, 12)],
+    "batch": [Size(64, 32, b, 8) for b in (2, 8, 32, 128)],
 }
+ALL = list(dict.fromkeys(size for sizes in SIZES.values() for size in sizes))
+# Every size with one thread in float32; the widths with everything.
+RUNS = [(s, t, d) for d in DTYPES for t in THREADS for s in (ALL if (t, d) == (1, "float32") else WIDTHS)]
 
 
 def step(module: torch.nn.Module, parameters: list, e: torch.Tensor, n_loops: int) -> Callable[[], object]:
@@ -71,26 +76,29 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_gflops() -> float:
+def peak_gflops(dtype: torch.dtype) -> float:
     """Best of many products that fit the caches."""
-    a, b = torch.randn(768, 768), torch.randn(768, 768)
+    a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
     return 2 * 768**3 / min(milliseconds(lambda: a @ b) for _ in range(30)) / 1e6
 
 
-def measure(size: Size, threads: int) -> dict:
+def measure(size: Size, threads: int, dtype: str) -> dict:
     """Median, quartiles and all rounds of each runner, ms."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     n_heads = size.d_model // (32 if size.d_model >= 256 else 16)
-    block = LoopedBlock(BlockSpec(size.d_model, n_heads, injection="add"))
-    e = torch.randn(size.batch, size.seq_len, size.d_model, requires_grad=True)
+    kind = getattr(torch, dtype)
+    block = LoopedBlock(BlockSpec(size.d_model, n_heads, injection="add")).to(kind)
+    e = torch.randn(size.batch, size.seq_len, size.d_model, dtype=kind, requires_grad=True)
     modules = {"cpu": block, "eager": PlainBlock(block), "compile": PlainBlock(block).compile()}
     weights = list(block.parameters())
     steps = {name: step(module, weights, e, size.n_loops) for name, module in modules.items()}
     with torch.no_grad():  # the three compute the same thing
         expected = modules["eager"](e, size.n_loops)
+        tolerance = 1e-3 if dtype == "float32" else 0.1 * float(expected.abs().max())
         for name in ("cpu", "compile"):
-            torch.testing.assert_close(modules[name](e, size.n_loops), expected, rtol=1e-3, atol=1e-3)
+            found = modules[name](e, size.n_loops)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(WARM_UP + ROUNDS):
         for name, run in steps.items():
@@ -100,23 +108,24 @@ def measure(size: Size, threads: int) -> dict:
     return dataclasses.asdict(size) | dict(
         name=size.name,
         threads=threads,
+        dtype=dtype,
         ms=times,
         gflops=size.flops / statistics.median(times["cpu"]) / 1e6,
-        peak_gflops=peak_gflops(),
+        peak_gflops=peak_gflops(kind),
     )
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: medians (quartiles), ours over the better of the others, share of the peak."""
-    lines = ["| block | threads | cpu ms | eager ms | compile ms | over the better | of the peak |"]
-    lines.append("|" + "---|" * 7)
+    lines = ["| block | dtype | threads | cpu ms | eager ms | compile ms | over the better | of the peak |"]
+    lines.append("|" + "---|" * 8)
     for r in rows:
         cells = []
         for values in r["ms"].values():
             low, middle, high = statistics.quantiles(values, n=4)
             cells.append(f"{middle:.1f} ({low:.1f}-{high:.1f})")
         cells += [f"{speedup(r):.2f}x", f"{r['gflops'] / r['peak_gflops']:.0%}"]
-        lines.append(f"| {r['name']} | {r['threads']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {r['name']} | {r['dtype']} | {r['threads']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -133,15 +142,20 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_key = {(r["name"], r["threads"]): speedup(r) for r in rows}
+    by_key = {(r["name"], r["threads"], r["dtype"]): speedup(r) for r in rows}
     figure, axes = plt.subplots(1, len(SIZES), figsize=(13, 3), sharey=True, layout="constrained")
     for axis, (varied, sizes) in zip(axes, SIZES.items(), strict=True):
         field = "n_loops" if varied == "T" else varied
-        for threads in THREADS:
-            found = [
-                (getattr(s, field), by_key[s.name, threads]) for s in sizes if (s.name, threads) in by_key
-            ]
-            axis.plot(*zip(*found, strict=True), marker="o", label=f"{threads} thread{'s' * (threads > 1)}")
+        for dtype in DTYPES:
+            for threads in THREADS:
+                found = [
+                    (getattr(s, field), by_key[s.name, threads, dtype])
+                    for s in sizes
+                    if (s.name, threads, dtype) in by_key
+                ]
+                if len(found) > 1:
+                    label = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+                    axis.plot(*zip(*found, strict=True), marker="o", label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
         ticks = [getattr(s, field) for s in sizes]
@@ -150,8 +164,8 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xlabel(varied)
     axes[0].set_ylabel("times faster than the better\nof eager and torch.compile")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend()
-    figure.suptitle(f"cpu backend, forward + backward, float32; else {BASE.name}", fontsize=10)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"cpu backend, forward + backward; else {BASE.name}", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -160,21 +174,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
-    parser.add_argument("--one", nargs=5, type=int, metavar=("D_MODEL", "SEQ_LEN", "BATCH", "T", "THREADS"))
+    one = ("D_MODEL", "SEQ_LEN", "BATCH", "T", "THREADS", "DTYPE")
+    parser.add_argument("--one", nargs=6, metavar=one, help="measure this and print it as JSON")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(Size(*args.one[:4]), args.one[4])))
+        *size, threads = map(int, args.one[:5])
+        print(json.dumps(measure(Size(*size), threads, args.one[5])))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for size in dict.fromkeys(size for sizes in SIZES.values() for size in sizes):
-        for threads in THREADS:
-            numbers = map(str, (*dataclasses.astuple(size), threads))
-            command = [sys.executable, "-m", "benchmarks.kernels.cpu", "--one", *numbers]
-            rows.append(
-                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            )
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    for size, threads, dtype in RUNS:
+        numbers = map(str, (*dataclasses.astuple(size), threads))
+        command = [sys.executable, "-m", "benchmarks.kernels.cpu", "--one", *numbers, dtype]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     machine = {"processor": platform.processor() or platform.machine(), "report": info.report()}
     settings = {"warm_up": WARM_UP, "rounds": ROUNDS}
     (args.out / "cpu.json").write_text(json.dumps(machine | settings | {"rows": rows}, indent=1) + "\n")

@@ -1,4 +1,8 @@
 // Softmax attention of one sequence whose queries, keys and values lie side by side in the rows of qkv.
+//
+// Scores are kept with the queries side by side, [keys][queries], and computed for one vector of queries at a
+// time: maximum and sum over the keys then need no step across a vector, and with a causal mask the keys beyond
+// the last of these queries are never touched. Always in single precision: the products are small.
 #pragma once
 #include "gemm.h"
 
@@ -8,94 +12,118 @@ struct Heads {
     int n_heads, n_kv_heads, head_dim;
     bool causal;
     int ld_qkv, ld_o;
-    const float* q(const float* qkv, int h) const { return qkv + h * head_dim; }
-    const float* k(const float* qkv, int g) const { return qkv + (n_heads + g) * head_dim; }
-    const float* v(const float* qkv, int g) const { return qkv + (n_heads + n_kv_heads + g) * head_dim; }
     int group() const { return n_heads / n_kv_heads; }
+    // columns of a query head, and of a group's keys and values, in qkv
+    int q(int h) const { return h * head_dim; }
+    int k(int g) const { return (n_heads + g) * head_dim; }
+    int v(int g) const { return (n_heads + n_kv_heads + g) * head_dim; }
 };
 
-constexpr int BLOCK = 32;  // query rows that share one causal cut
+// Epilogue: a head's columns within a wider matrix, whose neighbours are left alone.
+struct Head {
+    float* c;
+    int64_t ld;
+    int width;
+    bool add;
+    void ahead(int, int) const {}
+    void take(int i, int j, vf sum) const {
+        float* to = c + i * ld + j;
+        if (j + VL <= width) {
+            store(to, add ? load(to) + sum : sum);
+        } else {
+            for (int x = 0; j + x < width; x++) to[x] = add ? to[x] + sum[x] : sum[x];
+        }
+    }
+};
 
-// Probabilities [n, padded(n)] of one head; zero where a query may not look.
-inline void probabilities(const Heads& heads, int n, const float* q, const float* keys_t, float* p) {
-    const int np = padded(n);
+struct Queries {  // VL of a sequence's n queries, or what is left of them
+    int begin, count, keys;  // keys: how many they may look at, as a rule of the last of them
+    Queries(const Heads& heads, int n, int i0)
+        : begin(i0), count(n - i0 < VL ? n - i0 : VL), keys(heads.causal ? i0 + count : n) {}
+};
+
+// VL rows of x, side by side: [head_dim][VL]; missing rows are zero.
+inline void turn(const Heads& heads, Queries some, const float* x, int64_t ld, float* out) {
+    pack_transposed<F32>(x + some.begin * ld, ld, some.count, heads.head_dim, VL, out);
+}
+
+// Probabilities p[keys][ld] of some queries, zero where a query may not look.
+inline void probabilities(const Heads& heads, Queries some, const float* turned_q, const float* k, float* p, int64_t ld) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(heads.head_dim));
-    for (int i0 = 0; i0 < n; i0 += BLOCK) {
-        const int m = n - i0 < BLOCK ? n - i0 : BLOCK;
-        const int seen = heads.causal ? padded(i0 + m) : np;
-        gemm(m, seen, heads.head_dim, {q + i0 * heads.ld_qkv, heads.ld_qkv, 1}, panels(keys_t, heads.head_dim),
-             p + i0 * np, np);
-        for (int i = i0; i < i0 + m; i++) {
-            float* row = p + i * np;
-            const int allowed = heads.causal ? i + 1 : n;
-            for (int j = allowed; j < seen; j++) row[j] = -1e30f;
-            vf top = load(row);
-            for (int j = VL; j < seen; j += VL) top = max(top, load(row + j));
-            const float highest = largest(top);
-            for (int j = 0; j < seen; j += VL) store(row + j, exp((load(row + j) - highest) * scale));
-            for (int j = allowed; j < np; j++) row[j] = 0;
-            vf total = all(0);
-            for (int j = 0; j < seen; j += VL) total += load(row + j);
-            const float inverse = 1.0f / sum(total);
-            for (int j = 0; j < seen; j += VL) store(row + j, load(row + j) * inverse);
+    gemm<F32>(some.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(turned_q, heads.head_dim), Store{p, ld});
+    if (heads.causal) {
+        vi query;
+        for (int i = 0; i < VL; i++) query[i] = some.begin + i;
+        for (int j = some.begin; j < some.keys; j++) store(p + j * ld, pick(query < j, all(-1e30f), load(p + j * ld)));
+    }
+    vf top = load(p), total = all(0);
+    for (int j = 1; j < some.keys; j++) top = max(top, load(p + j * ld));
+    for (int j = 0; j < some.keys; j++) {
+        const vf x = exp((load(p + j * ld) - top) * scale);
+        store(p + j * ld, x);
+        total += x;
+    }
+    const vf inverse = 1.0f / total;
+    // What is masked is e^-87 by now, which is nothing to the sum; the backward wants a clean zero.
+    for (int j = 0; j < some.keys; j++) {
+        const vf x = load(p + j * ld);
+        store(p + j * ld, pick(x < 1e-37f, all(0), x * inverse));
+    }
+}
+
+// scratch: VL * (head_dim + n) floats
+inline void attend(const Heads& heads, int n, const float* qkv, float* o, float* scratch) {
+    const int hd = heads.head_dim;
+    float *turned = scratch, *p = turned + VL * hd;
+    for (int h = 0; h < heads.n_heads; h++) {
+        const int g = h / heads.group();
+        for (int i0 = 0; i0 < n; i0 += VL) {
+            const Queries some(heads, n, i0);
+            turn(heads, some, qkv + heads.q(h), heads.ld_qkv, turned);
+            probabilities(heads, some, turned, qkv + heads.k(g), p, VL);
+            gemm<F32>(some.count, padded(hd), some.keys, {p, 1, VL}, row_major(qkv + heads.v(g), heads.ld_qkv),
+                      Head{o + int64_t(i0) * heads.ld_o + h * hd, heads.ld_o, hd, false});
+        }
+    }
+}
+
+// d_qkv from d_o. scratch: VL * head_dim + 2 * n * padded(n) floats
+inline void attend_backward(const Heads& heads, int n, const float* qkv, const float* d_o, float* d_qkv,
+                            float* scratch) {
+    const int hd = heads.head_dim, hp = padded(hd), np = padded(n), ld = heads.ld_qkv, ldo = heads.ld_o;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(hd));
+    float *turned = scratch, *p = turned + VL * hd, *ds = p + int64_t(n) * np;  // p and ds: [keys][queries]
+    for (int h = 0; h < heads.n_heads; h++) {
+        const int g = h / heads.group();
+        const float *q = qkv + heads.q(h), *k = qkv + heads.k(g), *v = qkv + heads.v(g), *d_oh = d_o + h * hd;
+        for (int i0 = 0; i0 < n; i0 += VL) {
+            const Queries some(heads, n, i0);
+            float *pi = p + i0, *dsi = ds + i0;
+            turn(heads, some, q, ld, turned);
+            probabilities(heads, some, turned, k, pi, np);
+            turn(heads, some, d_oh, ldo, turned);
+            gemm<F32>(some.keys, VL, hd, {v, ld, 1}, panels<F32>(turned, hd), Store{dsi, np});
+            vf mean = all(0);
+            for (int j = 0; j < some.keys; j++) mean += load(pi + j * np) * load(dsi + j * np);
+            for (int j = 0; j < some.keys; j++)  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
+                store(dsi + j * np, load(pi + j * np) * (load(dsi + j * np) - mean) * scale);
+            gemm<F32>(some.count, hp, some.keys, {dsi, 1, np}, row_major(k, ld),
+                      Head{d_qkv + int64_t(i0) * ld + heads.q(h), ld, hd, false});
+        }
+        const bool add = h % heads.group() != 0;  // a group's queries share its keys and values
+        for (int j0 = 0; j0 < n; j0 += VL) {
+            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal ? j0 : 0;  // the first query to see them
+            const int64_t corner = int64_t(j0) * np + i0, rows = int64_t(j0) * ld;
+            gemm<F32>(m, hp, n - i0, {ds + corner, np, 1}, row_major(q + int64_t(i0) * ld, ld),
+                      Head{d_qkv + rows + heads.k(g), ld, hd, add});
+            gemm<F32>(m, hp, n - i0, {p + corner, np, 1}, row_major(d_oh + int64_t(i0) * ldo, ldo),
+                      Head{d_qkv + rows + heads.v(g), ld, hd, add});
         }
     }
 }
 
 inline void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     for (int i = 0; i < n; i++) std::memcpy(to + i * ld_to, from + i * ld_from, columns * sizeof(float));
-}
-
-// scratch: padded(n) * (head_dim + n) + n * padded(head_dim) floats
-inline void attend(const Heads& heads, int n, const float* qkv, float* o, float* scratch) {
-    const int np = padded(n), hp = padded(heads.head_dim);
-    float *keys_t = scratch, *p = keys_t + np * heads.head_dim, *result = p + n * np;
-    for (int h = 0; h < heads.n_heads; h++) {
-        const int g = h / heads.group();
-        if (h % heads.group() == 0) pack_transposed(heads.k(qkv, g), heads.ld_qkv, n, heads.head_dim, np, keys_t);
-        probabilities(heads, n, heads.q(qkv, h), keys_t, p);
-        for (int i0 = 0; i0 < n; i0 += BLOCK) {
-            const int m = n - i0 < BLOCK ? n - i0 : BLOCK;
-            gemm(m, hp, heads.causal ? i0 + m : n, {p + i0 * np, np, 1}, row_major(heads.v(qkv, g), heads.ld_qkv),
-                 result + i0 * hp, hp);
-        }
-        copy_columns(n, heads.head_dim, result, hp, o + h * heads.head_dim, heads.ld_o);
-    }
-}
-
-// d_qkv from d_o. scratch: 2 * padded(n) * (head_dim + n) + 3 * n * padded(head_dim) floats
-inline void attend_backward(const Heads& heads, int n, const float* qkv, const float* d_o, float* d_qkv,
-                            float* scratch) {
-    const int np = padded(n), hd = heads.head_dim, hp = padded(hd);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(hd));
-    float *keys_t = scratch, *values_t = keys_t + np * hd, *p = values_t + np * hd, *ds = p + n * np;
-    float *dq = ds + n * np, *dk = dq + n * hp, *dv = dk + n * hp;
-    for (int h = 0; h < heads.n_heads; h++) {
-        const int g = h / heads.group();
-        const bool first = h % heads.group() == 0, last = (h + 1) % heads.group() == 0;
-        if (first) {
-            pack_transposed(heads.k(qkv, g), heads.ld_qkv, n, hd, np, keys_t);
-            pack_transposed(heads.v(qkv, g), heads.ld_qkv, n, hd, np, values_t);
-        }
-        const float* d_oh = d_o + h * hd;
-        probabilities(heads, n, heads.q(qkv, h), keys_t, p);
-        gemm(n, np, hd, {d_oh, heads.ld_o, 1}, panels(values_t, hd), ds, np);
-        for (int i = 0; i < n; i++) {  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
-            vf dot = all(0);
-            for (int j = 0; j < np; j += VL) dot += load(p + i * np + j) * load(ds + i * np + j);
-            const float mean = sum(dot);
-            for (int j = 0; j < np; j += VL)
-                store(ds + i * np + j, load(p + i * np + j) * (load(ds + i * np + j) - mean) * scale);
-        }
-        gemm(n, hp, n, {ds, np, 1}, row_major(heads.k(qkv, g), heads.ld_qkv), dq, hp);
-        gemm(n, hp, n, {ds, 1, np}, row_major(heads.q(qkv, h), heads.ld_qkv), dk, hp, !first);
-        gemm(n, hp, n, {p, 1, np}, row_major(d_oh, heads.ld_o), dv, hp, !first);
-        copy_columns(n, hd, dq, hp, d_qkv + h * hd, heads.ld_qkv);
-        if (last) {
-            copy_columns(n, hd, dk, hp, d_qkv + (heads.n_heads + g) * hd, heads.ld_qkv);
-            copy_columns(n, hd, dv, hp, d_qkv + (heads.n_heads + heads.n_kv_heads + g) * hd, heads.ld_qkv);
-        }
-    }
 }
 
 // Rotate the halves of every query and key head by their position's angle; direction -1 undoes it.

@@ -4,8 +4,11 @@
 // running are always the first ones. A thread takes a tile through all its loops before it takes the next:
 // the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
 // weights are read T times from there too. The backward walks the loops down from what the forward kept of
-// each (about 40 d_model bytes a row and loop), or from the boundaries alone, computing each again. Weight gradients are summed within a slice (a fixed share of the tiles) in order, and
-// over the slices in order: the same bits for any number of threads.
+// each (about 40 d_model bytes a row and loop), or from the boundaries alone, computing each again. Weight
+// gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices in order: the
+// same bits for any number of threads. All code is there twice: matrix products with weights in float32, or
+// with operands rounded to bfloat16 (P in operand.h); what is not such a product is float32 in both.
+#include <algorithm>
 #include <cstdlib>
 
 #include "layer.h"
@@ -61,17 +64,18 @@ NormWeights take_norm(Memory& m, const Shape& s) {
     return {gain, m.take(s.dp)};
 }
 
-template <class Memory>
-LayerWeights take_weights(Memory& m, const Shape& s, bool backward) {
-    LayerWeights w{};
-    w.qkv = m.take(int64_t(s.d) * s.qp), w.qkv_bias = m.take(s.qp);
-    w.out = m.take(int64_t(s.a) * s.dp), w.out_bias = m.take(s.dp);
-    w.up = m.take(int64_t(s.d) * s.up), w.up_bias = m.take(s.up);
-    w.down = m.take(int64_t(s.f) * s.dp), w.down_bias = m.take(s.dp);
+template <class P, class Memory>
+LayerWeights<P> take_weights(Memory& m, const Shape& s, bool backward) {
+    const auto take = [&](int k, int n) {
+        return reinterpret_cast<const typename P::cell*>(m.take(int64_t(cells_of<P>(k)) * n));
+    };
+    LayerWeights<P> w{};
+    w.qkv = take(s.d, s.qp), w.out = take(s.a, s.dp), w.up = take(s.d, s.up), w.down = take(s.f, s.dp);
+    w.qkv_bias = m.take(s.qp), w.out_bias = m.take(s.dp), w.up_bias = m.take(s.up), w.down_bias = m.take(s.dp);
     w.n1 = take_norm(m, s), w.n1_post = take_norm(m, s), w.n2 = take_norm(m, s), w.n2_post = take_norm(m, s);
     if (backward) {
-        w.qkv_t = m.take(int64_t(s.qkv) * s.dp), w.out_t = m.take(int64_t(s.d) * s.ap);
-        w.up_t = m.take(int64_t(s.up) * s.dp), w.down_t = m.take(int64_t(s.d) * s.fp);
+        w.qkv_t = take(s.qkv, s.dp), w.out_t = take(s.d, s.ap);
+        w.up_t = take(s.up, s.dp), w.down_t = take(s.d, s.fp);
     }
     return w;
 }
@@ -98,12 +102,13 @@ Kept take_kept(Memory& m, const Shape& s, int64_t rows) {
 
 template <class Memory>
 Temporaries take_temporaries(Memory& m, const Shape& s, int64_t rows) {
-    const int widest = s.ap > s.dp ? s.ap : s.dp;
-    return {m.take(rows * s.dp), m.take(rows * s.dp), m.take(rows * s.ap), m.take(rows * s.qp),
-            m.take(rows * s.fp), m.take(rows * s.up), m.take(rows * (s.fp > widest ? s.fp : widest))};
+    return {m.take(rows * s.dp), m.take(rows * s.dp), m.take(rows * s.ap), m.take(rows * s.qp), m.take(rows * s.up)};
 }
 
-inline float* mut(const float* p) { return const_cast<float*>(p); }  // our own buffers, being filled
+template <class T>
+T* mut(const T* p) {  // our own buffers, being filled
+    return const_cast<T*>(p);
+}
 
 void copy_vector(const float* from, int n, const float* to) {
     if (from) std::memcpy(mut(to), from, n * sizeof(float));
@@ -113,42 +118,45 @@ void fill_norm(const float* gain, const float* shift, int d, NormWeights w) {
     copy_vector(gain, d, w.gain), copy_vector(shift, d, w.shift);
 }
 
-void fill_weights(const Shape& s, const float* const* from, bool backward, LayerWeights w) {
-    pack_transposed(from[QKV_W], s.d, s.qkv, s.d, s.qp, mut(w.qkv));
-    pack_transposed(from[OUT_W], s.a, s.d, s.a, s.dp, mut(w.out));
+template <class P>
+void fill_weights(const Shape& s, const float* const* from, bool backward, LayerWeights<P> w) {
+    pack_transposed<P>(from[QKV_W], s.d, s.qkv, s.d, s.qp, mut(w.qkv));
+    pack_transposed<P>(from[OUT_W], s.a, s.d, s.a, s.dp, mut(w.out));
     copy_vector(from[QKV_B], s.qkv, w.qkv_bias), copy_vector(from[OUT_B], s.d, w.out_bias);
     fill_norm(from[N1_W], from[N1_B], s.d, w.n1), fill_norm(from[N1P_W], from[N1P_B], s.d, w.n1_post);
     if (backward) {
-        pack_rows(from[QKV_W], s.d, s.qkv, s.d, s.dp, s.qkv, mut(w.qkv_t));
-        pack_rows(from[OUT_W], s.a, s.d, s.a, s.ap, s.d, mut(w.out_t));
+        pack_rows<P>(from[QKV_W], s.d, s.qkv, s.d, s.dp, s.qkv, mut(w.qkv_t));
+        pack_rows<P>(from[OUT_W], s.a, s.d, s.a, s.ap, s.d, mut(w.out_t));
     }
     if (!s.f) return;
     for (int half = 0; half < s.up / s.fp; half++) {  // swiglu: gate, then values
         const float* rows = from[UP_W] + int64_t(half) * s.f * s.d;
-        pack_transposed(rows, s.d, s.f, s.d, s.fp, mut(w.up) + int64_t(half) * s.fp * s.d);
+        pack_transposed<P>(rows, s.d, s.f, s.d, s.fp, mut(w.up) + int64_t(half) * s.fp * cells_of<P>(s.d));
         if (from[UP_B]) copy_vector(from[UP_B] + half * s.f, s.f, w.up_bias + half * s.fp);
-        if (backward) pack_rows(rows, s.d, s.f, s.d, s.dp, s.up, mut(w.up_t) + int64_t(half) * s.fp * VL);
+        if (backward)
+            pack_rows<P>(rows, s.d, s.f, s.d, s.dp, s.up, mut(w.up_t) + int64_t(half) * cells_of<P>(s.fp) * VL);
     }
-    pack_transposed(from[DOWN_W], s.f, s.d, s.f, s.dp, mut(w.down));
+    pack_transposed<P>(from[DOWN_W], s.f, s.d, s.f, s.dp, mut(w.down));
     copy_vector(from[DOWN_B], s.d, w.down_bias);
     fill_norm(from[N2_W], from[N2_B], s.d, w.n2), fill_norm(from[N2P_W], from[N2P_B], s.d, w.n2_post);
-    if (backward) pack_rows(from[DOWN_W], s.f, s.d, s.f, s.fp, s.d, mut(w.down_t));
+    if (backward) pack_rows<P>(from[DOWN_W], s.f, s.d, s.f, s.fp, s.d, mut(w.down_t));
 }
 
 constexpr int MOST_LAYERS = 64;
 
+template <class P>
 struct Model {
     Shape shape;
-    LayerWeights layers[MOST_LAYERS];
+    LayerWeights<P> layers[MOST_LAYERS];
     NormWeights loop_norm;
 
     template <class Memory>
     Model(const Call& c, Memory& m, bool backward) : shape(c) {
-        for (int l = 0; l < c.n_layers; l++) layers[l] = take_weights(m, shape, backward);
+        for (int l = 0; l < c.n_layers; l++) layers[l] = take_weights<P>(m, shape, backward);
         loop_norm = take_norm(m, shape);
     }
     void fill(const Call& c, bool backward) {
-        for (int l = 0; l < c.n_layers; l++) fill_weights(shape, c.weights + l * WEIGHTS, backward, layers[l]);
+        for (int l = 0; l < c.n_layers; l++) fill_weights<P>(shape, c.weights + l * WEIGHTS, backward, layers[l]);
         const float* const* last = c.weights + c.n_layers * WEIGHTS;
         if (c.loop_norm) fill_norm(last[0], last[1], shape.d, loop_norm);
     }
@@ -157,7 +165,8 @@ struct Model {
 // What one thread needs for the largest tile.
 struct Workspace {
     Kept own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
-    float *e, *h, *own_u, *u, *scratch;          // u: what the last layer left, before the loop norm
+    float *e, *h, *own_u, *u;                    // u: what the last layer left, before the loop norm
+    Room room;
     Temporaries t;
     float *dh, *de, *dx;
 
@@ -165,8 +174,11 @@ struct Workspace {
     Workspace(const Call& c, const Shape& s, int64_t rows, Memory& m, bool backward) {
         for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = take_kept(m, s, rows);
         e = m.take(rows * s.dp), h = m.take(rows * s.dp), own_u = u = m.take(rows * s.dp);
-        const int64_t n = c.seq_len, np = padded(n), hp = padded(c.head_dim);
-        scratch = m.take(2 * np * (c.head_dim + n) + 3 * n * hp);
+        const int64_t n = c.seq_len, np = padded(n);
+        const int64_t widest = std::max({s.dp, s.qp, s.ap, s.fp, s.up});
+        room.rows = m.take(rows * widest);
+        if (backward) room.stacked = m.take((rows + 1) * widest), room.panels = m.take((rows + 1) * widest);
+        room.attention = m.take(16 * (c.head_dim + n) + (backward ? 2 * n * np : 0));  // 16: the widest vector
         if (backward) {
             t = take_temporaries(m, s, rows);
             dh = m.take(rows * s.dp), de = m.take(rows * s.dp), dx = m.take(rows * s.dp);
@@ -253,7 +265,8 @@ void bind(const Call& c, const Shape& s, const Tile& tile, int64_t t, int64_t fr
 }
 
 // One loop on `rows` rows of h (and e): from h_{t-1} to h_t in `out`.
-void one_loop(const Call& c, const Model& m, Workspace& ws, Rows seqs, int rows, const float* h, const float* e,
+template <class P>
+void one_loop(const Call& c, const Model<P>& m, Workspace& ws, Rows seqs, int rows, const float* h, const float* e,
               float* out) {
     const Shape& s = m.shape;
     const int64_t n = int64_t(rows) * s.dp;
@@ -263,7 +276,7 @@ void one_loop(const Call& c, const Model& m, Workspace& ws, Rows seqs, int rows,
         std::memcpy(ws.layers[0].in, h, n * sizeof(float));
     for (int l = 0; l < c.n_layers; l++) {
         float* next = l + 1 < c.n_layers ? ws.layers[l + 1].in : c.loop_norm ? ws.u : out;
-        layer_forward(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.scratch);
+        layer_forward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.room);
     }
     if (c.loop_norm) norm(s.norm_kind, rows, s.d, ws.u, m.loop_norm, s.eps, out);
 }
@@ -278,7 +291,8 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
     return std::sqrt(change) < threshold * std::sqrt(size);
 }
 
-void forward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& ws) {
+template <class P>
+void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace& ws) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     tile.gather(c.e, 0, tile.count, ws.e);
     if (c.injection)
@@ -306,7 +320,8 @@ void forward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& ws
     if (!c.return_all) tile.scatter(ws.h, 0, tile.count, c.out);
 }
 
-void backward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& ws, LayerGrads* grads,
+template <class P>
+void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace& ws, LayerGrads* grads,
                    NormGrads loop_norm_grads) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
@@ -334,7 +349,7 @@ void backward_tile(const Call& c, const Model& m, const Tile& tile, Workspace& w
         else
             std::memcpy(ws.dx, ws.dh + from, n * sizeof(float));
         for (int l = c.n_layers - 1; l >= 0; l--)
-            layer_backward(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads[l], ws.t, ws.dx, ws.scratch);
+            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads[l], ws.t, ws.dx, ws.room);
         std::memcpy(ws.dh + from, ws.dx, n * sizeof(float));
         if (c.injection) axpy(n, 1.0f, ws.dx, ws.de + from, ws.de + from);
     }
@@ -381,18 +396,14 @@ int64_t workspace_floats(const Call& c, const Shape& s, int64_t rows, bool backw
     return count.floats;
 }
 
-}  // namespace
-
-extern "C" {
-
 // Both return 0, or 1 where memory ran out.
-int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan) {
-    const Call& c = *call;
+template <class P>
+int forward(const Call& c, const Plan* plan) {
     Counter count;
-    Model(c, count, false);
+    Model<P>(c, count, false);
     Arena weights(count.floats);
     if (!weights.ok()) return 1;
-    Model model(c, weights, false);
+    Model<P> model(c, weights, false);
     model.fill(c, false);
     const int64_t floats = workspace_floats(c, model.shape, plan->most_rows, false);
     int failed = 0;
@@ -411,13 +422,13 @@ int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan) {
     return failed;
 }
 
-int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan) {
-    const Call& c = *call;
+template <class P>
+int backward(const Call& c, const Plan* plan) {
     Counter count;
-    Model(c, count, true);
+    Model<P>(c, count, true);
     Arena weights(count.floats);
     if (!weights.ok()) return 1;
-    Model model(c, weights, true);
+    Model<P> model(c, weights, true);
     model.fill(c, true);
     const Shape& s = model.shape;
     Counter per_slice;
@@ -455,5 +466,16 @@ int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan) {
     add_padded(total.loop_norm.gain, 1, s.d, s.dp, last[0]);
     add_padded(total.loop_norm.shift, 1, s.d, s.dp, last[1]);
     return 0;
+}
+
+}  // namespace
+
+extern "C" {
+int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan) {
+    return call->bf16 ? forward<BF16>(*call, plan) : forward<F32>(*call, plan);
+}
+
+int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan) {
+    return call->bf16 ? backward<BF16>(*call, plan) : backward<F32>(*call, plan);
 }
 }

@@ -11,6 +11,7 @@ struct Call {
     // options
     int64_t activation, norm, placement, causal, rope, injection, loop_norm;
     int64_t return_all, n_grad_loops, halting;
+    int64_t bf16;  // operands of the products with weights; all else is float32
     double eps, residual_scale, halt_threshold;
     // tensors, float32 and contiguous
     const float* e;          // [batch, seq_len, d_model]

@@ -30,9 +30,12 @@ struct Shape {
 inline int up_row(const Shape& s, int i) { return i < s.f ? i : s.fp + i - s.f; }
 inline int up_rows(const Shape& s) { return s.activation == SWIGLU ? 2 * s.f : s.f; }
 
+template <class P>
 struct LayerWeights {
-    const float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;  // packed for x W^T
-    const float *qkv_t, *out_t, *up_t, *down_t;  // packed for dy W; backward only
+    typedef const typename P::cell* Panels;
+    Panels qkv, out, up, down;          // packed for x W^T
+    Panels qkv_t, out_t, up_t, down_t;  // packed for dy W; backward only
+    const float *qkv_bias, *out_bias, *up_bias, *down_bias;
     NormWeights n1, n1_post, n2, n2_post;
 };
 
@@ -52,11 +55,6 @@ struct Rows {  // the sequences of a tile
     const int* lengths;
 };
 
-inline void add_bias(int rows, int width, const float* bias, float* x) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < width; j += VL) store(x + i * width + j, load(x + i * width + j) + load(bias + j));
-}
-
 inline void add_columns(int rows, int width, const float* x, float* total) {
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < width; j += VL) store(total + j, load(total + j) + load(x + i * width + j));
@@ -66,51 +64,76 @@ inline void axpy(int64_t n, float factor, const float* x, const float* y, float*
     for (int64_t i = 0; i < n; i += VL) store(out + i, load(y + i) + factor * load(x + i));
 }
 
-template <Activation A>
-inline void activation_rows(const Shape& s, int rows, const float* u, float* act) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < s.fp; j += VL) {
-            const vf x = load(u + i * s.up + j);
-            store(act + i * s.fp + j,
-                  A == SWIGLU ? x * sigmoid(x) * load(u + i * s.up + s.fp + j) : activation<A>(x).value);
-        }
-}
+// Epilogues of the layer's products.
 
-// act again, and in du what its gradient is to be multiplied with (swiglu: for gate and values apart).
-template <Activation A>
-inline void activation_slopes(const Shape& s, int rows, const float* u, float* act, float* du) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < s.fp; j += VL) {
-            const vf x = load(u + i * s.up + j);
-            if (A == SWIGLU) {
-                const vf gate = sigmoid(x), value = load(u + i * s.up + s.fp + j);
-                store(act + i * s.fp + j, x * gate * value);
-                store(du + i * s.up + j, value * gate * (1.0f + x * (1.0f - gate)));
-                store(du + i * s.up + s.fp + j, x * gate);
-            } else {
-                const ValueSlope f = activation<A>(x);
-                store(act + i * s.fp + j, f.value);
-                store(du + i * s.up + j, f.slope);
-            }
-        }
-}
-
-inline void times_gradient(const Shape& s, int rows, const float* d_act, float* du) {
-    for (int i = 0; i < rows; i++)
-        for (int half = 0; half < s.up; half += s.fp)
-            for (int j = 0; j < s.fp; j += VL) {
-                float* slope = du + i * s.up + half + j;
-                store(slope, load(slope) * load(d_act + i * s.fp + j));
-            }
-}
-
-#define WITH_ACTIVATION(function, s, ...)                              \
-    switch (s.activation) {                                            \
-        case RELU: function<RELU>(s, __VA_ARGS__); break;              \
-        case GELU: function<GELU>(s, __VA_ARGS__); break;              \
-        case GELU_TANH: function<GELU_TANH>(s, __VA_ARGS__); break;    \
-        default: function<SWIGLU>(s, __VA_ARGS__); break;              \
+// x + scale * (sum + bias)
+struct Residual {
+    float* out;
+    int64_t ld;
+    const float *bias, *x;
+    float scale;
+    void ahead(int i, int j) const {
+        prefetch(x + i * ld + j);
+        prefetch_to_write(out + i * ld + j);
     }
+    void take(int i, int j, vf sum) const {
+        store(out + i * ld + j, load(x + i * ld + j) + scale * (sum + load(bias + j)));
+    }
+};
+
+// u = sum + bias, act = the activation of it (of swiglu, when the values come in: the gate is there by then)
+template <Activation A>
+struct Activate {
+    float *u, *act;
+    const float* bias;
+    int64_t up, fp;
+    void ahead(int i, int j) const { prefetch_to_write(u + i * up + j); }
+    void take(int i, int j, vf sum) const {
+        const vf x = sum + load(bias + j);
+        store(u + i * up + j, x);
+        if (A != SWIGLU) {
+            store(act + i * fp + j, activation<A>(x).value);
+        } else if (j >= fp) {
+            const vf gate = load(u + i * up + j - fp);
+            store(act + i * fp + j - fp, gate * sigmoid(gate) * x);
+        }
+    }
+};
+
+// From the activation's gradient, the sum, that of u; act again, for it is cheap.
+template <Activation A>
+struct ActivateBackward {
+    const float* u;
+    float *act, *du;
+    int64_t up, fp;
+    void ahead(int i, int j) const {
+        prefetch(u + i * up + j);
+        if (A == SWIGLU) prefetch(u + i * up + fp + j);
+    }
+    void take(int i, int j, vf sum) const {
+        const vf x = load(u + i * up + j);
+        if (A != SWIGLU) {
+            const ValueSlope f = activation<A>(x);
+            store(act + i * fp + j, f.value);
+            store(du + i * up + j, f.slope * sum);
+        } else {
+            const vf gate = sigmoid(x), value = load(u + i * up + fp + j);
+            store(act + i * fp + j, x * gate * value);
+            store(du + i * up + j, value * gate * (1.0f + x * (1.0f - gate)) * sum);
+            store(du + i * up + fp + j, x * gate * sum);
+        }
+    }
+};
+
+template <template <Activation> class Epilogue, class P, class... Fields>
+inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<P> b, Fields... fields) {
+    switch (s.activation) {
+        case RELU: return gemm<P>(m, n, k, a, b, Epilogue<RELU>{fields...});
+        case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU>{fields...});
+        case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH>{fields...});
+        default: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU>{fields...});
+    }
+}
 
 // y = the branch's input: norm(x) in the buffer y, or x itself where no norm comes first
 inline const float* branch_input(const Shape& s, int rows, const float* x, NormWeights w, float* y) {
@@ -119,19 +142,20 @@ inline const float* branch_input(const Shape& s, int rows, const float* x, NormW
     return y;
 }
 
-// out = x and the branch's output z, added and normed as the placement says; tmp [rows, dp]
-inline void close_branch(const Shape& s, int rows, const float* x, float* z, NormWeights w, NormWeights w_post,
-                         float* out) {
-    const int64_t n = int64_t(rows) * s.dp;
-    if (s.placement == POST) {
-        axpy(n, s.scale, z, x, z);  // z keeps the sum, which is what the backward needs
-        norm(s.norm_kind, rows, s.d, z, w, s.eps, out);
-    } else if (s.placement == SANDWICH) {
-        norm(s.norm_kind, rows, s.d, z, w_post, s.eps, out);
-        axpy(n, s.scale, out, x, out);
-    } else {
-        axpy(n, s.scale, z, x, out);
+// The branch's last product y W^T + bias, and x, added and normed as the placement says. z keeps what the
+// backward needs of it: with post-norm the sum, with sandwich the product, else nothing.
+template <class P>
+inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, const float* bias, const float* x,
+                         float* z, NormWeights n, NormWeights n_post, float* out) {
+    if (s.placement == SANDWICH) {
+        gemm<P>(rows, s.dp, k, y, w, Bias{z, s.dp, bias});
+        norm(s.norm_kind, rows, s.d, z, n_post, s.eps, out);
+        axpy(int64_t(rows) * s.dp, s.scale, out, x, out);
+        return;
     }
+    float* sum = s.placement == POST ? z : out;
+    gemm<P>(rows, s.dp, k, y, w, Residual{sum, s.dp, bias, x, s.scale});
+    if (s.placement == POST) norm(s.norm_kind, rows, s.d, z, n, s.eps, out);
 }
 
 // From d_out to the gradient dz of the branch's output; dx becomes what flows past the branch.
@@ -155,70 +179,90 @@ inline void close_branch_backward(const Shape& s, int rows, const float* x, cons
         norm_backward(s.norm_kind, rows, s.d, x, dy, w, s.eps, g, dx, true);
 }
 
-inline void layer_forward(const Shape& s, const LayerWeights& w, const float* rotary, Rows seqs, int rows, Kept k,
-                          float* out, float* scratch) {
+// Room for products' operands and for attention, of one thread.
+struct Room {
+    float *rows, *stacked, *panels, *attention;
+};
+
+// A of x W^T: rows of x, whose first k numbers count.
+template <class P>
+inline MatA<P> operand(int rows, int width, int k, const float* x, Room room) {
+    return {as_rows(P{}, rows, width, k, x, room.rows), width / P::NUMBERS, 1};
+}
+
+template <class P>
+inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows, Kept k,
+                          float* out, Room room) {
+    const int d = cells_of<P>(s.d), a = cells_of<P>(s.a), f = cells_of<P>(s.f);
     const float* y = branch_input(s, rows, k.in, w.n1, k.y1);
-    gemm(rows, s.qp, s.d, {y, s.dp, 1}, panels(w.qkv, s.d), k.qkv, s.qp);
-    add_bias(rows, s.qp, w.qkv_bias, k.qkv);
+    gemm<P>(rows, s.qp, d, operand<P>(rows, s.dp, s.d, y, room), panels<P>(w.qkv, d), Bias{k.qkv, s.qp, w.qkv_bias});
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
         float* qkv = k.qkv + int64_t(at) * s.qp;
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, 1.0f, qkv);
-        attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.ap, scratch);
+        attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.ap, room.attention);
     }
     float* mid = s.f ? k.mid : out;
-    gemm(rows, s.dp, s.a, {k.o, s.ap, 1}, panels(w.out, s.a), k.z1, s.dp);
-    add_bias(rows, s.dp, w.out_bias, k.z1);
-    close_branch(s, rows, k.in, k.z1, w.n1, w.n1_post, mid);
+    close_branch<P>(s, rows, a, operand<P>(rows, s.ap, s.a, k.o, room), panels<P>(w.out, a), w.out_bias, k.in, k.z1,
+                    w.n1, w.n1_post, mid);
     if (!s.f) return;
 
     y = branch_input(s, rows, mid, w.n2, k.y2);
-    gemm(rows, s.up, s.d, {y, s.dp, 1}, panels(w.up, s.d), k.u, s.up);
-    add_bias(rows, s.up, w.up_bias, k.u);
-    WITH_ACTIVATION(activation_rows, s, rows, k.u, k.act)
-    gemm(rows, s.dp, s.f, {k.act, s.fp, 1}, panels(w.down, s.f), k.z2, s.dp);
-    add_bias(rows, s.dp, w.down_bias, k.z2);
-    close_branch(s, rows, mid, k.z2, w.n2, w.n2_post, out);
+    gemm_activated<Activate, P>(s, rows, s.up, d, operand<P>(rows, s.dp, s.d, y, room), panels<P>(w.up, d), k.u, k.act,
+                                w.up_bias, s.up, s.fp);
+    close_branch<P>(s, rows, f, operand<P>(rows, s.fp, s.f, k.act, room), panels<P>(w.down, f), w.down_bias, mid, k.z2,
+                    w.n2, w.n2_post, out);
 }
 
-struct Temporaries {  // [rows, width] each; packed: the widest of them
-    float *dz, *dy, *d_o, *d_qkv, *d_act, *du, *packed;
+struct Temporaries {  // [rows, width] each
+    float *dz, *dy, *d_o, *d_qkv, *du;
 };
 
+// x[rows, width] in panels, rows being the summed index.
+template <class P>
+inline MatB<P> stacked(int rows, int width, const float* x, float* room) {
+    auto* cells = reinterpret_cast<typename P::cell*>(room);
+    const int k = cells_of<P>(rows);
+    stack<P>(rows, width, x, VL, int64_t(k) * VL, cells);
+    return panels<P>(cells, k);
+}
+
 // weight += dy^T x, bias += column sums of dy
+template <class P>
 inline void weight_grads(int rows, int outs, int ldy, const float* dy, int ldx, const float* x, float* weight,
-                         float* bias, float* packed) {
-    pack_rows(x, ldx, rows, ldx, ldx, rows, packed);
-    gemm_outer(outs, ldx, rows, dy, ldy, panels(packed, rows), weight, ldx);
+                         float* bias, Room room) {
+    gemm_outer<P>(outs, ldx, cells_of<P>(rows), stacked<P>(rows, ldy, dy, room.stacked),
+                  stacked<P>(rows, ldx, x, room.panels), weight, ldx);
     add_columns(rows, ldy, dy, bias);
 }
 
-inline void layer_backward(const Shape& s, const LayerWeights& w, const float* rotary, Rows seqs, int rows,
-                           Kept k, LayerGrads g, Temporaries t, float* dx, float* scratch) {
+template <class P>
+inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows,
+                           Kept k, LayerGrads g, Temporaries t, float* dx, Room room) {
+    const int d = cells_of<P>(s.d), qkv = cells_of<P>(s.qkv), up = cells_of<P>(s.up);
     const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
     if (s.f) {
         const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
-        WITH_ACTIVATION(activation_slopes, s, rows, k.u, k.act, t.du)
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
-        weight_grads(rows, s.d, s.dp, t.dz, s.fp, k.act, g.down, g.down_bias, t.packed);
-        gemm(rows, s.fp, s.d, {t.dz, s.dp, 1}, panels(w.down_t, s.d), t.d_act, s.fp);
-        times_gradient(s, rows, t.d_act, t.du);
-        weight_grads(rows, s.up, s.up, t.du, s.dp, y2, g.up, g.up_bias, t.packed);
-        gemm(rows, s.dp, s.up, {t.du, s.up, 1}, panels(w.up_t, s.up), t.dy, s.dp);
+        gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, s.d, t.dz, room),
+                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp);
+        weight_grads<P>(rows, s.d, s.dp, t.dz, s.fp, k.act, g.down, g.down_bias, room);
+        weight_grads<P>(rows, s.up, s.up, t.du, s.dp, y2, g.up, g.up_bias, room);
+        gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, s.up, t.du, room), panels<P>(w.up_t, up), Store{t.dy, s.dp});
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
     open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads(rows, s.d, s.dp, t.dz, s.ap, k.o, g.out, g.out_bias, t.packed);
-    gemm(rows, s.ap, s.d, {t.dz, s.dp, 1}, panels(w.out_t, s.d), t.d_o, s.ap);
+    weight_grads<P>(rows, s.d, s.dp, t.dz, s.ap, k.o, g.out, g.out_bias, room);
+    gemm<P>(rows, s.ap, d, operand<P>(rows, s.dp, s.d, t.dz, room), panels<P>(w.out_t, d), Store{t.d_o, s.ap});
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
         float* d_qkv = t.d_qkv + int64_t(at) * s.qp;
         attend_backward(s.heads, seqs.lengths[b], k.qkv + int64_t(at) * s.qp, t.d_o + int64_t(at) * s.ap, d_qkv,
-                        scratch);
+                        room.attention);
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
     }
-    weight_grads(rows, s.qkv, s.qp, t.d_qkv, s.dp, y1, g.qkv, g.qkv_bias, t.packed);
-    gemm(rows, s.dp, s.qkv, {t.d_qkv, s.qp, 1}, panels(w.qkv_t, s.qkv), t.dy, s.dp);
+    weight_grads<P>(rows, s.qkv, s.qp, t.d_qkv, s.dp, y1, g.qkv, g.qkv_bias, room);
+    gemm<P>(rows, s.dp, qkv, operand<P>(rows, s.qp, s.qkv, t.d_qkv, room), panels<P>(w.qkv_t, qkv), Store{t.dy, s.dp});
     close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
 }
 

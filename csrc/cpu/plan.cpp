@@ -14,6 +14,8 @@ int shift_forward_avx2(const Call*, const Plan*);
 int shift_backward_avx2(const Call*, const Plan*);
 int shift_forward_avx512(const Call*, const Plan*);
 int shift_backward_avx512(const Call*, const Plan*);
+int shift_forward_avx512bf16(const Call*, const Plan*);
+int shift_backward_avx512bf16(const Call*, const Plan*);
 #endif
 }
 
@@ -49,11 +51,12 @@ struct Tiles {
 
 extern "C" {
 
-// 2: avx512, 1: avx2, 0: portable
+// 3: avx512bf16, 2: avx512, 1: avx2, 0: portable
 int shift_best_isa() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
@@ -68,7 +71,7 @@ const char* shift_build_info() {
         "g++ " __VERSION__
 #endif
 #if defined(__x86_64__)
-        "; avx512, avx2, portable"
+        "; avx512bf16, avx512, avx2, portable"
 #else
         "; portable"
 #endif
@@ -84,6 +87,7 @@ int64_t shift_call_size() { return sizeof(Call); }
 int shift_run(const Call* c, int backward, int isa, int64_t rows_per_tile) {
     const Tiles tiles(*c, rows_per_tile);
 #if defined(__x86_64__)
+    if (isa == 3) return (backward ? shift_backward_avx512bf16 : shift_forward_avx512bf16)(c, &tiles.plan);
     if (isa == 2) return (backward ? shift_backward_avx512 : shift_forward_avx512)(c, &tiles.plan);
     if (isa == 1) return (backward ? shift_backward_avx2 : shift_forward_avx2)(c, &tiles.plan);
 #endif

@@ -24,8 +24,8 @@ from shift.files import replace_atomically
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
 from shift.landscape.survey import SurveyConfig, survey
+from shift.run_dir import short_names
 from shift_kernels import ShiftInputError
-from shift_kernels.errors import input_error
 
 CAPTIONS = {
     "spectrum": "Eigenvalues of the Hessian along training. Between the dashed lines: the river.",
@@ -64,12 +64,10 @@ def report(runs: Sequence[Path], out: Path, look: SurveyConfig) -> Path:
     Raises:
         ShiftInputError: no runs, two of one name, or a run without snapshots.
     """
-    labels = ["/".join(path.resolve().parts[-2:]) for path in runs]
-    if not runs or len(set(labels)) < len(labels):
-        raise input_error("shift-landscape", "runs", labels, "different run directories", "Name some.")
-    surveys = {label: survey(path, look) for label, path in zip(labels, runs, strict=True)}
+    named = short_names("shift-landscape", runs)
+    surveys = {label: survey(path, look) for label, path in named.items()}
     planes = {}
-    for label, path in zip(labels, runs, strict=True):
+    for label, path in named.items():
         last = surveys[label]["points"][-1]
         planes[label] = plane(path, surveys[label]["switch_step"] or 0, last["n_loops"], look.samples)
     out.mkdir(parents=True, exist_ok=True)

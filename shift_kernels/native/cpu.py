@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shift_kernels.native import FLOAT, INT, POINTER, fields, open_library
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets that are in the library; the best that the processor has is used."""
 
 
@@ -20,7 +20,7 @@ class Call(ctypes.Structure):
         (INT, "batch seq_len d_model n_heads n_kv_heads head_dim n_layers d_ff"),
         (INT, "most_loops n_slices n_threads"),
         (INT, "activation norm placement causal rope injection loop_norm"),
-        (INT, "return_all n_grad_loops halting"),
+        (INT, "return_all n_grad_loops halting bf16"),
         (FLOAT, "eps residual_scale halt_threshold"),
         (POINTER, "e loops lengths rotary weights out boundaries kept used"),
         (POINTER, "grad_out grad_e grad_weights"),

@@ -1,0 +1,126 @@
+// What matrix products read: single precision as it is, or bfloat16, two numbers to a cell.
+//
+// A product runs over cells. One cell holds as many successive numbers of the summed index as one instruction
+// takes: one float, or a pair of bfloat16 (vdpbf16ps multiplies 16 pairs and adds them in single precision;
+// where it is missing, a pair is taken apart by a shift and a mask, which gives two floats for two products).
+//
+//   rows     [n, width]                 as they are; a cell is a float, or two neighbours of a row
+//   panels   [width / VL][cells][VL]    B of a product: VL columns side by side
+//   stacked  [cells][width]             A of a weight gradient, whose summed index is the row
+#pragma once
+#include "vec.h"
+
+namespace {
+
+struct F32 {
+    typedef float cell;
+    typedef vf cells;
+    static constexpr int NUMBERS = 1;  // to a cell
+    static cell pack(float x, float) { return x; }
+    static cells pack(vf x, vf) { return x; }
+    static vf multiply_add(cell a, cells b, vf sum) { return sum + a * b; }
+};
+
+// Bits of the nearest bfloat16 (ties to even) in the upper half of each lane; what is below is not cleared.
+inline vu rounded_bits(vf x) {
+    vu bits;
+    std::memcpy(&bits, &x, sizeof x);
+    const vu up = bits + 0x7fff + ((bits >> 16) & 1);
+    return x == x ? up : (bits | 0x400000);  // a NaN's payload could carry over into an infinity
+}
+
+struct BF16 {
+    typedef uint32_t cell;
+    typedef vu cells;
+    static constexpr int NUMBERS = 2;
+    static cells pack(vf low, vf high) {
+#if defined(__AVX512BF16__)
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);  // low half: low's 16 numbers
+        const __m512i halves = (__m512i)both;
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                               22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return (cells)_mm512_permutexvar_epi16(order, halves);
+#else
+        return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
+#endif
+    }
+    static cell pack(float low, float high) { return pack(all(low), all(high))[0]; }
+    static vf multiply_add(cell a, cells b, vf sum) {
+#if defined(__AVX512BF16__)
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+        const vu pairs = a - (vu){};
+        const vu a_low = pairs << 16, a_high = pairs & 0xffff0000u, b_low = b << 16, b_high = b & 0xffff0000u;
+        vf x, y, u, v;
+        std::memcpy(&x, &a_low, sizeof x), std::memcpy(&y, &b_low, sizeof x);
+        std::memcpy(&u, &a_high, sizeof x), std::memcpy(&v, &b_high, sizeof x);
+        return sum + x * y + u * v;
+#endif
+    }
+};
+
+template <class P>
+constexpr int cells_of(int numbers) {
+    return (numbers + P::NUMBERS - 1) / P::NUMBERS;
+}
+
+inline F32::cells load_cells(const float* p) { return load(p); }
+inline BF16::cells load_cells(const uint32_t* p) {
+    vu x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void store_cells(float* p, vf x) { store(p, x); }
+inline void store_cells(uint32_t* p, vu x) { std::memcpy(p, &x, sizeof x); }
+
+// B = W^T of a row-major W[n, k] in panels; columns n .. n_padded are zero.
+template <class P>
+inline void pack_transposed(const float* w, int64_t ldw, int n, int k, int n_padded, typename P::cell* out) {
+    for (int j = 0; j < n_padded; j += VL)
+        for (int t = 0; t < k; t += P::NUMBERS)
+            for (int i = 0; i < VL; i++) {
+                const float* from = w + (j + i) * ldw + t;
+                const bool inside = j + i < n, two = inside && t + 1 < k;
+                *out++ = P::pack(inside ? from[0] : 0.0f, two ? from[1] : 0.0f);
+            }
+}
+
+// B = row-major W[k, n] in panels of `k_total` rows; columns n .. n_padded are zero.
+template <class P>
+inline void pack_rows(const float* w, int64_t ldw, int k, int n, int n_padded, int k_total, typename P::cell* out) {
+    for (int j = 0; j < n_padded; j += VL, out += int64_t(cells_of<P>(k_total)) * VL)
+        for (int t = 0; t < k; t += P::NUMBERS)
+            for (int i = 0; i < VL; i++) {
+                const float* from = w + t * ldw + j + i;
+                const bool inside = j + i < n, two = inside && t + 1 < k;
+                out[t / P::NUMBERS * VL + i] = P::pack(inside ? from[0] : 0.0f, two ? from[ldw] : 0.0f);
+            }
+}
+
+// x[rows, width] (width a multiple of VL) stacked to cells, with `row` and `panel` cells from one cell's row and
+// from one VL of columns to the next: both layouts of a weight gradient's operands.
+template <class P>
+inline void stack(int rows, int width, const float* x, int64_t row, int64_t panel, typename P::cell* out) {
+    for (int t = 0; t < rows; t += P::NUMBERS, out += row)
+        for (int j = 0; j < width; j += VL) {
+            const float* from = x + int64_t(t) * width + j;
+            store_cells(out + j / VL * panel, P::pack(load(from), t + 1 < rows ? load(from + width) : all(0)));
+        }
+}
+
+// x[rows, width] as an operand's rows, of which `k` numbers count; `room` for as many floats as x has.
+inline const float* as_rows(F32, int, int, int, const float* x, float*) { return x; }
+inline const uint32_t* as_rows(BF16, int rows, int width, int k, const float* x, float* room) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(room);
+    for (int i = 0; i < rows; i++, x += width, out += width) {
+        for (int j = 0; j < k; j += VL) {
+            typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+            const halves narrow = __builtin_convertvector(BF16::pack(load(x + j), all(0)), halves);
+            std::memcpy(out + j, &narrow, sizeof narrow);
+        }
+        if (k % 2) out[k] = 0;  // the other half of the last cell
+    }
+    return reinterpret_cast<const uint32_t*>(room);
+}
+
+}  // namespace
