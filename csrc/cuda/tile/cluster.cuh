@@ -25,12 +25,13 @@ __device__ __forceinline__ int cluster_size() {
 #endif
 }
 
-// Orders memory, shared and device, among all threads of the cluster. Section 9.7.13.3 (barrier.cluster).
+// Orders memory, shared and device, among all threads of the cluster; lanes may come one by one. Section 9.7.13.3
+// (barrier.cluster).
 __device__ __forceinline__ void sync_cluster() {
 #if defined(SHIFT_EMULATE)
     emulation::sync_cluster();
 #else
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
