@@ -51,11 +51,13 @@ $(VENV)/constraints.txt: constraints.txt
 	@grep -v '^torch==' constraints.txt >> $@.new
 	@mv $@.new $@
 
-$(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
-	$(PIP) "setuptools>=77" ninja
+$(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py build_native.py \
+    $(wildcard csrc/*/* csrc/*/*/*)
+	$(PIP) "setuptools>=77"
 	$(PIP) $(HERE) ".[train,plots]"
 	@touch $@
 
+# The tests also hold the CUDA kernels to the chip's limits, so here they are compiled without a GPU, too.
 $(VENV)/dev.stamp: $(VENV)/train.stamp
-	$(PIP) $(HERE) ".[dev]"
+	CUDA_ARCHS="$${CUDA_ARCHS-default}" $(PIP) $(HERE) ".[dev]"
 	@touch $@

@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shift_kernels import LoopedBlock
+from shift_kernels import BlockSpec, LoopedBlock, reference
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by the library."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def sdpa_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of every position to every other by the library."""
-    return F.scaled_dot_product_attention(q, k, v)
+def sdpa(causal: bool = True) -> Attend:
+    """Attention by the library."""
+    return functools.partial(F.scaled_dot_product_attention, is_causal=causal)
 
 
 class PlainBlock(torch.nn.Module):
-    """A pre-norm layernorm block of one layer with injection, sharing the weights of ``block``.
+    """A pre-norm layernorm block with injection, sharing the weights of ``block``.
 
     Args:
         block: with gelu or gelu_tanh, with or without a norm in the loop.
         attend: q, k, v [batch, n_heads, seq_len, head_dim] -> the same; default: the library's.
     """
 
-    def __init__(
-        self, block: LoopedBlock, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, block: LoopedBlock, attend: Attend | None = None) -> None:
         super().__init__()
-        spec = block.spec
-        self.layer = block.layers.get_submodule("0")
-        self.loop_norm = block.loop_norm if spec.loop_norm else None
-        self.heads, self.approximate = spec.n_heads, "tanh" if spec.activation == "gelu_tanh" else "none"
-        self.attend = attend or (sdpa if spec.causal else sdpa_of_all)
+        self.layers, self.spec = block.layers, block.spec
+        self.loop_norm = block.loop_norm if self.spec.loop_norm else None
+        self.attend = attend or sdpa(self.spec.causal)
 
     def body(self, x: Tensor) -> Tensor:
         """One loop."""
-        p = self.layer
-        y = F.layer_norm(x, x.shape[-1:], p.norm1.weight, p.norm1.bias)
-        qkv = F.linear(y, p.self_attn.in_proj_weight, p.self_attn.in_proj_bias)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-        o = self.attend(q, k, v).transpose(1, 2).flatten(-2)
-        x = x + F.linear(o, p.self_attn.out_proj.weight, p.self_attn.out_proj.bias)
-        y = F.layer_norm(x, x.shape[-1:], p.norm2.weight, p.norm2.bias)
-        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias), approximate=self.approximate)
-        x = x + F.linear(y, p.linear2.weight, p.linear2.bias)
+        for p in self.layers.children():
+            x = self.layer(p, x)
         if self.loop_norm is not None:
             x = F.layer_norm(x, x.shape[-1:], self.loop_norm.weight, self.loop_norm.bias)
         return x
+
+    def layer(self, p: Any, x: Tensor) -> Tensor:
+        x = x + self.attention(p, F.layer_norm(x, x.shape[-1:], p.norm1.weight, p.norm1.bias))
+        y = F.layer_norm(x, x.shape[-1:], p.norm2.weight, p.norm2.bias)
+        approximate = "tanh" if self.spec.activation == "gelu_tanh" else "none"
+        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias), approximate=approximate)
+        return x + F.linear(y, p.linear2.weight, p.linear2.bias)
+
+    def attention(self, p: Any, x: Tensor) -> Tensor:
+        bias = (p.self_attn.in_proj_bias, p.self_attn.out_proj.bias) if self.spec.bias else (None, None)
+        qkv = F.linear(x, p.self_attn.in_proj_weight, bias[0])
+        q, k, v = (t.unflatten(-1, (self.spec.n_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+        o = self.attend(*self.positioned(q, k), v).transpose(1, 2).flatten(-2)
+        return F.linear(o, p.self_attn.out_proj.weight, bias[1])
+
+    def positioned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys with what tells their positions: nothing."""
+        return q, k
 
     def compile(self, mode: str | None = None) -> PlainBlock:  # type: ignore[override]
         """Compile the body, not the loop: unrolled T times it takes minutes, and again for every T."""
@@ -70,3 +76,30 @@ class PlainBlock(torch.nn.Module):
         for _ in range(n_loops):
             h = self.body(h + e)
         return h
+
+
+class PlainTrmBlock(PlainBlock):
+    """With post-norm rmsnorm, swiglu, rotary positions and no biases, as Tiny Recursive Models have it."""
+
+    def layer(self, p: Any, x: Tensor) -> Tensor:
+        eps = self.spec.norm_eps
+        x = F.rms_norm(x + self.attention(p, x), x.shape[-1:], p.norm1.weight, eps)
+        gate, value = F.linear(x, p.linear1.weight).chunk(2, -1)
+        y = F.linear(F.silu(gate) * value, p.linear2.weight)
+        return F.rms_norm(x + y, x.shape[-1:], p.norm2.weight, eps)
+
+    def positioned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rotate(q, self.table), reference.rotate(k, self.table)
+
+    def forward(self, e: Tensor, n_loops: int) -> Tensor:
+        self.table = _rotary_table(e.shape[1], self.spec, e.device, e.dtype)
+        return super().forward(e, n_loops)
+
+
+@functools.lru_cache
+def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return reference.rotary_table(seq_len, spec, device).to(dtype)
+
+
+PLAIN = {"gpt": PlainBlock, "trm": PlainTrmBlock}
+"""By the kind of a case of benchmarks/gpu/cases.py."""

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shift_kernels import native, reference
+from shift_kernels import reference
+from shift_kernels.native import block
+from shift_kernels.native import cpu as native
 from shift_kernels.problem import Problem
-from shift_kernels.spec import ACTIVATIONS, NORMS, PLACEMENTS, BlockSpec
+from shift_kernels.spec import BlockSpec
 
 NAME = "cpu"
 SAVES = True
@@ -38,17 +40,6 @@ DTYPES = (
     (torch.bfloat16, torch.bfloat16),
 )
 """Of e and of the matrix products' operands. Residual stream, attention and all sums are float32."""
-# The order of `enum Weight` in csrc/cpu/call.h.
-_LAYER_WEIGHTS = (
-    *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
-    *("self_attn.out_proj.weight", "self_attn.out_proj.bias"),
-    *("norm1.weight", "norm1.bias", "norm1_post.weight", "norm1_post.bias"),
-    *("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"),
-    *("norm2.weight", "norm2.bias", "norm2_post.weight", "norm2_post.bias"),
-)
-
-
-_SPEC_FIELDS = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff", "causal", "loop_norm")
 
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
@@ -173,7 +164,7 @@ def backward(
     grad_h = grad_h.to(torch.float32).contiguous()
     grad_e = torch.zeros(e.shape)
     grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
-    addresses = _addresses(grads, spec)
+    addresses = block.addresses(grads, spec)
     _set_saved(call, saved)
     call.grad_out = grad_h.data_ptr()
     call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
@@ -205,31 +196,24 @@ def _call(
     bf16 = (compute_dtype or e.dtype) == torch.bfloat16
     e = e.to(torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
-    addresses = _addresses(values, spec)
+    addresses = block.addresses(values, spec)
     call = native.Call(
         batch=batch,
         seq_len=seq_len,
         most_loops=int(loops.max()) if isinstance(n_loops, Tensor) else n_loops,
         n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
         n_threads=torch.get_num_threads(),
-        activation=ACTIVATIONS.index(spec.activation),
-        norm=NORMS.index(spec.norm),
-        placement=PLACEMENTS.index(spec.norm_placement),
-        rope=rotary is not None,
-        injection=spec.injection == "add",
         return_all=return_all_loops,
         n_grad_loops=n_grad_loops or 0,
         halting=halt_threshold is not None,
         halt_threshold=halt_threshold or 0.0,
         bf16=bf16,
-        eps=spec.norm_eps,
-        residual_scale=spec.residual_scale,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
         rotary=None if rotary is None else rotary.data_ptr(),
         weights=ctypes.addressof(addresses),
-        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
+        **block.options(spec),
     )
     return call, (e, loops, lengths, rotary, values, addresses)
 
@@ -258,11 +242,3 @@ def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
     for x in saved:
         assert x.is_contiguous()
         setattr(call, "kept" if x.ndim == 2 else "boundaries", x.data_ptr())
-
-
-def _addresses(tensors: dict[str, Tensor], spec: BlockSpec) -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses in the order of csrc/cpu/call.h, null where the block has no such weight."""
-    names = [f"layers.{i}.{name}" for i in range(spec.n_layers) for name in _LAYER_WEIGHTS]
-    names += ["loop_norm.weight", "loop_norm.bias"]
-    found = [tensors[name].data_ptr() if name in tensors else None for name in names]
-    return (ctypes.c_void_p * len(found))(*found)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from shift_kernels import cpu_backend, torch_backend, triton_backend
+from shift_kernels import cpu_backend, cuda_backend, torch_backend, triton_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
@@ -18,7 +18,7 @@ from shift_kernels.spec import BlockSpec
 # unavailable, meant_for, refusal, how (in a phrase), saved_bytes, forward, backward, and SAVES: if true,
 # forward returns tensors for backward and saved_like(e, spec, n_loops, compute_dtype) gives their shapes.
 # ONLY_BY_NAME: why "auto" leaves it alone, or None.
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, cpu_backend, torch_backend)
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, cuda_backend, cpu_backend, torch_backend)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import shift_kernels
-from shift_kernels import native
+from shift_kernels.native import cpu, cuda
 
 
 def report() -> str:
@@ -25,7 +25,8 @@ def report() -> str:
         ("triton", _version("triton")),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
-        ("cpu library", native.load()[1]),
+        ("cpu library", cpu.load()[1]),
+        ("cuda library", cuda.load()[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels.problem import Problem
+from shift_kernels.ragged import without_pads
 from shift_kernels.spec import BlockSpec
 from shift_kernels.triton import resident_plan
 
@@ -235,7 +236,7 @@ def backward(
     programs = tile.programs(batch, seq_len)
     dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
     if not return_all_loops:
-        dh += _without_pads(grad_h, seq_lens)
+        dh += without_pads(grad_h, seq_lens)
     de = torch.zeros_like(dh) if tile.inject else dh
     packed = pack(weights, spec, tile, seq_len, compute_dtype)
     vectors = dh.new_zeros(programs, *packed.vectors.shape)
@@ -304,14 +305,6 @@ class WeightGradients:
             first = taken.stop
         for total, name in zip(self.outputs, ("dy", "dy2"), strict=False):
             total += operand[name].sum(1, dtype=torch.float32)
-
-
-def _without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:
-    """x [batch, seq_len, d_model] with zeros at pads, where it may hold anything."""
-    if seq_lens is None:
-        return x
-    pad = torch.arange(x.shape[1], device=x.device) >= seq_lens.to(x.device)[:, None]
-    return x.masked_fill(pad[..., None], 0)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:

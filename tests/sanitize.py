@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
-from setup import build_cpu_library, compiler  # noqa: E402
+from build_native import build_cpu_library, compiler  # noqa: E402
 
 
 def runtime(name: str) -> str:

@@ -21,9 +21,9 @@ from shift_kernels import (
     backends,
     cpu_backend,
     explain,
-    native,
     reference,
 )
+from shift_kernels.native import cpu as native
 
 available = cpu_backend.unavailable() is None
 needs_library = pytest.mark.skipif(not available, reason=f"cpu backend {cpu_backend.unavailable()}")

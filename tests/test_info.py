@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from shift_kernels import backends, native
+from shift_kernels import backends
 from shift_kernels.info import report
+from shift_kernels.native import cpu as native
+from shift_kernels.native import cuda
 
 
 def test_report_names_versions_and_every_backend():
@@ -22,6 +24,12 @@ def test_report_says_how_the_cpu_library_was_built_and_what_it_uses():
     (line,) = (line for line in report().splitlines() if line.startswith("cpu library"))
     assert any(f"using {isa}" in line for isa in native.ISAS)
     assert "g++" in line or "clang" in line
+
+
+@pytest.mark.skipif(cuda.load()[0] is None, reason="needs the CUDA library")
+def test_report_says_for_what_the_cuda_library_was_built():
+    (line,) = (line for line in report().splitlines() if line.startswith("cuda library"))
+    assert all(arch in line for arch in ("nvcc", *cuda.load()[0].archs))
 
 
 def test_it_runs_as_a_module():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.baseline import PlainBlock, sdpa
+from benchmarks.baseline import PLAIN, sdpa
 from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
 from shift_kernels import BlockSpec, LoopedBlock, attention
 
@@ -28,22 +28,24 @@ CEILING_TFLOPS = {"NVIDIA H200": 790}
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return sdpa(q, k, v)
+        return sdpa()(q, k, v)
 
 
-def flex(seq_len: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flex(seq_len: int, causal: bool = True) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if not causal:
+        return flex_attention
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq_len, seq_len, device="cuda")
     return lambda q, k, v: flex_attention(q, k, v, block_mask=mask)
 
 
 def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Callable[[], Tensor]:
     """A call that runs the case once."""
-    n_loops = case.n_loops
-    if runner == "ours":
-        return lambda: block(e, n_loops, backend="triton")
+    n_loops, causal = case.n_loops, block.spec.causal
+    if runner in ("cuda", "triton"):
+        return lambda: block(e, n_loops, backend=runner)
     if runner == "streamed":
         return _streamed(e, block, n_loops)
-    plain = PlainBlock(block, flex(case.seq_len) if runner == "flex" else sdpa)
+    plain = PLAIN[case.kind](block, flex(case.seq_len, causal) if runner == "flex" else sdpa(causal))
     if runner in ("compile", "flex", "max-autotune"):
         plain.compile("max-autotune-no-cudagraphs" if runner == "max-autotune" else None)
     return lambda: plain(e, n_loops)
@@ -83,9 +85,9 @@ def attention_call(case: Attention, runner: str, qkv: list[Tensor]) -> Callable[
     if runner == "flex":
         compiled = torch.compile(flex(case.seq_len))
         return lambda: compiled(*qkv)
-    if runner == "ours":
+    if runner == "triton":
         return lambda: attention(*qkv, causal=True, backend="triton")
-    return lambda: {"sdpa": sdpa, "flash": flash}[runner](*qkv)
+    return lambda: {"sdpa": sdpa(), "flash": flash}[runner](*qkv)
 
 
 def measure(case: Block | Attention, runner: str, direction: str) -> tuple[list[float], int | None]:
@@ -93,8 +95,7 @@ def measure(case: Block | Attention, runner: str, direction: str) -> tuple[list[
     torch.manual_seed(0)
     new = dict(device="cuda", dtype=torch.bfloat16)
     if isinstance(case, Block):
-        spec = BlockSpec(d_model=case.d_model, n_heads=case.n_heads, injection="add")
-        block = LoopedBlock(spec, **new)
+        block = LoopedBlock(BlockSpec(**case.options), **new)
         e = torch.randn(case.batch, case.seq_len, case.d_model, **new).requires_grad_()
         call, inputs = block_call(case, runner, e, block), [e, *block.parameters()]
     else:
@@ -121,8 +122,8 @@ def measure(case: Block | Attention, runner: str, direction: str) -> tuple[list[
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        return _times(graph.replay), kept
-    return _times(step), kept
+        return times(graph.replay), kept
+    return times(step), kept
 
 
 def _kept(call: Callable[[], Tensor]) -> int:
@@ -131,17 +132,18 @@ def _kept(call: Callable[[], Tensor]) -> int:
     return torch.cuda.memory_allocated() - before - out.nbytes
 
 
-def _times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
-    times: list[float] = []
+def times(step: Callable[[], object], seconds: float = SECONDS_A_RUNNER) -> list[float]:
+    """Times of calls in ms."""
+    found: list[float] = []
     start = time.monotonic()
-    while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.monotonic() - start < seconds):
+    while len(found) < ROUNDS[0] or (len(found) < ROUNDS[1] and time.monotonic() - start < seconds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
+        found.append(begin.elapsed_time(end))
+    return found
 
 
 def floor_ms(case: Block | Attention, direction: str) -> float | None:

@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+# BlockSpec's options, by kind. gpt: pre-norm, layernorm, causal, gelu, MLP 4 d_model. trm: the block of Tiny
+# Recursive Models and HRM at their d_model of 512, MLP 8/3 d_model to the next multiple of 256.
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt": dict(injection="add"),
+    "trm": dict(
+        n_layers=2,
+        d_ff=1536,
+        norm="rmsnorm",
+        norm_placement="post",
+        activation="swiglu",
+        causal=False,
+        position="rope",
+        bias=False,
+        injection="add",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A looped block: bf16, pre-norm, causal, MLP 4 d_model, injection."""
+    """A looped block of a kind, bf16."""
 
     batch: int
     seq_len: int
     d_model: int
     n_heads: int
     n_loops: int
+    kind: str = "gpt"
 
     @property
     def name(self) -> str:
-        return f"block-b{self.batch}-n{self.seq_len}-d{self.d_model}-h{self.n_heads}-T{self.n_loops}"
+        head = "block" if self.kind == "gpt" else self.kind
+        return f"{head}-b{self.batch}-n{self.seq_len}-d{self.d_model}-h{self.n_heads}-T{self.n_loops}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of BlockSpec."""
+        return dict(d_model=self.d_model, n_heads=self.n_heads) | KINDS[self.kind]
 
     @property
     def flops(self) -> int:
         """Forward matmul FLOPs: linear maps, and attention over all pairs."""
-        per_token = 24 * self.d_model**2 + 4 * self.seq_len * self.d_model
+        d, options = self.d_model, KINDS[self.kind]
+        mlp = (6 if options.get("activation") == "swiglu" else 4) * d * options.get("d_ff", 4 * d)
+        per_token = options.get("n_layers", 1) * (8 * d**2 + mlp + 4 * self.seq_len * d)
         return self.batch * self.seq_len * self.n_loops * per_token
 
 
@@ -50,6 +77,9 @@ BLOCKS = (
     Block(512, 64, 128, 4, 12),
     Block(256, 64, 256, 8, 12),
     Block(64, 64, 256, 8, 12),
+    Block(256, 97, 512, 8, 6, "trm"),
+    Block(64, 128, 512, 8, 8),
+    Block(64, 64, 1024, 16, 8),
     Block(128, 96, 512, 8, 8),
     Block(32, 512, 512, 8, 6),
     Block(8, 2048, 1024, 16, 4),
@@ -64,11 +94,11 @@ ATTENTIONS = (
 )
 CASES = {case.name: case for case in (*BLOCKS, *ATTENTIONS)}
 
-BLOCK_RUNNERS = ("ours", "streamed", "eager", "graphed", "compile", "max-autotune", "flex")
-ATTENTION_RUNNERS = ("ours", "sdpa", "flash", "flex")
+BLOCK_RUNNERS = ("cuda", "triton", "streamed", "eager", "graphed", "compile", "max-autotune", "flex")
+ATTENTION_RUNNERS = ("triton", "sdpa", "flash", "flex")
 DIRECTIONS = ("forward", "both")  # both: forward and backward
 
 
 def runners(case: Block | Attention) -> tuple[str, ...]:
-    """Who runs this case; the first is ours."""
+    """Who runs this case, ours first."""
     return BLOCK_RUNNERS if isinstance(case, Block) else ATTENTION_RUNNERS

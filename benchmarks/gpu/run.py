@@ -12,9 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import build_native
 from benchmarks.gpu import table
 from benchmarks.gpu.cases import CASES
 
+SANITIZERS = {"memcheck": "sanitize", "racecheck": "sanitize and cuda", "synccheck": "sanitize and cuda"}
+SLOPES = ("block-b512-n64-d128-h4-T12", "trm-b256-n97-d512-h8-T6")
 BUDGET_S = 520  # of the nine minutes, the rest is for starting and for the table
 
 
@@ -69,22 +72,27 @@ def gpu() -> str | None:
 
 
 def build(budget: Budget, out: Path) -> Step:
-    """The compiled backends, where there are sources and a compiler."""
-    if not Path("csrc").is_dir():
-        return Step("build", "skipped", "no csrc here", 0.0)
-    if shutil.which("nvcc") is None:
+    """The compiled backends, CUDA for this device alone, where there is a compiler."""
+    import torch
+
+    if build_native.nvcc() is None:
         return Step("build", "skipped", "no nvcc on PATH", 0.0)
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run("build", command, budget.share(1, 120), out / "build.txt")
+    arch = "sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
+    command = ["env", f"CUDA_ARCHS={arch}", sys.executable, "setup.py", "build_ext", "--inplace"]
+    return run("build", command, budget.share(1, 150), out / "build.txt")
 
 
-def sanitize(budget: Budget, out: Path) -> Step:
-    """compute-sanitizer over a small set of tests."""
+def sanitize(budget: Budget, out: Path) -> list[Step]:
+    """compute-sanitizer over few tests: every kernel's accesses, races and barriers of the CUDA kernels."""
     if shutil.which("compute-sanitizer") is None:
-        return Step("sanitizer", "skipped", "no compute-sanitizer on PATH", 0.0)
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-k", "sanitize"]
-    command = ["compute-sanitizer", "--error-exitcode", "1", *pytest, "-p", "no:cacheprovider"]
-    return run("sanitizer", command, budget.share(1, 60), out / "sanitizer.txt")
+        return [Step("sanitizer", "skipped", "no compute-sanitizer on PATH", 0.0)]
+    steps = []
+    for i, (tool, tests) in enumerate(SANITIZERS.items()):
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest, "-k", tests]
+        limit = budget.share(len(SANITIZERS) - i, 45)
+        steps.append(run(tool, command, limit, out / f"{tool}.txt"))
+    return steps
 
 
 def main() -> int:
@@ -102,12 +110,14 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "-rs"]
     steps = [build(budget, out)]
     steps.append(run("tests", pytest, budget.share(1, 150), out / "tests.txt"))
-    steps.append(sanitize(budget, out))
+    steps += sanitize(budget, out)
     for i, name in enumerate(CASES):
         command = [sys.executable, "-m", "benchmarks.gpu.bench", name]
-        limit = budget.share(len(CASES) - i, 90)
+        limit = budget.share(len(CASES) + 1 - i, 90)
         steps.append(run(name, command, limit, out / f"{name}.jsonl"))
         print(f"{name}: {steps[-1].outcome} {steps[-1].why}", flush=True)
+    slope = [sys.executable, "-m", "benchmarks.gpu.slope", *SLOPES]
+    steps.append(run("slope", slope, budget.share(1, 60), out / "slope.txt"))
     measurements = table.read(out)
     text = table.markdown(measurements)
     (out / "table.md").write_text(f"{device}\n\n{text}\n")

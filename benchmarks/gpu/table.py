@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-OURS = ("ours", "streamed")
+OURS = ("cuda", "triton", "streamed")
 COLUMNS = ("case", "direction", "runner", "median ms", "spread", "speed-up", "roofline", "kept MiB", "note")
 FIELDS = {"case", "runner", "direction", "times_ms", "kept_bytes", "floor_ms", "error"}
 

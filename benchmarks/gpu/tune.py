@@ -104,7 +104,7 @@ def tune_resident(case: Block) -> list[dict]:
         for config in itertools.starmap(tuned.Config, itertools.product((4, 8), (16, 32, 64), (1, 2, 3))):
             trial = chosen | {grad: config}
             with mock.patch.object(tuned, "config", lambda *_, grad, t=trial, **__: t[grad]):
-                time = _time(lambda d=direction: bench.measure(case, "ours", d)[0], timed=True)
+                time = _time(lambda d=direction: bench.measure(case, "triton", d)[0], timed=True)
             found.append(dict(case=case.name, direction=name, config=config) | time)
         lines += found
         best = min(found, key=lambda line: line["ms"] or float("inf"))

@@ -17,7 +17,8 @@ import torch
 import triton
 
 from benchmarks.offline import cases
-from benchmarks.offline.compiling import NAMES, SHARED_LIMIT, figures
+from benchmarks.offline.compiling import NAMES, figures
+from benchmarks.offline.limits import SHARED_LIMIT
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "triton.json"
 ROW_KERNELS = ("add_norm", "norm_backward", "activation", "rotate")

@@ -20,10 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels import triton_backend
 
-# Shared memory that a block may use, bytes (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MATMULS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 

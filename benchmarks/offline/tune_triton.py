@@ -19,7 +19,8 @@ import torch
 import triton
 
 from benchmarks.offline import cases
-from benchmarks.offline.compiling import SHARED_LIMIT, figures
+from benchmarks.offline.compiling import figures
+from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels.triton import resident_plan, tuned
 
 WARPS, CHUNKS = (4, 8), (16, 32, 64)  # 16 warps leave 128 registers a thread: every tile spilled more

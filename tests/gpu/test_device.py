@@ -1,11 +1,14 @@
-"""The contract once more, on a CUDA device: attention and the looped block in three dtypes."""
+"""The contract once more, on a CUDA device: attention, and the looped block by every backend for a GPU."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
 
-from shift_kernels import BlockSpec, LoopedBlock, attention, reference
+from benchmarks.gpu.cases import Block
+from shift_kernels import BlockSpec, LoopedBlock, attention, backends, dispatch, reference
+from shift_kernels.problem import Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +28,8 @@ def close(ours, same, exact, dtype):
 def with_gradients(function, inputs, grad):
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    grads = torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True, materialize_grads=True)
+    return out.detach(), *grads
 
 
 ATTENTIONS = {  # batch, heads, kv_heads, seq_len, head_dim
@@ -56,39 +60,64 @@ def test_attention_is_right(shape, causal, ragged, dtype):
 
 
 BLOCKS = {
-    "sanitize": dict(d_model=16, n_heads=4),
-    "resident": dict(d_model=64, n_heads=4, injection="add"),
+    "sanitize": dict(d_model=64, n_heads=4, injection="add"),
+    "odd": dict(d_model=16, n_heads=4),
     "swiglu, rms, rotary": dict(
         d_model=128, n_heads=4, n_kv_heads=2, activation="swiglu", norm="rmsnorm", position="rope"
     ),
     "post-norm": dict(d_model=64, n_heads=4, norm_placement="post", loop_norm=True),
+    "sandwich": dict(d_model=64, n_heads=2, norm_placement="sandwich", residual_scale=0.5, causal=False),
+    "attention only": dict(d_model=64, n_heads=2, d_ff=0, norm="none"),
+    "trm": Block(1, 33, 512, 8, 3, "trm").options,
 }
+CALLS = {
+    "whole": {},
+    "own loops and lengths": dict(
+        n_loops=torch.tensor([3, 2, 0, 1, 2]), seq_lens=torch.tensor([33, 0, 1, 20, 32])
+    ),
+    "every loop, truncated": dict(return_all_loops=True, n_grad_loops=2),
+}
+BACKENDS = {name: dispatch.module_of(name) for name in ("cuda", "triton")}
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+def needs(backend, spec, seq_len, dtype):
+    """Skip what the backend does not serve, with its reason."""
+    problem = Problem(spec, 1, seq_len, dtype, dtype, torch.device("cuda"), True)
+    module = BACKENDS[backend]
+    if reason := module.unavailable() or module.meant_for(problem) or module.refusal(problem):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_library_serves_this_device():
+    assert backends()["cuda"] == "available"
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "own loops and lengths"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
-def test_looped_block_is_right(options, ragged, dtype):
+def test_looped_block_is_right(options, call, dtype, backend):
     torch.manual_seed(0)
     block = LoopedBlock(BlockSpec(**options), device="cuda")
+    needs(backend, block.spec, 33, dtype)
     e = torch.randn(5, 33, options["d_model"], device="cuda").to(dtype)
-    grad = torch.randn_like(e)
     names, weights = zip(*block.weights().items(), strict=True)
-    lens = torch.tensor([33, 0, 1, 20, 32], device="cuda") if ragged else None
-    loops = torch.tensor([3, 2, 0, 1, 2], device="cuda") if ragged else 3
+    call = {"n_loops": 3} | {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    grad = torch.randn_like(block(e.float(), **call, backend="torch"))
 
     def run(backend, dtype):
-        def call(e, *w):
-            module = dict(zip(names, w, strict=True))
+        def looped(e, *w):
             return torch.func.functional_call(
-                block, module, (e, loops), dict(seq_lens=lens, backend=backend)
-            )  # fmt: skip
+                block, dict(zip(names, w, strict=True)), e, {**call, "backend": backend}
+            )
 
-        return with_gradients(call, [e.to(dtype), *(w.to(dtype) for w in weights)], grad)
+        return with_gradients(looped, [e.to(dtype), *(w.to(dtype) for w in weights)], grad)
 
     # The exact weights are those that the dtype can hold.
     weights = [w.detach().to(dtype) for w in weights]
-    close(run("triton", dtype), run("torch", dtype), run("torch", torch.float64), dtype)
+    close(run(backend, dtype), run("torch", dtype), run("torch", torch.float64), dtype)
 
 
 @pytest.fixture
@@ -101,11 +130,13 @@ def training():
     return block, e, [e, *block.parameters()]
 
 
-def test_two_hundred_calls_give_the_same_bits(training):
+@every_backend
+def test_two_hundred_calls_give_the_same_bits(training, backend):
     block, e, inputs = training
-    first = torch.autograd.grad(block(e, 4, backend="triton").float().square().sum(), inputs)
+    needs(backend, block.spec, e.shape[1], e.dtype)
+    first = torch.autograd.grad(block(e, 4, backend=backend).float().square().sum(), inputs)
     for _ in range(200):
-        again = torch.autograd.grad(block(e, 4, backend="triton").float().square().sum(), inputs)
+        again = torch.autograd.grad(block(e, 4, backend=backend).float().square().sum(), inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -117,10 +148,12 @@ def test_two_hundred_attentions_give_the_same_bits():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_two_thousand_steps_leave_no_memory_behind(training):
+@every_backend
+def test_two_thousand_steps_leave_no_memory_behind(training, backend):
     block, e, inputs = training
+    needs(backend, block.spec, e.shape[1], e.dtype)
     for step in range(2000):
-        torch.autograd.grad(block(e, 1 + step % 4, backend="triton").float().square().sum(), inputs)
+        torch.autograd.grad(block(e, 1 + step % 4, backend=backend).float().square().sum(), inputs)
         if step == 20:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -128,20 +161,25 @@ def test_two_thousand_steps_leave_no_memory_behind(training):
     assert torch.cuda.memory_allocated() <= before
 
 
-def test_compiled_model_runs_without_a_graph_break(training):
+@every_backend
+def test_compiled_model_runs_without_a_graph_break(training, backend):
     block, e, _ = training
-    compiled = torch.compile(lambda e, n: block(e, n, backend="triton").sin(), fullgraph=True)
+    needs(backend, block.spec, e.shape[1], e.dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda e, n: block(e, n, backend=backend).sin(), fullgraph=True)
     for n in (1, 3):
         torch.testing.assert_close(
             compiled(e, torch.tensor(n)), block(e, n, backend="torch").sin(), rtol=2e-2, atol=2e-2
         )
 
 
-def test_float32_parameters_under_bf16_autocast_keep_the_residual_stream_in_float32():
+@every_backend
+def test_float32_parameters_under_bf16_autocast_keep_the_residual_stream_in_float32(backend):
     torch.manual_seed(0)
     block = LoopedBlock(BlockSpec(d_model=64, n_heads=4), device="cuda")
+    needs(backend, block.spec, 16, torch.bfloat16)
     e = torch.randn(4, 16, 64, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        ours, same = block(e, 3, backend="triton"), block(e, 3, backend="torch")
+        ours, same = block(e, 3, backend=backend), block(e, 3, backend="torch")
     assert ours.dtype == torch.float32
     close([ours], [same], [block(e, 3, backend="torch")], torch.bfloat16)

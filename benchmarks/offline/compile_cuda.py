@@ -1,0 +1,108 @@
+"""Registers, spills and shared memory of every CUDA kernel; what the planner gives the timed blocks. No GPU.
+
+python -m benchmarks.offline.compile_cuda            # builds what is not built yet -> JSON
+
+ptxas reports while it compiles (build_native.py keeps what it said beside each object), the planner is asked
+through the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import build_native
+from benchmarks.gpu.cases import BLOCKS
+from benchmarks.offline.limits import SHARED_LIMIT
+from shift_kernels import BlockSpec, cuda_backend
+from shift_kernels.native import cuda
+
+RESULTS = Path(__file__).parents[1] / "results" / "offline" / "cuda.json"
+N_SMS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM)
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)a?'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill l.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)(?P<callees>(?:(?!Compiling entry).)*)",
+    re.DOTALL,
+)
+
+
+def build() -> Path:
+    """The library for the default architectures, compiled again only where something has changed."""
+    library = build_native.SCRATCH / "offline" / "libshift_cuda.so"
+    build_native.build_cuda_library(library, archs=build_native.CUDA_ARCHS.split())
+    return library
+
+
+def kernels() -> list[dict[str, Any]]:
+    """What ptxas said of every kernel on every architecture, of the last build."""
+    logs = [build_native.SCRATCH / "cuda" / f"{source.stem}.log" for source in build_native.cuda_sources()]
+    sources = [(log.stem, match) for log in logs for match in _REPORT.finditer(log.read_text())]
+    found = [match for _, match in sources]
+    command = ["c++filt", *(match["name"] for match in found)]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [
+        {"source": source} | _kernel(match, name)
+        for (source, match), name in zip(sources, names, strict=True)
+    ]
+
+
+def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
+    """Spills are the kernel's own and those of the functions that it calls, once each."""
+    shared = re.search(r"(\d+) bytes smem", match["rest"])
+    stack = re.search(r"(\d+) bytes cumulative stack", match["rest"])
+    spills = [match.group("stores", "loads")]
+    spills += re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", match["callees"])
+    return {
+        "kernel": re.sub(r"^void |\w+::|\(.*", "", name),
+        "sm": int(match["sm"]),
+        "registers": int(match["registers"]),
+        "spill_stores": sum(int(stores) for stores, _ in spills),
+        "spill_loads": sum(int(loads) for _, loads in spills),
+        "stack": int(stack[1] if stack else match["stack"]),
+        "static_shared": int(shared[1]) if shared else 0,
+    }
+
+
+def plans(library: cuda.Library) -> Iterator[dict[str, Any]]:
+    """The planner's answer for every timed block, forward and backward."""
+    for sm in N_SMS:
+        for case in BLOCKS:
+            for backward in (False, True):
+                call = cuda_backend.sizes(
+                    BlockSpec(**case.options),
+                    case.batch,
+                    case.seq_len,
+                    torch.bfloat16,
+                    torch.bfloat16,
+                    cuda_backend.Limits(SHARED_LIMIT[sm], N_SMS[sm], sm90a=sm == 90),
+                )
+                plan = library.plan(call, backward=backward)
+                row = {"case": case.name, "direction": "backward" if backward else "forward", "sm": sm}
+                reason = library.reason(plan)
+                numbers = {name: getattr(plan, name) for name, _ in plan._fields_[1:]}
+                yield row | (numbers if reason is None else {"refused": reason})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    library, status = cuda.load(build())
+    assert library is not None, status
+    found = {"built": status, "kernels": kernels(), "plans": list(plans(library))}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+// Self-attention of the rows, `kv_heads` key/value heads (with all their query heads) at a time:
+//
+//     [q | k | v] = xn Wqkv^T + b          rotated in registers, to work
+//     o = softmax(q k^T / sqrt(hd)) v      over each row's span of keys, to work in place of q
+//     tile += scale (o Wo^T + b)
+//
+// Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time, with a running maximum.
+#pragma once
+#include "matmul.cuh"
+
+namespace shift_cuda {
+
+// Columns of the heads in a round's [rows, round_columns] of work: q heads, k heads, v heads.
+struct Round {
+    int first_query_column;  // of the round in [n_heads head_dim]
+    int kv_heads, queries, head_dim, columns, ld;
+    int group;
+    template <class T>
+    __device__ Round(const Program<T>& p, int round)
+        : kv_heads(int(p.p().kv_heads)), head_dim(int(p.c().head_dim)), group(int(query_group(p.c()))) {
+        queries = kv_heads * group;
+        first_query_column = round * queries * head_dim;
+        columns = (queries + 2 * kv_heads) * head_dim;
+        ld = columns + int(PAD);
+    }
+    __device__ int q(int head) const { return head * head_dim; }
+    __device__ int k(int kv_head) const { return (queries + kv_head) * head_dim; }
+    __device__ int v(int kv_head) const { return (queries + kv_heads + kv_head) * head_dim; }
+};
+
+// Turns the pair (x, y) of a head's halves by the angle of the row's position; back: by the opposite angle.
+template <class T>
+__device__ inline void rotate(const Program<T>& p, int row, int column_in_head, bool back, float2& x, float2& y) {
+    const int half = int(p.c().head_dim) / 2, n = int(p.c().seq_len);
+    const float* at = p.c().rotary + row % n * half + column_in_head / 16 * 8 + column_in_head % 8;
+    const float2 cos = load<float2>(at);
+    float2 sin = load<float2>(at + n * half);
+    if (back) sin = make_float2(-sin.x, -sin.y);
+    const float2 a = x, b = y;
+    x = make_float2(a.x * cos.x - b.x * sin.x, a.y * cos.y - b.y * sin.y);
+    y = make_float2(b.x * cos.x + a.x * sin.x, b.y * cos.y + a.y * sin.y);
+}
+
+// A round's Wqkv, for the product before it.
+template <class T>
+__device__ inline Ahead<T> qkv_ahead(const Program<T>& p, const Weights<T>& w, int round) {
+    const Round of(p, round);
+    return {w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d()};
+}
+
+template <class T>
+__device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round,
+                                   Ahead<T> ahead = {}) {
+    const Round of(p, round);
+    const float* bias = w.qkv_bias() + round * of.columns;
+    const int turned = p.c().rope ? of.v(0) : 0;  // columns of q and k
+    multiply<false>(p, xn, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d(),
+                    [&](int r, int j, float2 x, float2 y) {
+                        const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);
+                        x = make_float2(x.x + bx.x, x.y + bx.y);
+                        y = make_float2(y.x + by.x, y.y + by.y);
+                        if (j < turned) rotate(p, r, j % of.head_dim, false, x, y);
+                        store(p.work() + r * of.ld + j, pack<T>(x.x, x.y));
+                        store(p.work() + r * of.ld + j + 8, pack<T>(y.x, y.y));
+                    },
+                    ahead);
+}
+
+// The keys that any of 16 rows sees, rounded to whole blocks of 16 at the low end. Spans of pads are empty.
+template <class T>
+__device__ inline void span_of_16(const Program<T>& p, int row0, int& low, int& high) {
+    const int r = row0 + lane() % 16;
+    low = int(-max_over_lanes<16>(-float(p.low()[r]))) / 16 * 16;
+    high = int(max_over_lanes<16>(float(p.high()[r])));
+}
+
+// c [16, 16] = a b^T over a head's columns; a and b are rows of work.
+template <class T>
+__device__ inline void scores_16(float (&c)[2][4], const T* a, const T* b, int lda, int ldb, int head_dim) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[0][i] = c[1][i] = 0.0f;
+#pragma unroll 1
+    for (int k = 0; k < head_dim; k += 16) {
+        uint32_t fa[4], fb[4];
+        load_a(fa, a + k, lda);
+        load_b(fb, b + k, ldb);
+        mma_16<T>(c[0], c[1], fa, fb);
+    }
+}
+
+// [16, 16] accumulators as the left operand of the next product.
+template <class T>
+__device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
+    a[0] = pack<T>(c[0][0], c[0][1]), a[1] = pack<T>(c[0][2], c[0][3]);
+    a[2] = pack<T>(c[1][0], c[1][1]), a[3] = pack<T>(c[1][2], c[1][3]);
+}
+
+// One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
+// rest(row, normaliser in base 2).
+template <class T, class Out, class Rest>
+__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out,
+                                            Rest rest) {
+    constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
+    const T* q = p.work() + row0 * of.ld + of.q(head);
+    const T* k = p.work() + of.k(head / of.group);
+    const T* v = p.work() + of.v(head / of.group);
+    const float scale = LOG2_E / sqrtf(float(of.head_dim));
+    const int r[2] = {row0 + lane() / 4, row0 + lane() / 4 + 8};
+    const int low[2] = {p.low()[r[0]], p.low()[r[1]]}, high[2] = {p.high()[r[0]], p.high()[r[1]]};
+    float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    int begin, end;
+    span_of_16(p, row0, begin, end);
+#pragma unroll 1
+    for (int key = begin; key < end; key += 16) {
+        float s[2][4], factor[2];
+        scores_16(s, q, k + key * of.ld, of.ld, of.ld, of.head_dim);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {  // the two rows of this thread
+            float most = top[h];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+                float& x = s[i / 2][2 * h + i % 2];
+                x = low[h] <= at && at < high[h] ? x * scale : -INFINITY;
+                most = fmaxf(most, x);
+            }
+            most = max_over_lanes<4>(most);
+            const float base = most == -INFINITY ? 0.0f : most;
+            factor[h] = exp2_approx(top[h] - base);
+            top[h] = most;
+            total[h] *= factor[h];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& x = s[i / 2][2 * h + i % 2];
+                x = exp2_approx(x - base);
+                total[h] += x;
+            }
+        }
+        uint32_t fp[4];
+        as_left<T>(fp, s);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            if (16 * b < of.head_dim) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
+                uint32_t fv[4];
+                load_b_rows_along_n(fv, v + key * of.ld + 16 * b, of.ld);
+                mma_16<T>(o[b][0], o[b][1], fp, fv);
+            }
+    }
+    sync_warp();  // all lanes have read q, which out may overwrite
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        total[h] = sum_over_lanes<4>(total[h]);
+        const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;  // a pad sees nothing, and gets 0
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            if (16 * b < of.head_dim) {
+                const float(&x)[4] = o[b][0];
+                const float(&y)[4] = o[b][1];
+                out(r[h], 16 * b + lane() % 4 * 2, make_float2(x[2 * h] * share, x[2 * h + 1] * share),
+                    make_float2(y[2 * h] * share, y[2 * h + 1] * share));
+            }
+        rest(r[h], total[h] > 0.0f ? top[h] + log2f(total[h]) : INFINITY);
+    }
+}
+
+// tile += scale self_attention(xn). after: the weights of the product that follows.
+template <class T>
+__device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
+    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
+    for (int round = 0; round < rounds; round++) {
+        const Round of(p, round);
+        const Ahead<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
+        project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
+        p.sync();
+        for (int i = warp(); i < of.queries * (p.rows() / 16); i += p.warps()) {
+            const int head = i % of.queries, row0 = i / of.queries * 16;
+            const auto to_work = [&](int r, int j, float2 x, float2 y) {
+                store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
+                store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(y.x, y.y));
+            };
+            attend_16(p, of, head, row0, to_work, [](int, float) {});
+        }
+        const float* bias = round ? nullptr : w.out_bias();
+        multiply<false>(
+            p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
+            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); },
+            xn.streamed ? Ahead<T>{} : round + 1 < rounds ? qkv_ahead(p, w, round + 1) : after);
+    }
+}
+
+}  // namespace shift_cuda

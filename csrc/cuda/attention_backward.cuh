@@ -1,0 +1,190 @@
+// Gradient of self-attention's input, `kv_heads` key/value heads (with all their query heads) at a time:
+//
+//     q, k, v, o again     do = dy Wo     p = softmax(q k^T / sqrt(hd))
+//     ds = p (do v^T - sum(o do)) / sqrt(hd)      dq = ds k     dk = ds^T q     dv = p^T do
+//     tile += [dq | dk | dv] Wqkv
+//
+// Scores are computed once with a warp owning 16 queries (dq) and once with it owning 16 keys (dk, dv), so that
+// every sum stays within a warp. o, dq, dk and dv go to device memory too, for the weights' gradients.
+#pragma once
+#include "attention.cuh"
+
+namespace shift_cuda {
+
+// Columns of a head whose gradient a warp holds at a time.
+constexpr int HELD_COLUMNS = 64;
+
+// Buffers of a round in work, each [rows][ld].
+template <class T>
+struct RoundGradients {
+    T *d_o, *dqkv;
+    int ld_o;
+    __device__ RoundGradients(const Program<T>& p, const Round& of) {
+        ld_o = of.queries * of.head_dim + int(PAD);
+        d_o = p.work() + p.rows() * of.ld;
+        dqkv = d_o + p.rows() * ld_o;
+    }
+};
+
+// Stores the gradient of columns j and j + 8 of a round's q, k or v: for the next product, and in in_proj's order.
+template <class T>
+__device__ inline void keep_dqkv(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int round,
+                                 Rows<T> dqkv, int r, int j, float2 x, float2 y) {
+    if (p.c().rope && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
+    const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
+    store(g.dqkv + r * of.ld + j, first);
+    store(g.dqkv + r * of.ld + j + 8, second);
+    if (r < p.inside) {
+        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, round * of.columns + j), first);
+        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, round * of.columns + j + 8), second);
+    }
+}
+
+// c [16, columns from `first` on] += a b, b's rows along n.
+template <class T>
+__device__ inline void accumulate(float (&c)[HELD_COLUMNS / 16][2][4], const float (&left)[2][4], const T* b, int ld,
+                                  int columns) {
+    uint32_t fa[4];
+    as_left<T>(fa, left);
+#pragma unroll
+    for (int i = 0; i < HELD_COLUMNS / 16; i++)
+        if (16 * i < columns) {
+            uint32_t fb[4];
+            load_b_rows_along_n(fb, b + 16 * i, ld);
+            mma_16<T>(c[i][0], c[i][1], fa, fb);
+        }
+}
+
+// Calls out(row, column, x, y) for [16, columns] accumulators, as multiply does.
+template <class Out>
+__device__ inline void give_out(const float (&c)[HELD_COLUMNS / 16][2][4], int row0, int columns, Out out) {
+#pragma unroll
+    for (int i = 0; i < HELD_COLUMNS / 16; i++)
+        if (16 * i < columns)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                out(row0 + lane() / 4 + 8 * h, 16 * i + lane() % 4 * 2, make_float2(c[i][0][2 * h], c[i][0][2 * h + 1]),
+                    make_float2(c[i][1][2 * h], c[i][1][2 * h + 1]));
+}
+
+// dq of one head for 16 queries, by a warp.
+template <class T, class Out>
+__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head,
+                                             int row0, Out out) {
+    const int kv = head / of.group, hd = of.head_dim;
+    const float factor = 1.0f / sqrtf(float(hd));
+    int low[2], high[2], begin, end;
+    float normaliser[2], o_do[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = row0 + lane() / 4 + 8 * h;
+        low[h] = p.low()[r], high[h] = p.high()[r];
+        normaliser[h] = p.normaliser()[head * p.rows() + r], o_do[h] = p.o_do()[head * p.rows() + r];
+    }
+    span_of_16(p, row0, begin, end);
+    for (int first = 0; first < hd; first += HELD_COLUMNS) {
+        float dq[HELD_COLUMNS / 16][2][4] = {};
+#pragma unroll 1
+        for (int key = begin; key < end; key += 16) {
+            float s[2][4], dp[2][4];
+            scores_16(s, p.work() + row0 * of.ld + of.q(head), p.work() + key * of.ld + of.k(kv), of.ld, of.ld, hd);
+            scores_16(dp, g.d_o + row0 * g.ld_o + of.q(head), p.work() + key * of.ld + of.v(kv), g.ld_o, of.ld, hd);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int h = i % 4 / 2, at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+                float& x = s[i / 4][i % 4];
+                const bool seen = low[h] <= at && at < high[h];
+                const float share = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) : 0.0f;
+                x = share * (dp[i / 4][i % 4] - o_do[h]) * factor;
+            }
+            accumulate<T>(dq, s, p.work() + key * of.ld + of.k(kv) + first, of.ld, hd - first);
+        }
+        give_out(dq, row0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.q(head) + first + j, x, y); });
+    }
+}
+
+// dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
+template <class T, class Out>
+__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv,
+                                          int key0, Out out) {
+    const int hd = of.head_dim;
+    const float factor = 1.0f / sqrtf(float(hd));
+    for (int first = 0; first < hd; first += HELD_COLUMNS) {
+        float dk[HELD_COLUMNS / 16][2][4] = {}, dv[HELD_COLUMNS / 16][2][4] = {};
+        for (int row = 0; row < p.rows(); row += 16) {
+            const int r = row + lane() % 16;
+            if (!vote(p.low()[r] < key0 + 16 && key0 < p.high()[r])) continue;
+            for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
+                const T* q = p.work() + row * of.ld + of.q(head);
+                const T* d_o = g.d_o + row * g.ld_o + of.q(head);
+                float s[2][4], ds[2][4];
+                scores_16(s, p.work() + key0 * of.ld + of.k(kv), q, of.ld, of.ld, hd);
+                scores_16(ds, p.work() + key0 * of.ld + of.v(kv), d_o, of.ld, g.ld_o, hd);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int key = key0 + lane() / 4 + i % 4 / 2 * 8, query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+                    const int at = head * p.rows() + query;
+                    float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
+                    const bool seen = p.low()[query] <= key && key < p.high()[query];
+                    x = seen ? exp2_approx(x * (factor * LOG2_E) - p.normaliser()[at]) : 0.0f;
+                    dx = x * (dx - p.o_do()[at]) * factor;
+                }
+                accumulate<T>(dv, s, d_o + first, g.ld_o, hd - first);
+                accumulate<T>(dk, ds, q + first, of.ld, hd - first);
+            }
+        }
+        give_out(dk, key0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.k(kv) + first + j, x, y); });
+        give_out(dv, key0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.v(kv) + first + j, x, y); });
+    }
+}
+
+// tile += gradient of xn. dqkv, o: rows of this program.
+template <class T>
+__device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+                                          Rows<T> dqkv, Rows<T> o) {
+    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = p.rows() / 16;
+    for (int round = 0; round < rounds; round++) {
+        const Round of(p, round);
+        const RoundGradients<T> g(p, of);
+        project_qkv(p, xn, w, round);
+        multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
+                       [&](int r, int j, float2 x, float2 y) {
+                           store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
+                           store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
+                       });
+        sync_block();
+        for (int i = warp(); i < of.queries * tiles; i += p.warps()) {
+            const int head = i % of.queries;
+            float o_do = 0.0f;
+            const auto with_do = [&](int r, int j, float2 x, float2 y) {
+                const float2 dx = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j));
+                const float2 dy8 = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j + 8));
+                o_do += x.x * dx.x + x.y * dx.y + y.x * dy8.x + y.y * dy8.y;
+                if (r >= p.inside) return;
+                T* to = o.at + int64_t(r) * o.ld + of.first_query_column + of.q(head) + j;
+                store(to, pack<T>(x.x, x.y));
+                store(to + 8, pack<T>(y.x, y.y));
+            };
+            attend_16(p, of, head, i / of.queries * 16, with_do, [&](int r, float normaliser) {
+                o_do = sum_over_lanes<4>(o_do);
+                const int at = head * p.rows() + r;
+                if (lane() % 4 == 0) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;
+                o_do = 0.0f;
+            });
+        }
+        sync_block();
+        const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, round, dqkv, r, j, x, y); };
+        for (int i = warp(); i < (of.queries + of.kv_heads) * tiles; i += p.warps()) {
+            const int head = i / tiles, row0 = i % tiles * 16;
+            if (head < of.queries)
+                queries_16(p, of, g, head, row0, keep);
+            else
+                keys_16(p, of, g, head - of.queries, row0, keep);
+        }
+        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
+                       of.columns,
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
+    }
+}
+
+}  // namespace shift_cuda

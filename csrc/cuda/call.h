@@ -1,0 +1,88 @@
+// What one call of the looped block hands over: sizes, options and device addresses. Plain C: Python mirrors it.
+//
+// Exported by resident.cu (all tensors contiguous and on one device, `stream` a cudaStream_t or null):
+//   int64_t shift_cuda_call_size()                              sizeof(Call), to check the mirror
+//   int64_t shift_cuda_plan_size()                              sizeof(Plan)
+//   int shift_cuda_plan(const Call*, int backward, Plan*)       fills Plan, returns its `refusal`; reads no address
+//   const char* shift_cuda_reason(int refusal)                  what it means
+//   int64_t shift_cuda_workspace_bytes(const Call*, int backward)   for `workspace`; of what was planned to run
+//   const char* shift_cuda_run(const Call*, int backward, void* stream)   null, or what went wrong
+#pragma once
+#include <cstdint>
+
+struct Call {
+    // sizes
+    int64_t batch, seq_len, d_model, n_heads, n_kv_heads, head_dim, n_layers, d_ff;
+    int64_t most_loops;  // forward: loops of every sample, or no fewer than any of `loops`. backward: of `boundaries`
+    int64_t low, high;   // backward: the loops low + 1 .. high of this launch (0 <= low < high <= most_loops)
+    // options
+    int64_t activation, norm, placement, causal, rope, injection, loop_norm;
+    int64_t return_all, n_grad_loops, halting;  // n_grad_loops 0: all
+    int64_t own_loops, ragged, save;            // `loops`, `lengths`, `boundaries` are given; for the planner too
+    int64_t dtype, compute_dtype, weight_dtype; // enum Dtype: of e; of matmul operands; of all weights as given
+    double eps, residual_scale, halt_threshold;
+    // device
+    int64_t shared_bytes;  // most shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    int64_t n_sms;
+    int64_t sm90a;           // whether device and library both are for sm_90a
+    // tensors
+    const void* e;           // [batch, seq_len, d_model] dtype
+    const int64_t* loops;    // [batch], or null: most_loops each
+    const int64_t* lengths;  // [batch], or null: seq_len each
+    const float* rotary;     // [2, seq_len, head_dim / 2] cos, sin; null without rope
+    const void* const* weights;  // host array of device addresses: 16 a layer in the order of `Weight`, null where
+                                 // absent, then the loop norm's 2
+    void* out;               // [batch, seq_len, d_model] dtype, or [most_loops, ...] with return_all; pads become 0
+    void* boundaries;        // [most_loops, batch, seq_len, d_model] dtype: h_0 .. h_{T-1}; null if not saved
+    int64_t* used;           // [batch], written with halting alone
+    void* workspace;         // shift_cuda_workspace_bytes(), 256-byte aligned
+    // backward only. It may be called several times, for the last loops first; dh, de, dv go from launch to launch.
+    const void* grad_out;    // as out (NaN in pads is ignored)
+    float* dh;   // [batch, seq_len, d_model]: in: gradient of h_high (first launch: grad_out without pads, or 0 with
+                 // return_all, whose gradients the kernel adds itself); out: of h_low
+    float* de;   // [batch, seq_len, d_model]: with injection gradient of e so far, zeroed before the first launch
+    float* dv;   // [programs, n_layers + 1, 8, d_model]: gradients of norm weights so far in the order N1_W .. N1P_B,
+                 // N2_W .. N2P_B (loop norm: the first two of "layer" n_layers), zeroed; sum over programs at the end
+    // Operands of the weight gradients, in compute_dtype, each [n_layers, high - low, batch * seq_len, columns].
+    // For every (layer, loop, token) that the launch reaches all columns are written; at pads the left operand is 0
+    // and the right one finite. With own_loops some loops are not reached: zero the operands before.
+    // in_proj = dqkv^T xn, out_proj = dy^T o, linear1 = dpre^T xn2, linear2 = dy2^T act; a bias is the sum of its
+    // matrix's left operand. linear1's columns: d_ff padded to ff_pad, with swiglu ff_pad gates then ff_pad values.
+    void* xn;    // d_model
+    void* dqkv;  // (n_heads + 2 n_kv_heads) head_dim, in the order of in_proj
+    void* o;     // n_heads head_dim
+    void* dy;    // d_model
+    void* xn2;   // d_model
+    void* dpre;  // ff_pad, with swiglu 2 ff_pad
+    void* act;   // ff_pad
+    void* dy2;   // d_model
+};
+
+// What plan.h decided. All of it follows from the sizes, options and device limits of a Call.
+struct Plan {
+    int64_t refusal;          // enum Refusal; the rest is 0 unless FITS
+    int64_t rows;             // tokens a program owns, a multiple of 16
+    int64_t sequences;        // whole sequences among them
+    int64_t programs;         // blocks of the grid
+    int64_t threads;
+    int64_t kv_heads;         // key/value heads (with all their query heads) at a time
+    int64_t ff_pad;           // d_ff to the next multiple of 16
+    int64_t ff_chunk;         // hidden columns at a time
+    int64_t stages;           // weight tiles in flight
+    int64_t tiles;            // weight tiles of a layer, packed in the order of use, if the sm_90a kernel runs; or 0
+    int64_t cluster;          // blocks that share each weight tile's way from L2
+    int64_t tile_in_shared;   // whether the fp32 tile is in shared memory; else in the workspace, which L2 holds
+    int64_t shared_bytes;     // dynamic shared memory of a block
+    int64_t workspace_bytes;
+};
+
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+enum Weight {
+    QKV_W, QKV_B, OUT_W, OUT_B, N1_W, N1_B, N1P_W, N1P_B,
+    UP_W, UP_B, DOWN_W, DOWN_B, N2_W, N2_B, N2P_W, N2P_B
+};
+constexpr int WEIGHTS = 16;
+enum Norm { LAYERNORM, RMSNORM, NO_NORM };
+enum Placement { PRE, POST, SANDWICH };
+enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
+enum Refusal { FITS, BAD_DTYPE, BAD_D_MODEL, BAD_HEAD_DIM, SEQUENCE_TOO_LONG, NO_SHARED_MEMORY, REFUSALS };

@@ -1,0 +1,62 @@
+// Gradient of the MLP's input, `ff_chunk` hidden columns at a time:
+//
+//     da = dy W2_c     pre = xn W1_c^T + b, again     dpre = da f'(pre)     tile += dpre W1_c
+//
+// act and dpre go to device memory too, for the weights' gradients.
+#pragma once
+#include "mlp.cuh"
+
+namespace shift_cuda {
+
+// tile += gradient of xn. act, dpre: rows of this program.
+template <class T>
+__device__ inline void mlp_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w, Rows<T> act,
+                                    Rows<T> dpre) {
+    const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD), d = p.d();
+    const int64_t f = p.c().activation;
+    const bool swiglu = f == SWIGLU;
+    const int parts = swiglu ? 2 : 1;
+    // dpre takes the place of da where each has one number.
+    const Rows<T> local = {p.work() + (swiglu ? p.rows() * ld : 0), parts * chunk + int(PAD), false};
+    for (int first = 0; first < ff; first += chunk) {
+        const int n = smaller(chunk, ff - first);
+        multiply<true>(p, dy, w.down() + first, ff, n, d, [&](int r, int j, float2 x, float2 y) {
+            store(p.work() + r * ld + j, pack<T>(x.x, x.y));
+            store(p.work() + r * ld + j + 8, pack<T>(y.x, y.y));
+        });
+        const auto keep = [&](Rows<T> to, int r, int column, uint32_t pair) {
+            if (r < p.inside) store(to.at + int64_t(r) * to.ld + column, pair);
+        };
+        project_up(p, xn, w, first, n, [&](int r, int j, float2 x, float2 y) {
+            float2 slope;
+            const auto activated = [&](float2 v) {
+                return make_float2(activate(f, v.x, slope.x), activate(f, v.y, slope.y));
+            };
+            T* to = local.at + r * local.ld + j;
+            if (swiglu) {
+                const int column = j / 16 * 8 + j % 8;
+                const float2 da = unpack<T>(load<uint32_t>(p.work() + r * ld + column)), a = activated(x);
+                const uint32_t gate = pack<T>(da.x * y.x * slope.x, da.y * y.y * slope.y);
+                const uint32_t value = pack<T>(da.x * a.x, da.y * a.y);
+                store(to, gate);
+                store(to + 8, value);
+                keep(act, r, first + column, pack<T>(a.x * y.x, a.y * y.y));
+                keep(dpre, r, first + column, gate);
+                keep(dpre, r, ff + first + column, value);
+            } else {
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const float2 da = unpack<T>(load<uint32_t>(to + 8 * side)), a = activated(side ? y : x);
+                    const uint32_t pre = pack<T>(da.x * slope.x, da.y * slope.y);
+                    store(to + 8 * side, pre);
+                    keep(act, r, first + j + 8 * side, pack<T>(a.x, a.y));
+                    keep(dpre, r, first + j + 8 * side, pre);
+                }
+            }
+        });
+        multiply<true>(p, local, w.up() + int64_t(parts) * first * d, d, d, parts * n,
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
+    }
+}
+
+}  // namespace shift_cuda

@@ -1,0 +1,121 @@
+// The weights of a call as the kernels read them (layout: program.cuh). Once a call, not once a loop.
+// Grid: some blocks that share a layer's numbers.
+#pragma once
+#include "program.cuh"
+#include "tile/launch.cuh"
+
+namespace shift_cuda {
+
+struct PackJob {
+    Job job;
+    int layer;                 // n_layers: the loop norm alone
+    const void* from[WEIGHTS];
+};
+
+__device__ inline float number(const void* from, int64_t at, int64_t dtype) {
+    if (!from) return 0.0f;
+    if (dtype == FLOAT32) return static_cast<const float*>(from)[at];
+    return dtype == BFLOAT16 ? to_float(static_cast<const bf16*>(from)[at])
+                             : to_float(static_cast<const fp16*>(from)[at]);
+}
+
+// to [rows][columns] from rows of `have` columns, zeros beyond; row(i) is packed row i's, -1 for none.
+template <class T, class Row>
+__device__ inline void pack_matrix(const T* to, int64_t rows, int64_t columns, const void* from, int64_t dtype,
+                                   int64_t have, Row row) {
+    const int64_t step = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < rows * columns / 2; i += step) {
+        const int64_t r = row(int(2 * i / columns)), j = 2 * i % columns;
+        const float x = r >= 0 && j < have ? number(from, r * have + j, dtype) : 0.0f;
+        const float y = r >= 0 && j + 1 < have ? number(from, r * have + j + 1, dtype) : 0.0f;
+        store(const_cast<T*>(to) + 2 * i, pack<T>(x, y));
+    }
+}
+
+#if defined(SHIFT_SM90A)
+// All products' weight tiles in their order, each [128 n][64 k] as wgmma reads it. number_at(weight, row, column).
+template <class T, class Number>
+__device__ inline void pack_tiles(const Job& job, int layer, Number number_at) {
+    unsigned char* to = static_cast<unsigned char*>(job.call.workspace) + layer * job.plan.tiles * SWIZZLED_TILE;
+    const auto pack_product = [&](Weight weight, int64_t n, int64_t k, int64_t row, int64_t column, int64_t tile) {
+        const int64_t tiles_k = ceil_to(k, TILE_K) / TILE_K, tiles = ceil_to(n, TILE_N) / TILE_N * tiles_k;
+        for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x)
+            for (int pair = threadIdx.x; pair < TILE_N * TILE_K / 2; pair += blockDim.x) {
+                const int line = pair / int(TILE_K / 2), at = pair % int(TILE_K / 2) * 2;
+                const int64_t r = i / tiles_k * TILE_N + line, j = i % tiles_k * TILE_K + at;
+                const bool is = r < n && j < k;
+                const float x = is ? number_at(weight, row + r, column + j) : 0.0f;
+                const float y = is ? number_at(weight, row + r, column + j + 1) : 0.0f;
+                store(to + (tile + i) * SWIZZLED_TILE + swizzled(line, at * 2), pack<T>(x, y));
+            }
+    };
+    each_product(job.call, job.plan, pack_product);
+}
+#endif
+
+template <class Row>
+__device__ inline void pack_vector(const float* to, int64_t n, const void* from, int64_t dtype, Row row) {
+    const int64_t step = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += step) {
+        const int64_t r = row(int(i));
+        store(const_cast<float*>(to) + i, r >= 0 ? number(from, r, dtype) : 0.0f);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJob pack) {
+    const Job& job = pack.job;
+    const Call& c = job.call;
+    const int64_t d = c.d_model, ff = job.plan.ff_pad, attn = c.n_heads * c.head_dim, type = c.weight_dtype;
+    const Weights<T> w{job, pack.layer};
+    const auto same = [](int i) { return i; };
+    const auto qkv = [&](int i) { return qkv_row(job, i); };
+    const auto up = [&](int i) {
+        const bool swiglu = c.activation == SWIGLU;
+        const int hidden = swiglu ? from_halves(i, int(ff)) : i, column = hidden % int(ff);
+        return column < c.d_ff ? hidden / int(ff) * int(c.d_ff) + column : -1;
+    };
+    if (pack.layer < c.n_layers) {
+#if defined(SHIFT_SM90A)
+        pack_tiles<T>(job, pack.layer, [&](Weight weight, int64_t row, int64_t column) {
+            const int64_t r = weight == QKV_W ? qkv(int(row)) : weight == UP_W ? up(int(row)) : row;
+            const int64_t have = weight == OUT_W ? attn : weight == DOWN_W ? c.d_ff : d;
+            return r >= 0 && column < have ? number(pack.from[weight], r * have + column, type) : 0.0f;
+        });
+#else
+        pack_matrix(w.qkv(), qkv_columns(c), d, pack.from[QKV_W], type, d, qkv);
+        pack_matrix(w.out(), d, attn, pack.from[OUT_W], type, attn, same);
+        if (ff) pack_matrix(w.up(), hidden_parts(c) * ff, d, pack.from[UP_W], type, d, up);
+        if (ff) pack_matrix(w.down(), d, ff, pack.from[DOWN_W], type, c.d_ff, same);
+#endif
+        pack_vector(w.qkv_bias(), qkv_columns(c), pack.from[QKV_B], type, qkv);
+        pack_vector(w.out_bias(), d, pack.from[OUT_B], type, same);
+    }
+    if (pack.layer < c.n_layers && ff) {
+        pack_vector(w.up_bias(), hidden_parts(c) * ff, pack.from[UP_B], type, up);
+        pack_vector(w.down_bias(), d, pack.from[DOWN_B], type, same);
+    }
+    const int norms[NORM_SLOTS] = {N1_W, N1_B, N1P_W, N1P_B, N2_W, N2_B, N2P_W, N2P_B};
+    for (int i = 0; i < NORM_SLOTS; i++) pack_vector(w.norm(i), d, pack.from[norms[i]], type, same);
+}
+
+// Packs all layers, then runs the kernel. Null, or what went wrong.
+template <class T>
+const char* pack_and_launch(const Job& job, void* stream, void (*kernel)(Job)) {
+    const Call& c = job.call;
+    for (int layer = 0; layer < c.n_layers + (c.loop_norm != 0); layer++) {
+        PackJob pack = {job, layer, {}};
+        const int there = layer < c.n_layers ? WEIGHTS : 2;
+        for (int i = 0; i < there; i++)
+            pack.from[layer < c.n_layers ? i : N1_W + i] = c.weights[layer * WEIGHTS + i];
+        tile::Launch grid;
+        grid.grid = dim3(unsigned(2 * c.n_sms)), grid.threads = 256, grid.shared_bytes = 0, grid.stream = stream;
+        if (const char* error = tile::launch(grid, pack_layer<T>, pack)) return error;
+    }
+    tile::Launch grid;
+    grid.grid = dim3(unsigned(job.plan.programs)), grid.threads = unsigned(job.plan.threads);
+    grid.shared_bytes = size_t(job.plan.shared_bytes), grid.cluster = unsigned(job.plan.cluster), grid.stream = stream;
+    return tile::launch(grid, kernel, job);
+}
+
+}  // namespace shift_cuda

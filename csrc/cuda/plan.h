@@ -1,0 +1,254 @@
+// What fits on chip: the only place that knows. Shared by the launcher and, through shift_cuda_plan, by Python.
+//
+// A program owns `rows` tokens: whole sequences. Its shared memory, in bytes (leading dimensions are 8 numbers
+// more than their columns, so that the rows that ldmatrix reads at once lie in different banks):
+//
+//   both      tile    rows (d_model + 8) 4      fp32: the residual stream; backward: a branch's input gradient.
+//                                               Where that does not fit it lies in the workspace, which L2 holds.
+//             spans   rows 8                    the keys that each row may see, as an interval
+//             sums    128                       one reduction over the warps
+//   forward   xn      rows (d_model + 8) 2      the branch's input as matmul operand
+//             work    rows (most + 8) 2         q, k, v of `kv_heads` heads, or `ff_chunk` hidden columns
+//             ring    stages 128 72 2           weight tiles under way
+//   backward  work    rows (...) 2              q, k, v, do, dq, dk, dv, or da and dpre
+//             scores  query heads rows 8        each row's softmax normaliser and sum of o do
+//             moments rows 8                    of the norm that is being differentiated
+//             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
+//
+// The forward for sm_90a (resident_forward_sm90a.cu) has the same but for its ring: `stages` times a tile of 128 64 2
+// and two mbarriers. Where the ring has a stage for every tile of the block, weights are read once for all loops.
+//
+// Of what fits it takes the widest work, for the fewest passes over the tile, that leaves room for three weight
+// tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow.
+#pragma once
+#include "call.h"
+
+namespace shift_cuda {
+
+constexpr int64_t MOST_ROWS = 128;       // 16 warps, four for 32 rows
+constexpr int64_t MOST_HEAD_DIM = 128;   // a warp holds a head's output for 16 rows in registers
+constexpr int64_t TILE_N = 128, TILE_K = 64, PAD = 8;  // a weight tile; numbers between the ends of two rows
+constexpr int64_t OPERAND = 2;           // bytes of a matmul operand
+constexpr int64_t WIDTHS[] = {256, 128, 64, 32, 16};
+
+constexpr int64_t ceil_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+template <class N>
+constexpr N larger(N a, N b) {
+    return a > b ? a : b;
+}
+template <class N>
+constexpr N smaller(N a, N b) {
+    return a < b ? a : b;
+}
+
+constexpr int64_t hidden_parts(const Call& c) { return c.activation == SWIGLU ? 2 : 1; }
+constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
+constexpr int64_t qkv_columns(const Call& c) { return (c.n_heads + 2 * c.n_kv_heads) * c.head_dim; }
+constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
+
+// Columns of q, k and v, and of q alone, for some key/value heads.
+constexpr int64_t round_columns(const Call& c, int64_t kv_heads) {
+    return kv_heads * (query_group(c) + 2) * c.head_dim;
+}
+constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_heads * query_group(c) * c.head_dim; }
+
+constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_model + PAD) * 4; }
+
+// Columns of work, padding included, that the two halves of a layer take.
+constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backward) {
+    const int64_t qkv = round_columns(c, kv_heads) + PAD;
+    return backward ? 2 * qkv + query_columns(c, kv_heads) + PAD : qkv;
+}
+constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
+    return ff_chunk + PAD + (backward && c.activation == SWIGLU ? 2 * ff_chunk + PAD : 0);
+}
+constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t attention = attention_columns(c, p.kv_heads, backward);
+    const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
+    return p.rows * larger(attention, mlp) * OPERAND;
+}
+
+constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads * query_group(c) * p.rows * 8; }
+
+constexpr int64_t SWIZZLED_TILE = TILE_N * TILE_K * OPERAND;
+constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
+constexpr int64_t MOST_STAGES = 64;
+
+constexpr int64_t stage_bytes(const Plan& p, bool backward) {
+    if (p.tiles) return SWIZZLED_TILE;
+    return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
+}
+
+// Full and empty for each stage, and whether another loop comes.
+constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 16 : 0; }
+
+constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
+    int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
+    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
+    return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
+}
+
+// The workspace: packed weights, then fp32 vectors, then for each program some [rows, d_model + 8] fp32.
+constexpr int64_t layer_weights(const Call& c, int64_t ff_pad) {
+    return (qkv_columns(c) + c.n_heads * c.head_dim + (hidden_parts(c) + 1) * ff_pad) * c.d_model;
+}
+constexpr int64_t layer_vectors(const Call& c, int64_t ff_pad) {
+    return qkv_columns(c) + hidden_parts(c) * ff_pad + 10 * c.d_model;
+}
+constexpr int64_t weights_bytes(const Call& c, const Plan& p) {
+    if (p.tiles) return c.n_layers * p.tiles * SWIZZLED_TILE;
+    return ceil_to(c.n_layers * layer_weights(c, p.ff_pad) * OPERAND, 256);
+}
+constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
+    return ceil_to((c.n_layers + 1) * layer_vectors(c, ff_pad) * 4, 256);
+}
+
+// States that a program puts aside. Forward: the residual around a sandwiched branch, and h before a loop that
+// may be the last. Backward: every half layer's input and, for its second norm, the norm's; the loop norm's.
+constexpr int64_t states_aside(const Call& c, bool backward) {
+    if (!backward) return (c.placement == SANDWICH) + (c.halting != 0);
+    return c.n_layers * halves(c) * (c.placement == PRE ? 1 : 2) + (c.loop_norm != 0);
+}
+constexpr int64_t workspace_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t states = states_aside(c, backward) + !p.tile_in_shared;
+    return weights_bytes(c, p) + vectors_bytes(c, p.ff_pad) + p.programs * states * tile_bytes(c, p.rows);
+}
+
+constexpr Refusal refusal(const Call& c) {
+    if (c.compute_dtype != FLOAT16 && c.compute_dtype != BFLOAT16) return BAD_DTYPE;
+    if (c.d_model % 16 || c.d_model < 64 || c.d_model > 1024) return BAD_D_MODEL;
+    if (c.head_dim % 16 || c.head_dim > MOST_HEAD_DIM) return BAD_HEAD_DIM;
+    if (c.seq_len > MOST_ROWS) return SEQUENCE_TOO_LONG;
+    return FITS;
+}
+
+// Hidden columns at a time: `width`, or as many as the heads leave room for, in chunks of one size.
+constexpr int64_t ff_chunk(const Call& c, const Plan& p, int64_t width, bool backward) {
+    if (!p.ff_pad) return 0;
+    const int64_t room = attention_columns(c, p.kv_heads, backward);
+    int64_t most = width;
+    while (mlp_columns(c, most + 16, backward) <= room) most += 16;
+    const int64_t chunks = (p.ff_pad + most - 1) / most;
+    return ceil_to((p.ff_pad + chunks - 1) / chunks, 16);
+}
+
+// Fills in the chunks for one width of work.
+constexpr void choose_width(const Call& c, Plan& p, int64_t width, bool backward) {
+    p.kv_heads = 1;
+    for (int64_t n = 2; n <= c.n_kv_heads; n++)
+        if (c.n_kv_heads % n == 0 && query_columns(c, n) <= width) p.kv_heads = n;
+    p.ff_chunk = ff_chunk(c, p, width, backward);
+}
+
+// Fills in the chunks and stages for rows and tile_in_shared; says whether there are any that fit.
+constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
+    for (int64_t least = 3; least >= 2; least--)
+        for (int64_t width : WIDTHS) {
+            choose_width(c, p, width, backward);
+            for (p.stages = 4; p.stages >= least; p.stages--)
+                if (shared_bytes(c, p, backward) <= c.shared_bytes) return true;
+        }
+    return false;
+}
+
+// The sm_90a kernel's matrix products of a layer in their order: each half's rounds or chunks, first to the hidden
+// columns, then back. f(weight, n, k, first row, first column of it, first tile).
+template <class F>
+constexpr int64_t each_product(const Call& c, const Plan& p, F f) {
+    int64_t tiles = 0;
+    const auto product = [&](Weight weight, int64_t n, int64_t k, int64_t row, int64_t column) {
+        f(weight, n, k, row, column, tiles);
+        tiles += ceil_to(n, TILE_N) / TILE_N * (ceil_to(k, TILE_K) / TILE_K);
+    };
+    const int64_t qkv = round_columns(c, p.kv_heads), queries = query_columns(c, p.kv_heads);
+    for (int64_t round = 0; round < c.n_kv_heads / p.kv_heads; round++) {
+        product(QKV_W, qkv, c.d_model, round * qkv, 0);
+        product(OUT_W, c.d_model, queries, 0, round * queries);
+    }
+    for (int64_t first = 0; first < p.ff_pad; first += p.ff_chunk) {
+        const int64_t some = smaller(p.ff_chunk, p.ff_pad - first), parts = hidden_parts(c);
+        product(UP_W, parts * some, c.d_model, parts * first, 0);
+        product(DOWN_W, c.d_model, some, 0, first);
+    }
+    return tiles;
+}
+
+// The forward on sm_90a: warpgroups of 64 rows, a warp that streams weights, the widest work that leaves room for
+// three stages; all other room is stages. Neighbours share the weights' way if none of them can leave before others.
+constexpr Plan plan_sm90a(const Call& c) {
+    const bool alone = c.own_loops || c.halting;
+    for (int64_t in_shared = 1; in_shared >= 0; in_shared--)
+        for (int64_t n = alone ? 1 : MOST_ROWS / c.seq_len; n > 0; n--) {
+            Plan p = {};
+            p.ff_pad = ceil_to(c.d_ff, 16);
+            p.tile_in_shared = in_shared;
+            p.sequences = n;
+            p.rows = ceil_to(n * c.seq_len, 64);
+            p.programs = (c.batch + n - 1) / n;
+            p.threads = CONSUMERS + PRODUCERS;
+            if (p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, 64)) continue;
+            p.stages = 3, p.tiles = 1;
+            bool fits = false;
+            for (int64_t width : WIDTHS)
+                if (!fits) choose_width(c, p, width, false), fits = shared_bytes(c, p, false) <= c.shared_bytes;
+            if (!fits) continue;
+            p.tiles = each_product(c, p, [](Weight, int64_t, int64_t, int64_t, int64_t, int64_t) {});
+            const int64_t enough = smaller(c.n_layers * p.tiles, MOST_STAGES);
+            while (p.stages > enough) p.stages--;
+            while (p.stages < enough && shared_bytes(c, p, false) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
+            const bool once = p.stages == c.n_layers * p.tiles;  // nothing to share after the first loop
+            p.cluster = once || alone ? 1 : p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
+            p.shared_bytes = shared_bytes(c, p, false);
+            p.workspace_bytes = workspace_bytes(c, p, false);
+            return p;
+        }
+    Plan none = {};
+    none.refusal = NO_SHARED_MEMORY;
+    return none;
+}
+
+constexpr Plan plan(const Call& c, bool backward) {
+    Plan p = {};
+    p.refusal = refusal(c);
+    if (p.refusal != FITS) return p;
+    if (!backward && c.sm90a) {
+        const Plan hopper = plan_sm90a(c);
+        if (hopper.refusal == FITS) return hopper;
+    }
+    p.cluster = 1;
+    p.ff_pad = ceil_to(c.d_ff, 16);
+    // Samples that leave at loops of their own do not share a program.
+    const int64_t most = c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len;
+    const int64_t least_rows = ceil_to(c.seq_len, 16);
+    for (int64_t in_shared = 1; in_shared >= 0; in_shared--)
+        for (int64_t n = most; n > 0; n--) {
+            p.tile_in_shared = in_shared;
+            p.sequences = n;
+            p.rows = ceil_to(n * c.seq_len, 16);
+            p.programs = (c.batch + n - 1) / n;
+            p.threads = ceil_to(p.rows, 32) * 4;
+            // More rows share each weight that is read, but not at the price of idle multiprocessors.
+            if (p.programs < c.n_sms && p.rows > least_rows) continue;
+            if (!choose_chunks(c, p, backward)) continue;
+            p.shared_bytes = shared_bytes(c, p, backward);
+            p.workspace_bytes = workspace_bytes(c, p, backward);
+            return p;
+        }
+    Plan none = {};
+    none.refusal = NO_SHARED_MEMORY;
+    return none;
+}
+
+constexpr const char* reason(int64_t refusal) {
+    constexpr const char* REASONS[REFUSALS] = {
+        "it fits",
+        "matrix products are in fp16 or bf16 only: tf32 would be less exact than fp32 PyTorch",
+        "d_model is not a multiple of 16 from 64 to 1024",
+        "head_dim is not a multiple of 16 up to 128",
+        "seq_len > 128",
+        "no chunk sizes leave room for the operands in shared memory",
+    };
+    return refusal >= 0 && refusal < REFUSALS ? REASONS[refusal] : "unknown";
+}
+
+}  // namespace shift_cuda

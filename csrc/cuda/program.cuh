@@ -1,0 +1,240 @@
+// What a program (a block of threads that owns some rows) knows: the call, the packed weights, its memory.
+//
+// Packed weights of a layer, numbers of type T, each matrix [out, in] as torch has it but for the order of rows:
+//   qkv [rounds of kv_heads][q heads, k heads, v heads][head_dim][d_model]; with rope the halves of q and k heads
+//       interleaved by 8, so that a rotation's pair is in one thread's registers
+//   out [d_model][n_heads head_dim]
+//   up  [ff_pad or 2 ff_pad][d_model]; with swiglu gates and values interleaved by 8, likewise
+//   down [d_model][ff_pad]
+// Packed vectors of a layer, fp32: biases of qkv, of up, of out, of down, then the norms' eight; 0 where absent.
+// The loop norm is the first norm of "layer" n_layers.
+#pragma once
+#include "plan.h"
+#include "tile/barrier.cuh"
+#include "tile/copy_async.cuh"
+#include "tile/ldmatrix.cuh"
+#include "tile/math.cuh"
+#include "tile/memory.cuh"
+#include "tile/mma.cuh"
+#include "tile/types.cuh"
+#include "tile/warp.cuh"
+#if defined(SHIFT_SM90A)
+#include "tile/bulk_copy.cuh"
+#include "tile/cluster.cuh"
+#include "tile/wgmma.cuh"
+#endif
+
+// The inner loops are functions of their own: each has all registers, and nvcc compiles them in half the time.
+#if defined(SHIFT_EMULATE)
+#define SHIFT_OUT_OF_LINE inline
+#else
+#define SHIFT_OUT_OF_LINE __noinline__
+#endif
+
+namespace shift_cuda {
+
+#if defined(SHIFT_SM90A)
+constexpr bool SM90A = true;  // see resident_forward_sm90a.cu
+#else
+constexpr bool SM90A = false;
+#endif
+
+using namespace tile;
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS = 8 };  // a bias behind each weight
+
+// Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
+struct Layout {
+    int mbarriers, xn, work, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int64_t layer, out, up, down;             // weights, in T; for sm_90a they are packed as tiles instead
+    int64_t vectors, layer_vectors;           // bytes from the workspace; fp32
+    int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
+    int64_t states;                           // bytes from the workspace
+};
+
+constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
+    Layout l = {};
+    const int64_t d = c.d_model;
+    l.mbarriers = int(p.stages * stage_bytes(p, backward));
+    l.work = l.mbarriers + int(mbarrier_bytes(p));
+    l.xn = l.normaliser = l.work + int(work_bytes(c, p, backward));
+    l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
+    l.moments = l.normaliser + int(scores_bytes(c, p));
+    l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
+    l.sums = l.spans + int(p.rows * 8);
+    l.tile = l.sums + 128;
+    l.layer = layer_weights(c, p.ff_pad);
+    l.out = qkv_columns(c) * d;
+    l.up = l.out + c.n_heads * c.head_dim * d;
+    l.down = l.up + hidden_parts(c) * p.ff_pad * d;
+    l.vectors = weights_bytes(c, p);
+    l.layer_vectors = layer_vectors(c, p.ff_pad);
+    l.up_bias = int(qkv_columns(c));
+    l.out_bias = l.up_bias + int(hidden_parts(c) * p.ff_pad);
+    l.down_bias = l.out_bias + int(d);
+    l.norms = l.down_bias + int(d);
+    l.states = l.vectors + vectors_bytes(c, p.ff_pad);
+    return l;
+}
+
+// A kernel's only argument: in constant memory, so that what is said here costs no register.
+struct Job {
+    Call call;
+    Plan plan;
+    Layout at;
+    int backward;
+};
+
+// A layer's packed weights.
+template <class T>
+struct Weights {
+    const Job& job;
+    int layer;
+    __device__ unsigned char* base() const { return static_cast<unsigned char*>(job.call.workspace); }
+    __device__ T* qkv() const { return reinterpret_cast<T*>(base()) + layer * job.at.layer; }
+    __device__ T* out() const { return qkv() + job.at.out; }
+    __device__ T* up() const { return qkv() + job.at.up; }
+    __device__ T* down() const { return qkv() + job.at.down; }
+    __device__ float* qkv_bias() const {
+        return reinterpret_cast<float*>(base() + job.at.vectors) + layer * job.at.layer_vectors;
+    }
+    __device__ float* up_bias() const { return qkv_bias() + job.at.up_bias; }
+    __device__ float* out_bias() const { return qkv_bias() + job.at.out_bias; }
+    __device__ float* down_bias() const { return qkv_bias() + job.at.down_bias; }
+    __device__ float* norm(int slot) const { return qkv_bias() + job.at.norms + slot * int(job.call.d_model); }
+};
+
+// Row of a matrix whose two halves of `half` rows are interleaved by 8: where packed row i comes from.
+__device__ inline int from_halves(int i, int half) { return i / 16 * 8 + i % 8 + (i % 16 < 8 ? 0 : half); }
+
+// Row of in_proj that packed row i is.
+__device__ inline int qkv_row(const Job& job, int i) {
+    const Call& c = job.call;
+    const int hd = int(c.head_dim), heads = int(job.plan.kv_heads), queries = heads * int(query_group(c));
+    const int round = i / int(round_columns(c, heads)), head = i % int(round_columns(c, heads)) / hd;
+    const int first = head < queries           ? round * queries + head
+                      : head < queries + heads ? int(c.n_heads) + round * heads + head - queries
+                                               : int(c.n_heads + c.n_kv_heads) + round * heads + head - queries - heads;
+    const bool turned = c.rope && head < queries + heads;
+    return first * hd + (turned ? from_halves(i % hd, hd / 2) : i % hd);
+}
+
+// Two neighbouring numbers of a tensor whose type is known at run time.
+__device__ inline float2 load_pair(const void* from, int64_t at, int64_t dtype) {
+    if (dtype == FLOAT32) return load<float2>(static_cast<const float*>(from) + at);
+    const uint32_t pair = load<uint32_t>(static_cast<const uint16_t*>(from) + at);
+    return dtype == BFLOAT16 ? unpack<bf16>(pair) : unpack<fp16>(pair);
+}
+
+__device__ inline void store_pair(void* to, int64_t at, int64_t dtype, float2 x) {
+    if (dtype == FLOAT32)
+        store(static_cast<float*>(to) + at, x);
+    else
+        store(static_cast<uint16_t*>(to) + at, dtype == BFLOAT16 ? pack<bf16>(x.x, x.y) : pack<fp16>(x.x, x.y));
+}
+
+// [rows, d_model] fp32 of this program, with its leading dimension; in shared or device memory.
+struct Tile {
+    float* at;
+    int ld;
+    __device__ float* row(int r) const { return at + int64_t(r) * ld; }
+};
+
+// Operand rows of a matrix product. Streamed: in device memory, rows beyond `inside` count as zero.
+template <class T>
+struct Rows {
+    T* at;
+    int ld;
+    bool streamed;
+};
+
+template <class T>
+struct Program {
+    const Job& job;
+    int inside;     // how many of the rows are tokens of the batch (pads included)
+    int64_t token;  // the first row in [batch * seq_len]
+    // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
+    // behind it are under way.
+    mutable int next_tile = 0;
+    mutable bool begun = false;
+    mutable int round = 0;  // how often the ring has come round; sm_90a
+
+    __device__ const Call& c() const { return job.call; }
+    __device__ const Plan& p() const { return job.plan; }
+    __device__ int d() const { return int(job.call.d_model); }
+    __device__ int rows() const { return int(job.plan.rows); }
+    __device__ int sample() const { return int(blockIdx.x * job.plan.sequences); }
+
+    // Those who own the rows: all of the block, but for the warp that streams weights.
+    __device__ int threads() const { return SM90A ? int(CONSUMERS) : int(blockDim.x); }
+    __device__ int warps() const { return threads() / 32; }
+    __device__ void sync() const {
+        if (SM90A)
+            sync_threads(1, threads());
+        else
+            sync_block();
+    }
+
+    // Shared memory, see plan.h.
+    template <class N>
+    __device__ N* shared(int at) const {
+        return reinterpret_cast<N*>(shared_memory() + at);
+    }
+    __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
+    __device__ uint64_t* full() const { return shared<uint64_t>(job.at.mbarriers); }  // [stages]; these three sm_90a
+    __device__ uint64_t* empty() const { return full() + job.plan.stages; }           // [stages]
+    __device__ uint64_t* again() const { return empty() + job.plan.stages; }          // and an int
+    __device__ T* work() const { return shared<T>(job.at.work); }
+    __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone
+    __device__ float* normaliser() const { return shared<float>(job.at.normaliser); }  // [query heads][rows]
+    __device__ float* o_do() const { return shared<float>(job.at.o_do); }
+    __device__ float* mean() const { return shared<float>(job.at.moments); }
+    __device__ float* inverse() const { return mean() + rows(); }
+    __device__ float* sums() const { return shared<float>(job.at.sums); }  // [32]
+    // Row r sees the rows low[r] <= key < high[r]; a pad none: its high is 0.
+    __device__ int* low() const { return shared<int>(job.at.spans); }
+    __device__ int* high() const { return low() + rows(); }
+    __device__ bool valid(int row) const { return high()[row] > 0; }
+
+    __device__ Tile tile() const {
+        return job.plan.tile_in_shared ? Tile{shared<float>(job.at.tile), d() + int(PAD)}
+                                       : aside(int(states_aside(c(), job.backward)));
+    }
+    // The i-th state put aside, see plan.h.
+    __device__ Tile aside(int i) const {
+        const int64_t states = states_aside(c(), job.backward) + !job.plan.tile_in_shared;
+        unsigned char* base = static_cast<unsigned char*>(c().workspace) + job.at.states;
+        return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * tile_bytes(c(), rows())), d() + int(PAD)};
+    }
+
+    // Calls f(row, column) for this thread's pairs of columns. They are the same in every pass over rows, here
+    // and in norm.cuh, so that such passes need no barrier among them.
+    template <class F>
+    __device__ void each_pair(F f) const {
+        for (int r = warp(); r < rows(); r += warps())
+            for (int j = 2 * lane(); j < d(); j += 64) f(r, j);
+    }
+
+    __device__ explicit Program(const Job& j) : job(j) {
+        token = int64_t(sample()) * j.call.seq_len;
+        inside = int(smaller<int64_t>(j.plan.sequences, j.call.batch - sample()) * j.call.seq_len);
+        if (!SM90A) find_spans();
+    }
+
+    __device__ void find_spans() const {
+        const Call& c = job.call;
+        const int n = int(c.seq_len);
+        for (int r = threadIdx.x; r < rows(); r += threads()) {
+            const int pos = r % n;
+            const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
+            const int last = pos < length ? r - pos + int(c.causal ? pos + 1 : length) : 0;
+            low()[r] = last ? r - pos : int(MOST_ROWS);
+            high()[r] = last;
+        }
+        sync();
+    }
+};
+
+}  // namespace shift_cuda

@@ -1,0 +1,41 @@
+// The looped block on CUDA: what the library exports (call.h says how). nvcc needs --expt-relaxed-constexpr.
+#include "pack.cuh"
+#include "resident_backward.cuh"
+
+// resident_forward_sm90a.cu: what a plan with tiles is for.
+extern "C" const char* shift_cuda_forward_sm90a(const Call*, const Plan*, void* stream);
+
+namespace shift_cuda {
+
+template <class T>
+const char* run(const Job& job, void* stream) {
+    return pack_and_launch<T>(job, stream, job.backward ? resident_backward<T> : resident_forward<T>);
+}
+
+}  // namespace shift_cuda
+
+extern "C" {
+
+int64_t shift_cuda_call_size() { return sizeof(Call); }
+int64_t shift_cuda_plan_size() { return sizeof(Plan); }
+
+int shift_cuda_plan(const Call* call, int backward, Plan* plan) {
+    *plan = shift_cuda::plan(*call, backward != 0);
+    return int(plan->refusal);
+}
+
+const char* shift_cuda_reason(int refusal) { return shift_cuda::reason(refusal); }
+
+int64_t shift_cuda_workspace_bytes(const Call* call, int backward) {
+    return shift_cuda::plan(*call, backward != 0).workspace_bytes;
+}
+
+const char* shift_cuda_run(const Call* call, int backward, void* stream) {
+    const Plan plan = shift_cuda::plan(*call, backward != 0);
+    const shift_cuda::Job job = {*call, plan, shift_cuda::layout(*call, plan, backward != 0), backward};
+    if (plan.refusal) return shift_cuda::reason(plan.refusal);
+    if (plan.tiles) return shift_cuda_forward_sm90a(call, &plan, stream);
+    return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
+                                           : shift_cuda::run<tile::fp16>(job, stream);
+}
+}

@@ -1,0 +1,150 @@
+// Backward of the looped block from the loop boundaries, all loops of a chunk in one launch:
+//
+//     for t = high .. low + 1:   x = h_{t-1} (+ e);  each half layer again, its input put aside in L2
+//         for each half layer from the last:   dh += norm'(x, branch'(dh))     one round or chunk at a time
+//
+// Weight gradients are not accumulated here: each matmul's two operands go to device memory, and one library
+// matmul a weight contracts them over all loops x tokens. Norm weights' gradients are summed in a buffer of the
+// program's own. No atomics: the result is the same bits every time.
+// Shared memory: one fp32 tile (x, then the branch's input gradient), one round's or chunk's intermediates, weight
+// tiles and tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside; dh; and the
+// fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
+// Grid: plan.h `programs` blocks of `threads`.
+#pragma once
+#include "attention_backward.cuh"
+#include "mlp_backward.cuh"
+#include "norm_backward.cuh"
+#include "resident_forward.cuh"
+
+namespace shift_cuda {
+
+// What the loop that is computed again leaves behind: normalised inputs as weight-gradient operands.
+template <class T>
+struct BackwardKeep {
+    const Program<T>& p;
+    int n_rows;
+    int64_t loop;  // counted from the launch's first
+
+    // This program's rows of an operand [n_layers, loops, tokens, columns].
+    __device__ Rows<T> rows(void* operand, int64_t columns, int layer) const {
+        const Call& c = p.c();
+        const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token) * columns;
+        return {static_cast<T*>(operand) + first, int(columns), true};
+    }
+    __device__ Rows<T> xn(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
+    __device__ Rows<T> dy(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().dy2 : p.c().dy, p.d(), layer); }
+    __device__ Tile input(int layer, bool is_mlp) const {
+        return p.aside((layer * int(halves(p.c())) + is_mlp) * (p.c().placement == PRE ? 1 : 2));
+    }
+    __device__ Tile sum(int layer, bool is_mlp) const {
+        return p.c().placement == PRE ? Tile{nullptr, 0}
+                                      : p.aside((layer * int(halves(p.c())) + is_mlp) * 2 + 1);
+    }
+};
+
+// dh of this program's tokens, in device memory; 0 in rows that are none.
+template <class T>
+struct Gradient {
+    const Program<T>& p;
+    float* at;
+    __device__ Gradient(const Program<T>& p, float* of_batch) : p(p), at(of_batch + p.token * p.d()) {}
+    __device__ float2 get(int r, int j) const {
+        return r < p.inside ? load<float2>(at + int64_t(r) * p.d() + j) : make_float2(0.0f, 0.0f);
+    }
+    __device__ void set(int r, int j, float2 x) const {
+        if (r < p.inside) store(at + int64_t(r) * p.d() + j, x);
+    }
+    __device__ void add(int r, int j, float2 x) const {
+        const float2 old = get(r, j);
+        set(r, j, make_float2(old.x + x.x, old.y + x.y));
+    }
+};
+
+// dh becomes the gradient of the half layer's input.
+template <class T>
+__device__ inline void half_layer_backward(const Program<T>& p, int layer, bool is_mlp, const BackwardKeep<T>& keep,
+                                           const Gradient<T>& dh) {
+    const Call& c = p.c();
+    const Weights<T> w{p.job, layer};
+    const int d = p.d(), slot = is_mlp ? NORM2 : NORM1;
+    const float scale = float(c.residual_scale);
+    float* dv = c.dv + ((blockIdx.x * (c.n_layers + 1) + layer) * NORM_SLOTS + slot) * d;
+    const Rows<T> xn = keep.xn(layer, is_mlp), dy = keep.dy(layer, is_mlp);
+    const auto get = [&](int r, int j) { return dh.get(r, j); };
+    const auto scaled = [&](int r, int j) {
+        const float2 x = dh.get(r, j);
+        return make_float2(scale * x.x, scale * x.y);
+    };
+    const auto to_dy = [&](int r, int j, float2 x) {
+        if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
+    };
+    if (c.placement == POST)
+        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot), dv, get,
+                      [&](int r, int j, float2 x) { dh.set(r, j, x); });
+    if (c.placement == SANDWICH)
+        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot + 2), dv + 2 * d, scaled, to_dy);
+    else
+        p.each_pair([&](int r, int j) { to_dy(r, j, scaled(r, j)); });
+    clear_tile(p);
+
+    if (is_mlp)
+        mlp_backward(p, xn, dy, w, keep.rows(c.act, p.p().ff_pad, layer),
+                     keep.rows(c.dpre, hidden_parts(c) * p.p().ff_pad, layer));
+    else
+        attention_backward(p, xn, dy, w, keep.rows(c.dqkv, qkv_columns(c), layer),
+                           keep.rows(c.o, c.n_heads * c.head_dim, layer));
+    sync_block();
+
+    if (c.placement == POST)
+        p.each_pair([&](int r, int j) { dh.add(r, j, tile_pair(p, r, j)); });
+    else
+        norm_backward(
+            p, keep.input(layer, is_mlp), w.norm(slot), dv, [&](int r, int j) { return tile_pair(p, r, j); },
+            [&](int r, int j, float2 x) { dh.add(r, j, x); });
+}
+
+// Loop t again from its boundary, and dh from the gradient of h_t to that of h_{t-1}.
+template <class T>
+__device__ inline void loop_backward(const Program<T>& p, int64_t t, const Gradient<T>& dh) {
+    const Call& c = p.c();
+    const BackwardKeep<T> keep{p, p.inside, t - 1 - c.low};
+    const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
+    const int64_t boundary = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
+    begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
+    // A pre-norm's last half needs no result.
+    const bool whole = c.placement != PRE || c.loop_norm;
+    for (int i = 0; i <= last; i++)
+        half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, whole || i < last);
+    if (c.loop_norm) {
+        const Tile u = p.aside(int(states_aside(c, true)) - 1);
+        p.each_pair([&](int r, int j) { store(u.row(r) + j, tile_pair(p, r, j)); });
+        norm_backward(
+            p, u, Weights<T>{p.job, layers}.norm(NORM1),
+            c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),
+            [&](int r, int j) { return dh.get(r, j); }, [&](int r, int j, float2 x) { dh.set(r, j, x); });
+    }
+    for (int i = last; i >= 0; i--) half_layer_backward(p, i / int(halves(c)), c.d_ff && i % 2, keep, dh);
+}
+
+template <class T>
+__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
+    const Program<T> p(job);
+    const Call& c = job.call;
+    const Gradient<T> dh(p, c.dh), de(p, c.de);
+    const int64_t last = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
+    const int64_t first = c.n_grad_loops ? larger<int64_t>(last - c.n_grad_loops, 0) : 0;  // up to here none is carried
+    for (int64_t t = c.high; t > larger(c.low, first); t--) {
+        if (c.return_all) {
+            const int64_t at = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
+            p.each_pair([&](int r, int j) {
+                if (p.valid(r)) dh.add(r, j, load_pair(c.grad_out, at + int64_t(r) * p.d() + j, c.dtype));
+            });
+        }
+        if (t > last) continue;
+        loop_backward(p, t, dh);
+        if (c.injection) p.each_pair([&](int r, int j) { de.add(r, j, dh.get(r, j)); });
+    }
+    if (first > c.low) p.each_pair([&](int r, int j) { dh.set(r, j, make_float2(0.0f, 0.0f)); });
+}
+
+}  // namespace shift_cuda

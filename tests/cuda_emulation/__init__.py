@@ -1,0 +1,121 @@
+"""Builds kernels of csrc/cuda for the CPU that plays a GPU (emulation.h), and runs them.
+
+library = emulated(Path("csrc/cuda/some_kernel.cu"))
+x = library.tensor(torch.randn(64, 64))         # in memory whose end is guarded
+for seed in range(20):
+    library.run("launch_some_kernel", x, 64, seed=seed)   # a C function that returns null or a message
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_forward_sm90a.cu")  # all that csrc/cuda exports
+RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
+FLAGS += [
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-Wno-attributes",
+    f"-I{CSRC}",
+    f"-I{CSRC / 'cuda'}",
+    f"-I{HERE}",
+]
+# The hooks that this option calls are in races.cpp; its own runtime library is not linked.
+WATCH = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+
+
+class EmulationError(Exception):
+    """A launch ended with this message."""
+
+
+def _compile(source: Path, flags: list[str], folder: Path) -> Path:
+    """An object file, named by all that went into it, so that tests and processes share it."""
+    command = ["g++", *flags, str(source)]
+    done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=True)
+    digest = hashlib.sha256(done.stdout + " ".join(command).encode()).hexdigest()[:24]
+    target = folder / f"{digest}.o"
+    if not target.exists():
+        scratch = folder / f"{digest}.{os.getpid()}.o"
+        done = subprocess.run([*command, "-c", "-o", str(scratch)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        scratch.rename(target)
+    return target
+
+
+@functools.cache
+def emulated(*sources: Path, watched: bool = False) -> "Library":
+    """``sources``, .cu files with extern "C" functions, as a library of the emulated GPU.
+
+    Args:
+        watched: see every single access (races, bytes out of bounds), at several times the run time.
+    """
+    folder = Path(tempfile.gettempdir()) / f"shift-emulation-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    optimised = ["-O3", *FLAGS]
+    objects = [_compile(HERE / f"{name}.cpp", optimised, folder) for name in RUNTIME]
+    flags = [*FLAGS, *(WATCH if watched else []), "-xc++"]
+    objects += [_compile(source, flags, folder) for source in sources]
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        scratch = folder / f"{digest}.{os.getpid()}.so"
+        subprocess.run(["g++", "-shared", "-o", str(scratch), *map(str, objects)], check=True)
+        scratch.rename(library)
+    return Library(library)
+
+
+class Library:
+    """A built library; each has a machine, and device memory, of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.shift_emulation_allocate.restype = ctypes.c_void_p
+        self.library.shift_emulation_allocate.argtypes = [ctypes.c_size_t]
+        self.library.shift_emulation_seed.argtypes = [ctypes.c_uint64]
+
+    def tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of ``values`` in the machine's device memory, good until ``free``."""
+        values = values.contiguous()
+        if not values.numel():
+            return values
+        address = self.library.shift_emulation_allocate(values.nbytes)
+        memory = (ctypes.c_ubyte * values.nbytes).from_address(address)
+        return torch.frombuffer(memory, dtype=values.dtype).view(values.shape).copy_(values)
+
+    def run(self, name: str, *arguments: object, seed: int = 0) -> None:
+        """Calls ``const char* name(arguments)``; tensors go as addresses, ints as int64.
+
+        Raises:
+            EmulationError: it returned a message.
+        """
+        self.library.shift_emulation_seed(seed)
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        message = function(
+            *(
+                ctypes.c_void_p(a.data_ptr())
+                if isinstance(a, torch.Tensor)
+                else ctypes.c_double(a)
+                if isinstance(a, float)
+                else ctypes.c_int64(a)
+                if isinstance(a, int)
+                else a
+                for a in arguments
+            )
+        )
+        if message is not None:
+            raise EmulationError(message.decode())
+
+    def free(self) -> None:
+        """Gives all device memory back: no tensor of it may be used after."""
+        self.library.shift_emulation_free()
