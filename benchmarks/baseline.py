@@ -21,28 +21,32 @@ def sdpa(causal: bool = True) -> Attend:
 
 
 class PlainBlock(torch.nn.Module):
-    """A pre-norm layernorm gelu block with injection, sharing the weights of ``block``.
+    """A pre-norm layernorm block with injection, sharing the weights of ``block``.
 
     Args:
-        block: whose weights are taken.
-        attend: q, k, v [batch, n_heads, seq_len, head_dim] -> the same.
+        block: with gelu or gelu_tanh, with or without a norm in the loop.
+        attend: q, k, v [batch, n_heads, seq_len, head_dim] -> the same; default: the library's.
     """
 
     def __init__(self, block: LoopedBlock, attend: Attend | None = None) -> None:
         super().__init__()
         self.layers, self.spec = block.layers, block.spec
-        self.attend = attend or sdpa()
+        self.loop_norm = block.loop_norm if self.spec.loop_norm else None
+        self.approximate = "tanh" if self.spec.activation == "gelu_tanh" else "none"
+        self.attend = attend or sdpa(self.spec.causal)
 
     def body(self, x: Tensor) -> Tensor:
         """One loop."""
         for p in self.layers.children():
             x = self.layer(p, x)
+        if self.loop_norm is not None:
+            x = F.layer_norm(x, x.shape[-1:], self.loop_norm.weight, self.loop_norm.bias)
         return x
 
     def layer(self, p: Any, x: Tensor) -> Tensor:
         x = x + self.attention(p, F.layer_norm(x, x.shape[-1:], p.norm1.weight, p.norm1.bias))
         y = F.layer_norm(x, x.shape[-1:], p.norm2.weight, p.norm2.bias)
-        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias))
+        y = F.gelu(F.linear(y, p.linear1.weight, p.linear1.bias), approximate=self.approximate)
         return x + F.linear(y, p.linear2.weight, p.linear2.bias)
 
     def attention(self, p: Any, x: Tensor) -> Tensor:
@@ -61,9 +65,14 @@ class PlainBlock(torch.nn.Module):
         self.body = torch.compile(self.body, mode=mode)  # type: ignore[method-assign]
         return self
 
-    def forward(self, e: Tensor, n_loops: int) -> Tensor:
-        """h_T of [batch, seq_len, d_model]."""
+    def forward(self, e: Tensor, n_loops: int | Tensor) -> Tensor:
+        """h_T of [batch, seq_len, d_model]; for samples' own T [batch] all loops of all, of which each takes
+        its own: with library calls there is no better way."""
         h = torch.zeros_like(e)
+        if isinstance(n_loops, Tensor):
+            for t in range(int(n_loops.max())):
+                h = torch.where(t < n_loops[:, None, None], self.body(h + e), h)
+            return h
         for _ in range(n_loops):
             h = self.body(h + e)
         return h
@@ -82,7 +91,7 @@ class PlainTrmBlock(PlainBlock):
     def positioned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return reference.rotate(q, self.table), reference.rotate(k, self.table)
 
-    def forward(self, e: Tensor, n_loops: int) -> Tensor:
+    def forward(self, e: Tensor, n_loops: int | Tensor) -> Tensor:
         self.table = _rotary_table(e.shape[1], self.spec, e.device, e.dtype)
         return super().forward(e, n_loops)
 

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from shift import checkpoint
 from shift.build import build_model, build_schedule, build_task, find_device
@@ -34,7 +32,7 @@ from shift.optim import build_optimizer, learning_rate
 from shift.run_dir import RunDirectory
 from shift.snapshots import SnapshotRecorder
 from shift.summary import batches_sha256, environment, switch_ms
-from shift.tasks.base import IGNORE
+from shift.tasks.base import IGNORE, Batch
 
 MAX_SKIPS = 5
 """Skipped steps in a row after which a run stops: it will not recover by itself."""
@@ -76,7 +74,8 @@ class Trainer:
         console: where to report; None: nowhere.
 
     In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
-    ranks' batches, and rank 0 writes. Seeds torch's global generator.
+    ranks' batches, whose gradients are averaged as one flat tensor after the backward, and rank 0 writes.
+    Seeds torch's global generator.
 
     Raises:
         ShiftInputError: an unusable config, a used directory, or a checkpoint of another config.
@@ -104,9 +103,8 @@ class Trainer:
         )
         if self.run.checkpoint is not None:
             self._restore(self.run.checkpoint)
-        self.network: nn.Module = self.model
-        if self.world_size > 1:
-            self.network = DistributedDataParallel(self.model)
+        if self.world_size > 1:  # equal by their seed, if the machines are
+            dist.broadcast(self.optimizer.weights, src=0)
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
@@ -129,13 +127,8 @@ class Trainer:
             TrainingInterrupted: after :meth:`stop`.
             TrainingDiverged: the loss stays non-finite.
         """
-        try:
-            self._train(progress)
-            return self._finish() if self.rank == 0 else {}
-        finally:
-            # The wrapper must not outlive the process group: if it drops the group's last reference, gloo's
-            # destructor joins a thread that waits for the interpreter lock which the destructor holds.
-            self.network = self.model
+        self._train(progress)
+        return self._finish() if self.rank == 0 else {}
 
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
@@ -172,30 +165,9 @@ class Trainer:
         self._timer.start()
         batch = self.task.batch(c.batch_size, p.step, rank=self.rank)
         loops = loops_of(batch, n_loops)
-        # Still on the CPU: nothing to wait for. In the ledger rank 0's mean stands for all ranks.
-        mean_loops = loops if isinstance(loops, int) else loops.double().mean().item()
-        batch = batch.to(self.device)
         lr = learning_rate(c.optimiser, p.step, c.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-        n_read = (batch.targets != IGNORE).sum()
-        self._sum_over_ranks(n_read)
-        with autocast(self.device, c.precision == "bf16"):
-            logits = self.network(
-                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
-            )
-        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
-        (loss * self.world_size).backward()  # DDP averages over ranks what is a sum here
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.optimiser.clip)
-        loss = loss.detach()
-        self._sum_over_ranks(loss)
-        skipped = ~(loss.isfinite() & grad_norm.isfinite())
-        # Where this is 1, fused AdamW leaves weights and state as they are (torch's gradient scaler uses it).
-        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = self._backward(batch.to(self.device), loops)
+        grad_norm, skipped = self._update(loss, lr)
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
@@ -203,19 +175,58 @@ class Trainer:
             p.switch_step = p.step
         p.was_single = p.was_single or n_loops == 1
         p.step += 1
-        p.block_applications += mean_loops
-        batch_size, seq_len = batch.tokens.shape
-        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, c.n_grad_loops)
-        p.flops += self.world_size * flops
+        self._count(batch, loops)
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **self._costs()})
+
+    def _backward(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of the global batch in the parameters; returns its loss."""
+        c = self.config
+        # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
+        # those of the mean over all read positions, however uneven the ranks are.
+        n_read = self._mean_over_ranks((batch.targets != IGNORE).sum(dtype=torch.float32))
+        with autocast(self.device, c.precision == "bf16"):
+            logits = self.model(
+                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
+            )
+        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
+        self.optimizer.zero_grad()
+        loss.backward()
+        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
+        self._mean_over_ranks(self.optimizer.gradients)
+        return self._mean_over_ranks(loss.detach())
+
+    def _update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change the weights, unless loss or gradients are not finite; returns gradient norm, and whether."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = torch.linalg.vector_norm(self.optimizer.gradients)
+        skipped = ~(loss + grad_norm).isfinite()  # neither is below 0, so that nothing cancels
+        self.optimizer.clip_and_step(grad_norm, self.config.optimiser.clip, skipped)
+        return grad_norm, skipped
+
+    def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
+        """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
+        c, p = self.config, self.progress
+        if isinstance(loops, int):
+            mean_loops: float = loops
+        else:  # on the CPU, where the processes of torchrun talk by gloo: nothing waits for the device
+            mean_loops = self._mean_over_ranks(loops.double().mean()).item()
+        p.block_applications += mean_loops
+        batch_size, seq_len = batch.tokens.shape
+        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, c.n_grad_loops)
+        p.flops += self.world_size * flops
         self._tokens = self.world_size * batch.tokens.numel()
 
-    def _sum_over_ranks(self, x: torch.Tensor) -> None:
+    def _mean_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """In place."""
         if self.world_size > 1:
             dist.all_reduce(x)
+            x /= self.world_size
+        return x
 
     def _costs(self) -> dict[str, Any]:
         return {"flops": self.progress.flops, "block_applications": self.progress.block_applications}
@@ -266,9 +277,7 @@ class Trainer:
             return self._stop
         if not _due(self.progress.step, self.config.log_every):
             return False
-        asked = torch.tensor(int(self._stop), device=self.device)
-        self._sum_over_ranks(asked)
-        return bool(asked)
+        return bool(self._mean_over_ranks(torch.tensor(float(self._stop), device=self.device)))
 
     def _save(self) -> None:
         self._flush()

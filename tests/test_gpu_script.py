@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.baseline import PLAIN, sdpa
+from benchmarks.baseline import PLAIN, PlainBlock
 from benchmarks.gpu import slope, table, tune
 from benchmarks.gpu.cases import BLOCKS, CASES, KINDS, Attention, Block, runners
 from benchmarks.gpu.run import SLOPES, Budget, run
@@ -100,13 +100,21 @@ def test_steps_after_the_budget_are_skipped_and_failures_are_kept(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n_loops", [1, 3])
+GPT = KINDS["gpt"]
+LIKE_OURS = {
+    **KINDS,
+    "full attention": GPT | {"causal": False},
+    "loop norm": GPT | {"loop_norm": True, "activation": "gelu_tanh"},
+}
+
+
+@pytest.mark.parametrize("n_loops", [1, 3, torch.tensor([1, 3])], ids=["1", "3", "own"])
+@pytest.mark.parametrize("kind", LIKE_OURS)
 def test_competitors_compute_what_we_compute(n_loops, kind):
     torch.manual_seed(0)
-    block = LoopedBlock(BlockSpec(**Block(2, 9, 16, 2, n_loops, kind).options))
+    block = LoopedBlock(BlockSpec(d_model=16, n_heads=2, **LIKE_OURS[kind]))
     e = torch.randn(2, 9, 16)
-    torch.testing.assert_close(PLAIN[kind](block, sdpa(block.spec.causal))(e, n_loops), block(e, n_loops))
+    torch.testing.assert_close(PLAIN.get(kind, PlainBlock)(block)(e, n_loops), block(e, n_loops))
 
 
 def test_every_listed_block_is_one_that_the_spec_allows():

@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
-from tiny_runs import processes, rows, tiny
+from tiny_runs import Replaced, rows, tiny
 
 from shift.checkpoint import digest
 from shift.config import OptimiserConfig, ScheduleConfig, TaskConfig
@@ -15,20 +14,6 @@ from shift.flops import train_step_flops
 from shift.optim import build_optimizer, learning_rate
 from shift.tasks.base import IGNORE
 from shift.trainer import Trainer, TrainingDiverged
-
-
-class Replaced:
-    """A task whose batches are changed on the way."""
-
-    def __init__(self, task, change):
-        self._task, self._change = task, change
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def batch(self, *args, **kwargs):
-        return self._change(self._task.batch(*args, **kwargs))
-
 
 # --- what it writes ---------------------------------------------------------------------------------------
 
@@ -304,55 +289,3 @@ def test_learning_rates(lr_schedule, rates):
 def test_wsd_decays_over_the_last_fifth():
     config = OptimiserConfig(lr=1.0, warmup=0, lr_schedule="wsd")
     assert [learning_rate(config, step, 100) for step in (79, 80, 90)] == pytest.approx([1, 1, 0.5])
-
-
-# --- several processes ------------------------------------------------------------------------------------
-
-
-def uneven(batch):
-    """As many read positions as the first token says: ranks differ in how many they have."""
-    beyond = torch.arange(batch.targets.shape[1]) > batch.tokens[:, :1]
-    return dataclasses.replace(batch, targets=batch.targets.masked_fill(beyond, IGNORE))
-
-
-def train_on_rank(rank, run_dir, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    trainer = Trainer(tiny(batch_size=4), run_dir)
-    trainer.task = Replaced(trainer.task, uneven)
-    trainer.fit()
-    dist.destroy_process_group()
-
-
-class BothRanks:
-    """One process's view of the global batch: the ranks' batches, one behind the other."""
-
-    def __init__(self, task):
-        self._task = task
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def batch(self, batch_size, step, *, split="train", rank=0):
-        if split != "train":
-            return self._task.batch(4, step, split=split)
-        parts = [vars(uneven(self._task.batch(4, step, rank=rank))) for rank in (0, 1)]
-        joined = {k: None if v is None else torch.cat([v, parts[1][k]]) for k, v in parts[0].items()}
-        return dataclasses.replace(self._task.batch(1, 0), **joined)
-
-
-def test_two_processes_compute_what_one_does_on_their_joined_batches(tmp_path):
-    ranks = [
-        processes().Process(target=train_on_rank, args=(rank, tmp_path / "two", tmp_path / "store"))
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    alone = Trainer(tiny(batch_size=8), tmp_path / "one")
-    alone.task = BothRanks(alone.task)
-    alone.fit()
-    two, one = rows(tmp_path / "two", "train"), rows(tmp_path / "one", "train")
-    for key in ("loss", "grad_norm", "flops"):
-        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-4), key

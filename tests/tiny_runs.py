@@ -34,6 +34,19 @@ def tiny(**changes: Any) -> TrainConfig:
     return dataclasses.replace(TINY, **changes)
 
 
+class Replaced:
+    """A task whose batches are changed on the way."""
+
+    def __init__(self, task, change):
+        self._task, self._change = task, change
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def batch(self, *args, **kwargs):
+        return self._change(self._task.batch(*args, **kwargs))
+
+
 def rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The rows of one kind in ``metrics.jsonl``."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -24,12 +24,12 @@ from shift.eval import CAPTION
 from shift.files import replace_atomically
 from shift.heat_map import heat_map
 from shift.sweep import RULES, SweepConfig, sweep
-from shift.words import duration, each, flops, percent
+from shift.words import each, flops, percent
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Arm -> seed -> ``sweep`` (:func:`shift.sweep.sweep`) and ``result`` (a run's ``result.json``)."""
 
-KEPT = ("flops_total", "train_s", "switch_step", "skipped_steps", "machine", "versions", "commit")
+KEPT = ("flops_total", "switch_step", "skipped_steps", "machine", "versions", "commit")
 """What is kept of a run's ``result.json``."""
 
 
@@ -95,15 +95,15 @@ def mean_sweep(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def cost_table(results: Results) -> Table:
-    """Compute and time of training, median over seeds, and where a schedule left one loop."""
+    """Compute of training, median over seeds, and where a schedule left one loop."""
     rows: list[list[Cell]] = []
     for arm, seeds in results.items():
         runs = [found["result"] for found in seeds.values()]
-        compute, seconds = (statistics.median(run[key] for run in runs) for key in ("flops_total", "train_s"))
+        compute = flops(statistics.median(run["flops_total"] for run in runs))
         switches = ["–" if run["switch_step"] is None else str(run["switch_step"]) for run in runs]
         loops = [found["sweep"]["trained_loops"] for found in seeds.values()]
-        rows.append([arm, flops(compute), duration(seconds), ", ".join(switches), each(loops)])
-    return Table(["arm", "compute", "time", "one loop until step (each seed)", "loops at the end"], rows)
+        rows.append([arm, compute, ", ".join(switches), each(loops)])
+    return Table(["arm", "compute", "one loop until step (each seed)", "loops at the end"], rows)
 
 
 def rule_table(results: Results, rule: str) -> Table:

@@ -77,28 +77,26 @@ class Markov(Task):
         Args:
             tokens: integers [batch, length], of any length.
         """
-        batch, length = tokens.shape
-        v, rows = self.vocab_size, np.arange(batch)
-        hit, miss = self.ceiling, (1 - self.follow) / v
-        counts = np.zeros((batch, v, v))
-        log_odds = np.zeros(batch)  # own map against the language's
-        bits = np.empty((batch, length))
-        bits[:, 0] = np.log2(v)
-        for i in range(1, length):
-            state, token = tokens[:, i - 1], tokens[:, i]
-            seen = counts[rows, state]
-            weight = (hit / miss) ** (seen - seen.max(axis=1, keepdims=True))
-            posterior = weight[rows, token] / weight.sum(axis=1)
-            own = np.log(posterior * hit + (1 - posterior) * miss)
-            known = np.log(np.where(self.language_map[state] == token, hit, miss))
-            both = np.logaddexp(log_odds + own, known) - np.logaddexp(log_odds, 0)
-            bits[:, i] = -both / np.log(2)
-            log_odds += own - known
-            counts[rows, state, token] += 1
-        return bits
+        hit, miss = self.ceiling, (1 - self.follow) / self.vocab_size
+        states, following = tokens[:, :-1], tokens[:, 1:]
+        # [i, j]: whether transition j, before i, left the state that transition i leaves.
+        same = (states[:, :, None] == states[:, None]) & np.tri(states.shape[1], k=-1, dtype=bool)
+        chosen = following[:, :, None] == np.arange(self.vocab_size)
+        # How often each token was seen to follow: float64 [batch, length - 1, vocab].
+        seen = same.astype(np.float64) @ chosen.astype(np.float64)
+        weight = np.exp(np.log(hit / miss) * (seen - seen.max(axis=-1, keepdims=True)))
+        posterior = np.take_along_axis(weight, following[:, :, None], axis=-1)[:, :, 0] / weight.sum(axis=-1)
+        own = np.log(posterior * hit + (1 - posterior) * miss)
+        known = np.log(np.where(self.language_map[states] == following, hit, miss))
+        log_odds = np.zeros_like(own)  # own map against the language's, before each transition
+        np.cumsum((own - known)[:, :-1], axis=1, out=log_odds[:, 1:])
+        both = np.logaddexp(log_odds + own, known) - np.logaddexp(log_odds, 0)
+        first = np.full((len(tokens), 1), np.log2(self.vocab_size))
+        return np.concatenate([first, -both / np.log(2)], axis=1)
 
     @cached_property
     def cut(self) -> float:
         """Bits a token that tell simple samples from complex ones: the median of 4,096 samples."""
         reference = self.sequences(np.random.default_rng([self.seed, len(SPLITS) + 1]), 4096)
-        return float(np.median(self.information_content(reference).mean(axis=1)))
+        parts = np.split(reference, 64)  # the memory taken grows with the square of the length
+        return float(np.median([self.information_content(part).mean(axis=1) for part in parts]))
