@@ -11,6 +11,7 @@ from tiny_runs import tiny
 from shift.build import build_model, build_task
 from shift.config import LandscapeConfig, TrainConfig
 from shift.landscape.cli import main
+from shift.plots import STYLE
 from shift.snapshots import SNAPSHOTS, read_snapshots
 from shift.trainer import Trainer, TrainingInterrupted
 from shift_kernels import ShiftInputError
@@ -82,9 +83,11 @@ def test_a_run_without_snapshots_or_of_another_model_is_refused(recorded, tmp_pa
         read_snapshots(recorded[0], SIZE + 1)
 
 
-def test_the_command_surveys_a_recorded_run(recorded, tmp_path, capsys):
+def test_the_command_surveys_a_recorded_run(recorded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(STYLE, "figure.dpi", 20)  # most of the time would go into pixels
     run, out = str(recorded[0]), tmp_path / "landscape"
     look = "--look.points 2 --look.samples 4 --look.leading 2 --look.lanczos-steps 8 --look.lanczos-vectors 1"
+    look += " --look.heights 0.1"
     assert main([run, "--out", str(out), *look.split()]) == 0
     (found,) = json.loads((out / "surveys.json").read_text()).values()
     assert len(found["points"]) == 2

@@ -6,4 +6,7 @@ valley      river and valley, split by a threshold, and what the split's sizes d
 information matrix entropy, mutual information of Hessians, phases
 hopping     how a trajectory moves in valley and river
 cuts        the loss along one direction: U or V?
+plane       the loss on a plane that the run's path lies near
+upstream    whether Single's and Looped's gradients agree
+survey      all of it at points along a recorded run
 """

@@ -69,7 +69,7 @@ def _entropy_of_factor(x: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def phases(rank: Sequence[float], change: float = 1.25, settled: float = 0.1) -> dict[str, tuple[int, int]]:
+def phases(rank: Sequence[float], change: float = 1.5, settled: float = 0.1) -> dict[str, tuple[int, int]]:
     """Collapse, diversification and stabilisation in a series of effective ranks, by a rule.
 
         collapse         from the start to the lowest value, if the start is at least ``change`` times that
@@ -80,14 +80,15 @@ def phases(rank: Sequence[float], change: float = 1.25, settled: float = 0.1) ->
 
     Args:
         rank: effective ranks in the order of training.
-        change: a factor > 1 that counts as a change.
+        change: a factor > 1 that counts as a change. Ranks estimated from few random vectors scatter by a
+            tenth or two: a smaller factor finds phases in noise.
         settled: share of the rise.
 
     Returns:
         First and last index of each phase that there is; none of the first two: the series is static.
     """
     if not change > 1:
-        raise input_error("phases", "change", change, "a number > 1", "1.25 is the default.")
+        raise input_error("phases", "change", change, "a number > 1", "1.5 is the default.")
     found: dict[str, tuple[int, int]] = {}
     if len(rank) < 2:
         return found

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shift.build import build_model, build_task
-from shift.config import load_config
-from shift.landscape.hessian import Hessian, LossSurface
-from shift.snapshots import read_snapshots
+from shift.landscape.hessian import Hessian
+from shift.landscape.recording import open_recording
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,10 @@ def plane(run_dir: Path, start: int, n_loops: int, samples: int = 32, grid: int 
     Raises:
         ShiftInputError: no snapshots.
     """
-    run = load_config(run_dir / "config.toml")
-    task = build_task(run)
-    model = build_model(run, task)
-    found = read_snapshots(run_dir, sum(p.numel() for p in model.parameters()))
-    used = found.steps >= start
-    states = torch.from_numpy(found.weights[used])
-    surface = LossSurface(model, task.batch(samples, 0, split="eval"), n_loops, dtype=torch.float32)
+    run = open_recording(run_dir)
+    used = run.snapshots.steps >= start
+    states = torch.from_numpy(run.snapshots.weights[used])
+    surface = run.surface(n_loops, samples, torch.float32)
     last = surface.vector(states[-1])
     hessian = Hessian(surface.loss, last)
     sharp = surface.vector(hessian.extreme(1, tol=1e-3)[1][:, 0])
@@ -71,4 +66,4 @@ def plane(run_dir: Path, start: int, n_loops: int, samples: int = 32, grid: int 
     with torch.no_grad():
         loss = [[float(surface.loss(last + float(a) * sharp + float(b) * drift)) for a in x] for b in y]
     curvature = tuple(float((u @ hessian.matvec(u)).detach()) for u in (sharp, drift))
-    return Plane(x, y, np.array(loss), path, found.steps[used], curvature, n_loops, start)  # type: ignore[arg-type]
+    return Plane(x, y, np.array(loss), path, run.snapshots.steps[used], curvature, n_loops, start)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ Data only; pictures and words are made elsewhere.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from shift.build import build_model, build_task
-from shift.config import TrainConfig, load_config
+from shift.config import TrainConfig
 from shift.landscape.cuts import cut
 from shift.landscape.hessian import Hessian, LossSurface
 from shift.landscape.hopping import hopping
 from shift.landscape.information import effective_rank, matrix_entropy, mutual_information, phases
+from shift.landscape.recording import open_recording
 from shift.landscape.spectrum import exact_spectrum, lanczos_spectrum
+from shift.landscape.upstream import agreement
 from shift.landscape.valley import exponent, sensitivity, split, threshold
-from shift.snapshots import read_snapshots
 from shift_kernels.errors import input_error
 
 
@@ -78,14 +77,9 @@ def survey(
     Raises:
         ShiftInputError: no snapshots, or none of at least three successive states.
     """
-    run = load_config(run_dir / "config.toml")
-    task = build_task(run)
-    model = build_model(run, task)
-    n = sum(p.numel() for p in model.parameters())
-    found = read_snapshots(run_dir, n)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    loops = {row["step"] - 1: (row["n_loops"], row["lr"]) for row in rows if row["kind"] == "train"}
-    bursts = [b for b in found.bursts() if b.stop - b.start >= 3 and int(found.steps[b.start]) in loops]
+    run = open_recording(run_dir)
+    found, steps = run.snapshots, run.steps()
+    bursts = [b for b in found.bursts() if b.stop - b.start >= 3 and int(found.steps[b.start]) in steps]
     if not bursts:
         raise input_error(
             "survey", "run_dir", str(run_dir), "bursts of at least three states", "Use --landscape.burst 9."
@@ -94,43 +88,45 @@ def survey(
         bursts[i] for i in np.unique(np.linspace(0, len(bursts) - 1, config.points).round().astype(int))
     ]
 
-    probe = task.batch(config.samples, 0, split="eval")
     dtype = torch.float64 if config.double else torch.float32
     surfaces = {
-        k: LossSurface(model, probe, k, dtype=dtype)
-        for k in {1, run.model.n_loops, *(k for k, _ in loops.values())}
+        k: run.surface(k, config.samples, dtype)
+        for k in {1, run.config.model.n_loops, *(row["n_loops"] for row in steps.values())}
     }
     points, pairs = [], None
     for i, burst in enumerate(chosen):
         # Not across the switch: the two halves would be of two different functions.
-        n_loops, lr = loops[int(found.steps[burst.start])]
+        step = int(found.steps[burst.start])
+        n_loops, lr = steps[step]["n_loops"], steps[step]["lr"]
+        same = {"n_loops": n_loops}
         states = [
             j
             for j in range(burst.start, burst.stop)
-            if loops.get(int(found.steps[j]), (n_loops,))[0] == n_loops
+            if steps.get(int(found.steps[j]), same)["n_loops"] == n_loops
         ]
-        step = int(found.steps[burst.start])
         moments = found.second_moments[states[0]]
-        point, pairs = _point(surfaces, n_loops, found.weights[states], moments, step, lr, run, config, pairs)
+        point, pairs = _point(
+            surfaces, n_loops, found.weights[states], moments, step, lr, run.config, config, pairs
+        )
         points.append({"step": step, "n_loops": n_loops, "lr": lr, **point})
         if progress is not None:
             progress(i + 1, len(chosen))
-    looped_from = [step for step, (k, _) in sorted(loops.items()) if k > 1]
-    started_single = loops[min(loops)][0] == 1
+    looped_from = [step for step, row in sorted(steps.items()) if row["n_loops"] > 1]
+    started_single = steps[min(steps)]["n_loops"] == 1
     return {
         "run": str(run_dir),
-        "config": run.to_dict(),
+        "config": run.config.to_dict(),
         "survey": dataclasses.asdict(config),
-        "n_parameters": n,
+        "n_parameters": run.n_parameters,
         "switch_step": looped_from[0] if looped_from and started_single else None,
         "points": points,
         "phases": {
             k: [points[i]["step"] for i in v]
             for k, v in phases([p["effective_rank"] for p in points]).items()
         },
-        "looks": [row for row in rows if row["kind"] == "look"],
-        "evaluations": [row for row in rows if row["kind"] == "eval"],
-        "losses": [[row["step"], row["loss"]] for row in rows if row["kind"] == "train"],
+        "looks": run.of_kind("look"),
+        "evaluations": run.of_kind("eval"),
+        "losses": [[row["step"], row["loss"]] for row in run.of_kind("train")],
     }
 
 
@@ -175,7 +171,7 @@ def _point(
         "eta_sharpness": lr * float(values[0]),
         "adam_eta_sharpness": _adam_sharpness(hessian, second_moment, step, lr, run.optimiser.betas[1]),
         "cuts": {str(height): _cut(surface, w, vectors[:, 0], height) for height in config.heights},
-        "agreement": _agreement(surfaces, run.model.n_loops, weights[0]),
+        "agreement": agreement(surfaces[1], surfaces[run.model.n_loops], torch.from_numpy(weights[0])),
     }
     walls = values >= eps
     if walls.any() and len(weights) >= 3:
@@ -205,18 +201,3 @@ def _adam_sharpness(
     corrected = second_moment.astype(np.float64) / (1 - beta2**step)
     scale = torch.from_numpy((np.sqrt(corrected) + 1e-8) ** -0.5).to(hessian.gradient.dtype)
     return lr * float(hessian.scaled(scale).extreme(1, tol=1e-3)[0][0])
-
-
-def _agreement(surfaces: dict[int, LossSurface], n_loops: int, weights: np.ndarray) -> dict[str, float]:
-    """Cosine between the gradients of Single and of Looped at the same weights: all, and each parameter."""
-    single, looped = (surfaces[k].gradient(surfaces[k].vector(weights)).double() for k in (1, n_loops))
-
-    def cosine(part: slice) -> float:
-        a, b = single[part], looped[part]
-        length = float(a.norm() * b.norm())
-        return float(a @ b) / length if length > 0 else 0.0
-
-    return {
-        "all": cosine(slice(None)),
-        **{name: cosine(s) for name, s in surfaces[1].slices(split_qkv=True).items()},
-    }
