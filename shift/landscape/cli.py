@@ -28,10 +28,16 @@ from shift.run_dir import short_names
 from shift_kernels import ShiftInputError
 
 CAPTIONS = {
-    "spectrum": "Eigenvalues of the Hessian along training. Between the dashed lines: the river.",
-    "plane": "Loss around the last weights, along the sharpest direction and the run's drift, with its path.",
-    "cut": "Loss along the sharpest direction, with a U (parabola) and a V fitted at three heights.",
-    "signals": "What the criterion looked at, and the landscape's own figures beside it.",
+    "spectrum": "Eigenvalues of the Hessian along training: blue, the loss rises on both sides; orange, it "
+    "falls; larger dots stand for more eigenvalues. Between the dashed lines: the river.",
+    "plane": "Loss (dark: low) on a plane through the last weights: across, the sharpest direction; up, the "
+    "way the run drifted. The path goes from the ring (the start, or the switch) to the dot, through the "
+    "recorded weights. The axes have different scales.",
+    "cut": "Loss along the sharpest direction, with the best parabola (U) and the best V, each as wide as it "
+    "takes the loss to rise by so much. A lead of 0: both fit alike; of 1: the other does not fit at all.",
+    "signals": "From above: the training loss; what SHIFT's criterion looks at; how much the gradients of "
+    "Single and Looped agree (1: one direction, 0: unrelated); how much more often the gradient changes its "
+    "sign across the valley than elsewhere (grey: chance); in how many directions the loss is curved.",
 }
 
 

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from shift.landscape.plane import Plane
 from shift.plots import FAINT, INK, SHADE, STYLE, WIDTH
@@ -82,7 +82,7 @@ def cut_figure(surveys: Surveys) -> Figure:
             axes.plot(x, cut["v"], color=V_COLOUR, lw=1.6, ls=(0, (5, 2)))
             axes.plot(x, cut["y"], "o", ms=3, color=INK, zorder=3)
             head = f"{label}, step {survey['points'][-1]['step']}\n" if row == 0 else ""
-            axes.set_title(f"{head}{cut['shape']} fits better, by {abs(cut['margin']):.2f}", fontsize=10)
+            axes.set_title(f"{head}{cut['shape']} leads by {abs(cut['margin']):.2f}", fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.yaxis.set_major_locator(MaxNLocator(4))
             if column == 0:
@@ -123,7 +123,7 @@ def signals_figure(surveys: Surveys) -> Figure:
     """Loss, what the criterion looks at, agreement of the gradients, and hopping, over training."""
     rows = (
         "loss\n(nats)",
-        "criterion\n(change)",
+        "criterion\n(relative change)",
         "Single and Looped\ngradients: cosine",
         "hops\n(z-score)",
         "effective\nrank",
@@ -157,7 +157,7 @@ def signals_figure(surveys: Surveys) -> Figure:
         )
         panels[3].axhspan(-2, 2, color=SHADE, lw=0, zorder=0)
         panels[4].plot(steps, [p["effective_rank"] for p in points], color=RUN_COLOUR, marker=".")
-        panels[4].set_yscale("log")
+        log_axis(panels[4])
         panels[-1].set_xlabel("training steps")
         panels[-1].xaxis.set_major_locator(MaxNLocator(4))
         for axes in panels:
@@ -168,6 +168,14 @@ def signals_figure(surveys: Surveys) -> Figure:
     labels = ["criterion: loss", "criterion: gradient norm", "the switch"]
     figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic y axis that reads 200, 400 even where it spans less than a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _switch(axes: Axes, survey: Mapping[str, Any], named: bool = True) -> None:
