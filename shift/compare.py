@@ -39,6 +39,7 @@ from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
 INTERRUPTED = 75
+PLAN = "plan.json"
 DEFAULT_ARMS = ("single", "looped", "shift", "ramp", SMALLEST)
 TARGETS = {"demo": 0.99}
 """Accuracies to reach in presets whose tasks have a known ceiling."""
@@ -124,21 +125,22 @@ def compare_arms(
     plan = _write_plan(out, target, command_line)
     comparison = Comparison(out, seeds, jobs)
 
-    comparison.train(list(arms.values()))
+    # Two loops are tried in any case: at once, as the workers take seconds to start.
+    smaller = [make_arm(f"looped:{n_loops}", base) for n_loops in range(2, base.model.n_loops)]
+    smaller = smaller if SMALLEST in names else []
+    comparison.train([*arms.values(), *smaller[:1]])
     if target is None:
         target = share_of_looped(comparison.runs([arms["looped"]])["looped"], LOOPED_SHARE)
     if MATCHED in names:
-        arm = make_arm(f"{MATCHED}:{_mean_loops(comparison.runs([arms['shift']])['shift'])}", base)
+        arm = make_arm(f"{MATCHED}:{_matched_mean(out, comparison.runs([arms['shift']])['shift'])}", base)
         arms[arm.name] = arm
         comparison.train([arm])
-    if SMALLEST in names:
-        for n_loops in range(2, base.model.n_loops):
-            arm = make_arm(f"looped:{n_loops}", base)
-            arms[arm.name] = arm
-            comparison.train([arm])
-            tried = comparison.runs([arm])[arm.name]
-            if reached_on_all([seed_facts(run, seed, target) for seed, run in tried.items()]):
-                break
+    for arm in smaller:
+        arms[arm.name] = arm
+        comparison.train([arm])
+        tried = comparison.runs([arm])[arm.name]
+        if reached_on_all([seed_facts(run, seed, target) for seed, run in tried.items()]):
+            break
 
     labels = {arm.name: arm.label for arm in arms.values()}
     results = collect(comparison.runs(list(arms.values())), labels, target, plan)
@@ -147,10 +149,15 @@ def compare_arms(
     return results, write_report(results, out)
 
 
-def _mean_loops(runs: Mapping[int, Run]) -> float:
-    """Loops a step, on average over steps and seeds."""
-    steps = [row["n_loops"] for run in runs.values() for row in run.of_kind("train")]
-    return round(statistics.mean(steps), 2)
+def _matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
+    """SHIFT's loops a step, mean over steps and the seeds of the first call; later seeds join its arm."""
+    path = out / PLAN
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    if MATCHED not in plan:
+        steps = [row["n_loops"] for run in shift.values() for row in run.of_kind("train")]
+        plan[MATCHED] = round(statistics.mean(steps), 2)
+        replace_atomically(path, json.dumps(plan, indent=1).encode())
+    return plan[MATCHED]
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,7 @@ def _write_plan(out: Path, target: float | None, command_line: str) -> dict[str,
     rule = (
         f"accuracy {target:g}" if target is not None else f"{LOOPED_SHARE:g} of Looped's mean final accuracy"
     )
-    path = out / "plan.json"
+    path = out / PLAN
     if path.is_file():
         first = json.loads(path.read_text(encoding="utf-8"))
     else:

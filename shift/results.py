@@ -32,6 +32,7 @@ class Run:
 
     config: dict[str, Any]
     rows: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
     result: dict[str, Any]
     failure: str | None
 
@@ -54,6 +55,7 @@ def read_run(path: Path) -> Run:
     return Run(
         config=tomllib.loads(text("config.toml")),
         rows=[json.loads(line) for line in text("metrics.jsonl").splitlines()],
+        timing=[json.loads(line) for line in text("timing.jsonl").splitlines()],
         result=result,
         failure=None if result else text(FAILURE).strip() or "not finished",
     )
@@ -75,6 +77,7 @@ def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
     evals, train, result = run.of_kind("eval"), run.of_kind("train"), run.result
     last: Mapping[str, Any] = evals[-1] if evals else {}
     crossing = (first_crossing(evals, target) if result and target is not None else None) or {}
+    clocks = next((row for row in run.timing if row["step"] == crossing.get("step")), {})
     return {
         "seed": seed,
         "failure": run.failure,
@@ -87,7 +90,10 @@ def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
         "steps_to_target": crossing.get("step"),
         "flops_to_target": crossing.get("flops"),
         "block_applications_to_target": crossing.get("block_applications"),
+        "wall_s_to_target": clocks.get("wall_s"),
+        "cpu_s_to_target": clocks.get("cpu_s"),
         "wall_s": result.get("wall_s"),
+        "cpu_s": result.get("cpu_s"),
         "switch_step": result.get("switch_step"),
         "switch_ms": result.get("switch_ms"),
         "skipped_steps": sum(row["skipped"] for row in train),

@@ -59,6 +59,7 @@ class Progress:
     skips_in_row: int = 0
     train_s: float = 0.0
     wall_s: float = 0.0
+    cpu_s: float = 0.0
     initial_weights_sha256: str = ""
     last_eval: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -132,7 +133,7 @@ class Trainer:
 
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
-        self._started = time.perf_counter() - p.wall_s
+        self._started = time.perf_counter() - p.wall_s, time.process_time() - p.cpu_s
         while p.step < c.steps:
             n_loops = self.schedule.n_loops(p.step, self.signals)
             for look in self.schedule.drain_looks():
@@ -252,6 +253,7 @@ class Trainer:
     def _flush(self) -> None:
         """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
         p = self.progress
+        p.wall_s, p.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
         rows, timing, hopeless_at = self._rows.read(), [], None
         train_rows = [row for row in rows if row["kind"] == "train"]
         for row, ms in zip(train_rows, self._timer.read(), strict=True):
@@ -260,7 +262,8 @@ class Trainer:
             p.skips_in_row = p.skips_in_row + 1 if row["skipped"] else 0
             if p.skips_in_row == MAX_SKIPS:
                 hopeless_at = row["step"]
-            timing.append({"step": row["step"], "ms": ms, "elapsed_s": p.train_s})
+            clocks = {"elapsed_s": p.train_s, "wall_s": p.wall_s, "cpu_s": p.cpu_s}
+            timing.append({"step": row["step"], "ms": ms, **clocks})
         self.run.write_rows(rows, timing)
         self.run.write_snapshots(self._snapshots.read())
         if self.console and timing and _due(p.step, self.config.log_every):
@@ -282,7 +285,6 @@ class Trainer:
     def _save(self) -> None:
         self._flush()
         assert self.signals is not None, "only called after a step"
-        self.progress.wall_s = time.perf_counter() - self._started
         state = {
             "progress": dataclasses.asdict(self.progress),
             "schedule": self.schedule.state_dict(),
@@ -309,6 +311,7 @@ class Trainer:
             "skipped_steps": p.skipped_steps,
             "train_s": p.train_s,
             "wall_s": p.wall_s,
+            "cpu_s": p.cpu_s,
             "switch_ms": switch_ms(self.run.path, p.switch_step),
             "initial_weights_sha256": p.initial_weights_sha256,
             "weights_sha256": checkpoint.digest(self.model.state_dict()),

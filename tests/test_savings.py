@@ -15,8 +15,11 @@ from shift_kernels import ShiftInputError
 @pytest.mark.parametrize("name", sorted(p.stem for p in SUITES.glob("*.toml")))
 def test_a_suite_has_every_control_and_builds(name):
     suite = load_suite(name)
-    assert {"single", "longer", "looped", "looped:smallest", "shift", "matched", "climb"} <= set(suite.arms)
-    assert sum(arm.startswith("fixed:") for arm in suite.arms) >= 2
+    for case in suite.cases:
+        assert {"single", "longer", "looped", "looped:smallest", "shift", "matched", "climb"} <= set(
+            case.arms
+        )
+        assert sum(arm.startswith("fixed:") for arm in case.arms) >= 2
     assert {case.used_for for case in suite.cases} == {"tuning", "held out"}
 
 

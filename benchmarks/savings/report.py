@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
-from shift.arms import colours
+from shift.arms import SMALLEST
 from shift.document import (
     Block,
     Cell,
@@ -31,9 +33,8 @@ from shift.words import count, duration, flops, percent
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"
 OURS = ("shift", "climb")
-
-Results = Mapping[str, Mapping[str, Any]]
-"""Task -> ``results.json`` of its comparison, with ``used_for``."""
+DECIDE = (*OURS, "ladder")
+"""Arms that choose from what they see when to loop more."""
 
 
 def write_suite_report(results: Results, out: Path) -> list[Path]:
@@ -41,64 +42,82 @@ def write_suite_report(results: Results, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({task: _slim(r) for task, r in results.items()}, indent=1, allow_nan=False)
     replace_atomically(out / "results.json", text.encode())
-    blocks = content(results, _picture(results, out / "figures"))
+    blocks = content(results, _pictures(results, out / "figures"))
     paths = [out / "report.md", out / "report.html"]
     replace_atomically(paths[0], markdown(TITLE, blocks, out).encode())
     replace_atomically(paths[1], web_page(TITLE, blocks).encode())
     return paths
 
 
-def content(results: Results, picture: Path | None) -> list[Block]:
+def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
     """The report, most important first."""
-    blocks: list[Block] = [
+
+    def picture(name: str, caption: str) -> list[Block]:
+        return [Picture(pictures[name], caption)] if name in pictures else []
+
+    return [
         Paragraph(
             "Each arm trains the same model on the same data from the same weights; arms differ in how many "
             "times they apply the block at each step. Compared is the training compute until an arm first "
             "gave 98% of the answers that Looped gave in the end, over what Looped itself needed."
         ),
         Heading("Compute to the target, times Looped's"),
-    ]
-    if picture is not None:
-        blocks.append(
-            Picture(picture, "Mean over the seeds where both arms got there, with 95% intervals; a cross: "
-                    "never on at least one seed on which Looped did.")
-        )  # fmt: skip
-    blocks += [
-        ratio_table(results),
+        summary_table(results),
         Items(
             [
                 "Mean of the seeds on which both got there (95% bootstrap interval from 5 seeds on); in "
                 "brackets the seeds on which the arm never did and Looped did.",
-                "Tuning: tasks on which settings of ours were chosen. Held out: never looked at before.",
-                "Single longer: one pass, for as many steps as Looped's compute pays for.",
+                "Smallest T: the smallest constant number of loops that got there on every seed. Best fixed "
+                "switch: the fewest seeds never, then the least compute, known with hindsight alone.",
+                "Tuning: tasks on which settings of ours were chosen. Held out: only ever reported.",
             ],
             "note",
         ),
+        *picture("ratios", "A dot a seed, a stroke their mean, a bar its 95% interval; ✕: so many seeds "
+                 "never, on which Looped did."),
+        Heading("Every arm"),
+        ratio_table(results),
         Heading("Is it cheaper? One-sided paired tests"),
         test_table(results),
+        Heading("Loss against compute"),
+        *picture("loss", "Below another line: a lower loss for the same compute. A line ends where the arm's "
+                 "cheapest seed did."),
+        Heading("Where they switched"),
+        switch_table(results),
         Heading("Quality at the end, and at equal compute"),
         quality_table(results),
         Heading("What it took"),
+        Paragraph("Medians (smallest to largest) over the seeds that got there. CPU and wall time are of the "
+                  "whole process: criterion, switch and evaluations included. Wall time is only worth "
+                  "something if nothing else ran on the machine.", "note"),
         cost_table(results),
         Heading("Fairness"),
         fairness_table(results),
-    ]
-    return blocks
+    ]  # fmt: skip
 
 
-def arm_names(results: Results) -> list[str]:
-    """All arms, those whose names hold a measured number (matched, smallest T) under one name each."""
-    return list(dict.fromkeys(_family(name) for r in results.values() for name in r["arms"]))
+def summary_table(results: Results) -> Table:
+    """A row a task: the schedules that decide by themselves, and the best that hindsight chooses."""
+    rows: list[list[Cell]] = []
+    for task, r in results.items():
+        smallest, fixed = arm_of(r, SMALLEST), best_fixed_switch(r["arms"])
+        cells = [task, r["used_for"], str(len(r["seeds"]))]
+        cells += [_ratio(arm_of(r, name)) for name in OURS]
+        cells += [_ratio(smallest) + (f", T = {smallest['n_loops']}" if smallest else "")]
+        cells += [f"{_ratio(r['arms'][fixed])}, at {fixed.partition(':')[2]}" if fixed else NONE]
+        rows.append(cells)
+    names = [label(results, name) if name in arm_names(results) else name for name in OURS]
+    return Table(["Task", "Used for", "Seeds", *names, "Looped, smallest T", "Best fixed switch"], rows)
 
 
 def ratio_table(results: Results) -> Table:
     """A row an arm, a column a task."""
     names = arm_names(results)
-    colour = colours([n for n in names if n not in ("smallest", "matched")])
-    rows: list[list[Cell]] = []
-    for name in names:
-        label: Cell = Key(_label(results, name), colour[name]) if name in colour else _label(results, name)
-        rows.append([label, *(_ratio(_arm(r, name)) for r in results.values())])
+    colour = colour_of(results)
+    rows: list[list[Cell]] = [
+        [Key(label(results, name), colour[name]), *(_ratio(arm_of(r, name)) for r in results.values())]
+        for name in names
+    ]
     header = ["Arm", *(f"{task} ({r['used_for']})" for task, r in results.items())]
     return Table(header, rows)
 
@@ -128,9 +147,9 @@ def quality_table(results: Results) -> Table:
     names = arm_names(results)
     rows: list[list[Cell]] = []
     for name in names:
-        found = [_arm(r, name) for r in results.values()]
+        found = [arm_of(r, name) for r in results.values()]
         rows.append(
-            [_label(results, name), *(percent(mean_accuracy(a["seeds"])) if a else NONE for a in found)]
+            [label(results, name), *(percent(mean_accuracy(a["seeds"])) if a else NONE for a in found)]
         )
     for name in (name for name in OURS if name in names):
         cells: list[Cell] = []
@@ -140,94 +159,73 @@ def quality_table(results: Results) -> Table:
                 continue
             budgets = {s["seed"]: s["flops_total"] for s in r["arms"][name]["seeds"]}
             cells.append(percent(mean_accuracy(stopped_at(r["arms"]["looped"]["seeds"], budgets))))
-        rows.append([f"Looped, stopped at the compute of {_label(results, name)}", *cells])
+        rows.append([f"Looped, stopped at the compute of {label(results, name)}", *cells])
+    return Table(["Arm", *results], rows)
+
+
+def switch_table(results: Results) -> Table:
+    """The step from which each arm that decides by itself ran all T loops, as a share of its run."""
+    rows: list[list[Cell]] = []
+    for name in (name for name in DECIDE if name in arm_names(results)):
+        cells: list[Cell] = []
+        for r in results.values():
+            arm, most = arm_of(r, name), r["config"]["model"]["n_loops"]
+            if arm is None:
+                cells.append(NONE)
+                continue
+            ends = [s["loops"][-1] for s in arm["seeds"] if s["loops"]]
+            at = [100 * (step - 1) / r["config"]["steps"] for step, n_loops in ends if n_loops == most]
+            words = _spread(at, lambda x: f"{x:.0f}%")
+            cells.append(words + (f" [{NEVER}: {len(ends) - len(at)}]" if len(at) < len(ends) else ""))
+        rows.append([label(results, name), *cells])
     return Table(["Arm", *results], rows)
 
 
 def cost_table(results: Results) -> Table:
-    """Steps, block applications and FLOPs to the target, and wall time of whole runs; means."""
+    """What each arm needed to the target, and in all."""
     rows: list[list[Cell]] = []
     for task, r in results.items():
         for arm in r["arms"].values():
-            mean = lambda key, arm=arm: _mean(s[key] for s in arm["seeds"])  # noqa: E731
-            steps, blocks = mean("steps_to_target"), mean("block_applications_to_target")
+
+            def spread(key: str, words: Callable[[float], str] = "{:.0f}".format, arm: Any = arm) -> str:
+                return _spread([s[key] for s in arm["seeds"] if s[key] is not None], words)
+
             hits = sum(s["flops_to_target"] is not None for s in arm["seeds"])
-            cells: list[Cell] = [task, arm["label"], f"{hits} of {len(arm['seeds'])}"]
-            cells += [NONE if x is None else f"{x:.0f}" for x in (steps, blocks)]
-            cells += [flops(mean("flops_to_target")), flops(mean("flops_total")), duration(mean("wall_s"))]
-            rows.append(cells)
-    header = ["Task", "Arm", "Reached", "Steps to target", "Block applications to it", "Compute to it",
-              "Compute in all", "Wall time, whole run"]  # fmt: skip
+            rows.append(
+                [
+                    task,
+                    arm["label"],
+                    f"{hits} of {len(arm['seeds'])}",
+                    spread("steps_to_target"),
+                    spread("block_applications_to_target"),
+                    spread("flops_to_target", flops),
+                    spread("cpu_s_to_target", duration),
+                    spread("wall_s_to_target", duration),
+                    spread("flops_total", flops),
+                    spread("cpu_s", duration),
+                ]
+            )
+    header = ["Task", "Arm", "Reached", "Steps", "Block applications", "Compute", "CPU time", "Wall time",
+              "Compute, whole run", "CPU time, whole run"]  # fmt: skip
     return Table(header, rows)
 
 
 def fairness_table(results: Results) -> Table:
     """The computed checks of all tasks."""
     rows: list[list[Cell]] = [
-        [task, Tick(check["ok"]), check["rule"], check["detail"] if not check["ok"] else ""]
+        [task, Tick(check["ok"]), check["rule"], check["detail"]]
         for task, r in results.items()
         for check in r["fairness"]
     ]
-    return Table(["Task", "", "What must hold", "Where not"], rows)
+    return Table(["Task", "", "What must hold", "Details"], rows)
 
 
-def _picture(results: Results, folder: Path) -> Path | None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def _pictures(results: Results, folder: Path) -> Mapping[str, Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    from benchmarks.savings.pictures import draw
 
-    names = [n for n in arm_names(results) if n not in ("looped", "single", "longer")]
-    colour = colours([n for n in names if n not in ("smallest", "matched")])
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(2.0 + 1.7 * len(results), 1.2 + 0.26 * len(names)), sharey=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for axis, (task, r) in zip(axes[0], results.items(), strict=True):
-        for y, name in enumerate(names):
-            arm = _arm(r, name)
-            ratio = (arm or {}).get("against_looped")
-            if not ratio or ratio["mean"] is None:
-                continue
-            shade = colour.get(name, "black")
-            low, high = ratio["ci95"] or (ratio["min"], ratio["max"])
-            axis.plot([low, high], [y, y], color=shade, linewidth=2)
-            axis.plot(ratio["mean"], y, "x" if ratio["seeds_never"] else "o", color=shade)
-        axis.axvline(1, color="grey", linewidth=0.8)
-        axis.set_xlim(0, 2)
-        axis.set_title(f"{task}\n{r['used_for']}", fontsize=8)
-        axis.tick_params(labelsize=7)
-    axes[0][0].set_yticks(range(len(names)), [_label(results, n) for n in names], fontsize=8)
-    axes[0][0].invert_yaxis()
-    figure.supxlabel("compute to the target, times Looped's", fontsize=9)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "ratios.png", dpi=110)
-    plt.close(figure)
-    return folder / "ratios.png"
-
-
-def _family(name: str) -> str:
-    key, colon, _ = name.partition(":")
-    return {"looped": "smallest", "matched": "matched"}.get(key, name) if colon else name
-
-
-def _arm(r: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    if name == "smallest":
-        found = r["smallest_sufficient"]["arm"]
-        return None if found in (None, "looped") else r["arms"][found]
-    return next((arm for own, arm in r["arms"].items() if _family(own) == name), None)
-
-
-def _label(results: Results, name: str) -> str:
-    if name == "smallest":
-        return "Looped, smallest sufficient T"
-    if name == "matched":
-        return "1 or T at random, SHIFT's mean"
-    if name == "looped":
-        return "Looped"
-    return next(arm["label"] for r in results.values() if (arm := _arm(r, name)))
+    return draw(results, folder)
 
 
 def _ratio(arm: Mapping[str, Any] | None) -> str:
@@ -245,15 +243,18 @@ def _ratio(arm: Mapping[str, Any] | None) -> str:
 
 
 def _slim(r: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the curves, which stay in the tasks' own files."""
-    arms = {
-        name: arm
-        | {"seeds": [{k: v for k, v in s.items() if k not in ("curve", "looks")} for s in arm["seeds"]]}
-        for name, arm in r["arms"].items()
-    }
+    """Without the curves and what an arm did at every single step, which stay in the tasks' own files."""
+    arms = {}
+    for name, arm in r["arms"].items():
+        left_out = {"curve", "looks"} | ({"loops"} if arm["schedule"]["kind"] == "random" else set())
+        seeds = [{k: v for k, v in s.items() if k not in left_out} for s in arm["seeds"]]
+        arms[name] = arm | {"seeds": seeds}
     return {k: v for k, v in r.items() if k != "looped_at_shift_compute"} | {"arms": arms}
 
 
-def _mean(values: Any) -> float | None:
-    found: Sequence[float] = [v for v in values if v is not None]
-    return statistics.mean(found) if found else None
+def _spread(values: Sequence[float], words: Callable[[float], str]) -> str:
+    """Median (smallest to largest)."""
+    if not values:
+        return NONE
+    middle, low, high = (words(x) for x in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low}–{high})"

@@ -4,8 +4,9 @@
     python -m benchmarks.savings.run full --out runs/savings-full      # 10 seeds
 
 Each task is a comparison of its own in ``out/<task>`` (see ``shift.compare``); ``out`` gets ``results.json``,
-``report.md`` and ``report.html`` over all of them, renewed after each task. The same command again goes on
-where an interrupted one stopped.
+``report.md`` and ``report.html`` over all of them, renewed after each task. A suite declares its seeds in
+waves: the next begins when all tasks have done the last, so whatever there is when it is stopped compares all
+tasks. The same command again goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         suite = load_suite(args.suite, tuple(args.tasks))
+        waves = (tuple(args.seeds),) if args.seeds else suite.waves
+        # Each wave takes in the seeds of those before it, which are there already.
+        plan = [(case, sum(waves[: i + 1], ())) for i in range(len(waves)) for case in suite.cases]
         results, start = {}, time.monotonic()
-        for i, case in enumerate(suite.cases):
-            print(
-                f"{case.name} ({i + 1} of {len(suite.cases)}, {_left(start, i, len(suite.cases))})",
-                flush=True,
-            )
+        for i, (case, seeds) in enumerate(plan):
+            words = f"{case.name}, {len(seeds)} seeds ({i + 1} of {len(plan)}, {_left(start, i, len(plan))})"
+            print(words, flush=True)
             found, _ = compare_arms(
                 case.config,
-                suite.arms,
-                args.seeds or suite.seeds,
+                case.arms,
+                seeds,
                 args.out / case.name,
                 None,
                 args.jobs,
@@ -65,7 +67,7 @@ def main() -> int:
 
 
 def _left(start: float, done: int, of: int) -> str:
-    """Time left, if the tasks to come are as long as those before."""
+    """Time left, if what is to come takes as long as what was."""
     if not done:
         return "time left unknown"
     return f"about {(time.monotonic() - start) / done * (of - done) / 60:.0f} min left"

@@ -24,20 +24,21 @@ class Case:
         name: of its directory and its row.
         used_for: one of :data:`SETS`.
         config: of every arm, but for the schedule.
+        arms: the suite's, and the task's own ``more_arms``.
     """
 
     name: str
     used_for: str
     config: TrainConfig
+    arms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is run: every case with every arm and seed."""
+    """What is run: every case with its arms, for the seeds of one wave after the other."""
 
     cases: tuple[Case, ...]
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
+    waves: tuple[tuple[int, ...], ...]
 
 
 def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
@@ -56,26 +57,28 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
         raise input_error("load_suite", "suite", name_or_path, f"a .toml file, or {known}", "Check it.")
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    declared = table["tasks"]
+    declared, arms = table["tasks"], tuple(table["arms"])
     for task in tasks:
         if task not in declared:
             raise input_error("load_suite", "tasks", task, ", ".join(declared), "Check the spelling.")
-    cases = tuple(_case(name, declared[name], str(path)) for name in tasks or declared)
+    everywhere = table.get("everywhere", {})
+    cases = tuple(_case(name, everywhere | declared[name], arms, str(path)) for name in tasks or declared)
     for case in cases:
         build_task(case.config)
-        for arm in table["arms"]:
+        for arm in case.arms:
             if arm not in DERIVED:
                 make_arm(arm, case.config)
-    return Suite(cases, tuple(table["arms"]), tuple(table["seeds"]))
+    return Suite(cases, tuple(map(tuple, table["waves"])))
 
 
-def _case(name: str, table: Mapping[str, Any], source: str) -> Case:
-    changes = {key: value for key, value in table.items() if key != "set"}
+def _case(name: str, table: Mapping[str, Any], arms: tuple[str, ...], source: str) -> Case:
+    changes = {key: value for key, value in table.items() if key not in ("set", "more_arms")}
     if table.get("set") not in SETS:
         raise input_error("load_suite", f"tasks.{name}.set", table.get("set"), " or ".join(SETS), "Set it.")
     # The demo's criterion was chosen for the demo: elsewhere SHIFT has the criterion's own defaults.
     base = load_config("demo").to_dict() | {"schedule": {"kind": "shift"}}
-    return Case(name, table["set"], TrainConfig.from_dict(_merged(base, changes), source))
+    config = TrainConfig.from_dict(_merged(base, changes), source)
+    return Case(name, table["set"], config, arms + tuple(table.get("more_arms", ())))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
