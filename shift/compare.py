@@ -132,7 +132,7 @@ def compare_arms(
     if target is None:
         target = share_of_looped(comparison.runs([arms["looped"]])["looped"], LOOPED_SHARE)
     if MATCHED in names:
-        arm = make_arm(f"{MATCHED}:{_matched_mean(out, comparison.runs([arms['shift']])['shift'])}", base)
+        arm = make_arm(f"{MATCHED}:{matched_mean(out, comparison.runs([arms['shift']])['shift'])}", base)
         arms[arm.name] = arm
         comparison.train([arm])
     for arm in smaller:
@@ -149,7 +149,7 @@ def compare_arms(
     return results, write_report(results, out)
 
 
-def _matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
+def matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
     """SHIFT's loops a step, mean over steps and the seeds of the first call; later seeds join its arm."""
     path = out / PLAN
     plan = json.loads(path.read_text(encoding="utf-8"))

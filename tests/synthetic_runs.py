@@ -59,6 +59,7 @@ def write_run(
     path.mkdir(parents=True)
     (path / "config.toml").write_text(tomli_w.dumps(config.to_dict()))
     rows: list[dict[str, Any]] = []
+    timing: list[dict[str, Any]] = []
     done = 0
     switch_step = None
 
@@ -82,9 +83,11 @@ def write_run(
             {"kind": "train", "step": step, "loss": 1.0, "lr": 2e-3, "grad_norm": 0.5, "n_loops": n_loops}
             | {"stage": 1 if n_loops == 1 else 2, "skipped": False, **cost}
         )
+        timing.append({"step": step, "wall_s": done / 100, "cpu_s": done / 200})
         if step % config.eval_every == 0 or step == config.steps:
             rows.append(evaluation(step))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
     if failure is not None:
         (path / "failure.txt").write_text(failure)
         return
@@ -92,6 +95,7 @@ def write_run(
         "switch_step": switch_step,
         "switch_ms": None,
         "wall_s": done / 100,
+        "cpu_s": done / 200,
         "initial_weights_sha256": weights,
         "first_batches_sha256": data,
         "last_batches_sha256": data,

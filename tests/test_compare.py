@@ -18,7 +18,7 @@ from synthetic_runs import (
 )
 
 from shift.arms import colours, make_arm
-from shift.compare import main
+from shift.compare import main, matched_mean
 from shift.config import OptimiserConfig, ScheduleConfig, TrainConfig
 from shift.fairness import fairness
 from shift.pool import Display
@@ -167,6 +167,20 @@ def test_looped_stopped_early_is_not_read_off_a_run_whose_learning_rate_decays(t
     for name, n_loops in (("looped", 4), ("shift", 1)):
         write_arm(tmp_path, name, {0: reaches(50)}, always(n_loops), base=base)
     assert not collected(tmp_path, ["looped", "shift"], [0])["looped_at_shift_compute"]["valid"]
+
+
+def test_clocks_are_read_at_the_crossing(out):
+    looped = collected(out, NAMES, SEEDS)["arms"]["looped"]["seeds"]
+    assert [s["cpu_s_to_target"] for s in looped] == [4 * 50 / 200, 4 * 60 / 200]
+    assert [s["wall_s_to_target"] for s in looped] == [4 * 50 / 100, 4 * 60 / 100]
+
+
+def test_seeds_that_come_later_join_the_matched_arm_of_the_first(out):
+    (out / "plan.json").write_text(json.dumps(PLAN))
+    runs = read_arms(out, ["shift", "looped"], SEEDS)
+    assert matched_mean(out, runs["shift"]) == (40 + 60 * 4) / 100
+    assert matched_mean(out, runs["looped"]) == (40 + 60 * 4) / 100
+    assert json.loads((out / "plan.json").read_text())["target_rule"] == PLAN["target_rule"]
 
 
 def test_the_smallest_sufficient_t_must_reach_the_target_on_all_seeds(out):

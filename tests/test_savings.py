@@ -6,8 +6,9 @@ import math
 import pytest
 from synthetic_runs import collected, reaches, switches, write_arm
 
+from benchmarks.savings.overall import overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
-from benchmarks.savings.report import write_suite_report
+from benchmarks.savings.report import switch_table, write_suite_report
 from benchmarks.savings.suite import SUITES, load_suite
 from shift_kernels import ShiftInputError
 
@@ -79,6 +80,25 @@ def results(tmp_path):
 
 def test_the_best_fixed_switch_reaches_the_target(results):
     assert best_fixed_switch(results["a_task"]["arms"]) == "fixed:0.25"
+
+
+def test_the_sum_over_tasks_counts_what_was_lost_and_what_hindsight_would_do(results):
+    text = overall(results, "shift")
+    ratio = results["a_task"]["arms"]["shift"]["against_looped"]["mean"]
+    assert f"{ratio:.2f} of Looped's compute" in text
+    assert "lost 0" in text
+    assert "on 0 of 1 task" in text
+    assert "lost 5" in overall(results, "single")
+    assert "on 1 of 1 task" in overall(results, "fixed:0.25")
+    assert pooled(results, "shift", "looped") == 1 / 2**5
+
+
+def test_the_report_says_where_arms_switched_and_that_some_never_did(results):
+    table = switch_table(results)
+    assert table.rows == [["SHIFT", "30%"]]
+    for seed in results["a_task"]["arms"]["shift"]["seeds"][:2]:
+        seed["loops"] = [[1, 1]]
+    assert switch_table(results).rows == [["SHIFT", "30% [never: 2]"]]
 
 
 def test_the_report_shows_ratios_tests_and_failures(results, tmp_path):

@@ -18,7 +18,7 @@ def costs(seeds: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {s["seed"]: math.inf if s["flops_to_target"] is None else s["flops_to_target"] for s in seeds}
 
 
-def p_cheaper(arm: Mapping[int, float], other: Mapping[int, float]) -> float:
+def p_cheaper(arm: Mapping[Any, float], other: Mapping[Any, float]) -> float:
     """One-sided p of "the arm is no cheaper": signed ranks of log cost ratios, by permutation of the signs.
 
     A seed on which just one of the two never got there is the largest difference there is; one on which
@@ -48,13 +48,13 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return (low + 1 + high) / 2
 
 
+def dearness(seeds: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    """For sorting: the number of seeds never, then the mean cost of the others."""
+    reached = [c for c in costs(seeds).values() if math.isfinite(c)]
+    return len(seeds) - len(reached), sum(reached) / max(len(reached), 1)
+
+
 def best_fixed_switch(arms: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The fixed switch that was best with hindsight: fewest seeds never, then least mean cost."""
     fixed = [name for name in arms if name.startswith("fixed:")]
-
-    def dearness(name: str) -> tuple[int, float]:
-        found = costs(arms[name]["seeds"]).values()
-        reached = [c for c in found if math.isfinite(c)]
-        return len(found) - len(reached), sum(reached) / max(len(reached), 1)
-
-    return min(fixed, key=dearness, default=None)
+    return min(fixed, key=lambda name: dearness(arms[name]["seeds"]), default=None)

@@ -1,0 +1,51 @@
+"""One arm over all tasks: its cost on average, what it loses, whether hindsight would have done better."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.savings.families import Results, arm_of, label
+from benchmarks.savings.paired import best_fixed_switch, costs, dearness, p_cheaper
+from shift.words import count
+
+
+def overall(results: Results, name: str) -> str:
+    """The arm's sum in a sentence or two; tasks without it are left out."""
+    found = {task: (r, arm) for task, r in results.items() if (arm := arm_of(r, name))}
+    lost = sum(len(arm["against_looped"]["seeds_never"]) for _, arm in found.values())
+    won = sum(s["flops_to_target"] is not None for r, _ in found.values() for s in _looped(r))
+    only = sum(len(arm["against_looped"]["seeds_only_looped_never"]) for _, arm in found.values())
+    means: dict[str, list[float]] = {}
+    for r, arm in found.values():
+        if arm["against_looped"]["mean"] is not None:
+            means.setdefault(r["used_for"], []).append(arm["against_looped"]["mean"])
+    known = [mean for of_kind in means.values() for mean in of_kind]
+    kinds = ", ".join(f"{used_for} {statistics.mean(of_kind):.2f}" for used_for, of_kind in means.items())
+    ratio = f"{statistics.mean(known):.2f} of Looped's compute ({kinds})" if known else "never"
+    pairs = [(arm, r["arms"][best]) for r, arm in found.values() if (best := best_fixed_switch(r["arms"]))]
+    as_good = sum(dearness(arm["seeds"]) <= dearness(fixed["seeds"]) for arm, fixed in pairs)
+    return (
+        f"{label(results, name)}: {ratio}, mean over {count(len(known), 'task')}. Of {count(won, 'run')} in "
+        f"which Looped got there it lost {lost}; of those in which Looped did not it won {only}. At "
+        f"least as good as the best fixed switch on {as_good} of {count(len(pairs), 'task')}. Over the seeds "
+        f"of all tasks p = {pooled(results, name, 'looped'):.2g} for cheaper than Looped, and "
+        f"{pooled(results, name):.2g} for cheaper than each task's best fixed switch."
+    )
+
+
+def pooled(results: Results, name: str, other: str | None = None) -> float:
+    """:func:`p_cheaper` over the seeds of all tasks; ``other`` None: each task's best fixed switch."""
+    own: dict[tuple[str, int], float] = {}
+    theirs: dict[tuple[str, int], float] = {}
+    for task, r in results.items():
+        rival = other or best_fixed_switch(r["arms"])
+        if name in r["arms"] and rival is not None:
+            own |= {(task, seed): c for seed, c in costs(r["arms"][name]["seeds"]).items()}
+            theirs |= {(task, seed): c for seed, c in costs(r["arms"][rival]["seeds"]).items()}
+    return p_cheaper(own, theirs)
+
+
+def _looped(r: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return r["arms"]["looped"]["seeds"]
