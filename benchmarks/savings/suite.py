@@ -1,4 +1,10 @@
-"""A suite: tasks, arms and seeds, declared in one TOML file."""
+"""A suite, declared in one TOML file.
+
+waves        lists of seeds: all tasks with the first list, then with the next
+arms         of every task, by their names in shift.arms
+everywhere   changes of the demo preset that all tasks share
+tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] for this task alone
+"""
 
 from __future__ import annotations
 
