@@ -23,15 +23,17 @@ def overall(results: Results, name: str) -> str:
             means.setdefault(r["used_for"], []).append(arm["against_looped"]["mean"])
     known = [mean for of_kind in means.values() for mean in of_kind]
     kinds = ", ".join(f"{used_for} {statistics.mean(of_kind):.2f}" for used_for, of_kind in means.items())
-    ratio = f"{statistics.mean(known):.2f} of Looped's compute ({kinds})" if known else "never"
+    ratio = "never where Looped got there"
+    if known:
+        ratio = f"{statistics.mean(known):.2f} of Looped's compute ({kinds}), {count(len(known), 'task')}"
     pairs = [(arm, r["arms"][best]) for r, arm in found.values() if (best := best_fixed_switch(r["arms"]))]
     as_good = sum(dearness(arm["seeds"]) <= dearness(fixed["seeds"]) for arm, fixed in pairs)
+    tests = pooled(results, name, "looped"), pooled(results, name)
     return (
-        f"{label(results, name)}: {ratio}, mean over {count(len(known), 'task')}. Of {count(won, 'run')} in "
-        f"which Looped got there it lost {lost}; of those in which Looped did not it won {only}. At "
-        f"least as good as the best fixed switch on {as_good} of {count(len(pairs), 'task')}. Over the seeds "
-        f"of all tasks p = {pooled(results, name, 'looped'):.2g} for cheaper than Looped, and "
-        f"{pooled(results, name):.2g} for cheaper than each task's best fixed switch."
+        f"{label(results, name)}: {ratio}. Of {count(won, 'run')} in which Looped got there it lost {lost}; "
+        f"of those in which Looped did not it won {only}. At least as good as the best fixed switch on "
+        f"{as_good} of {count(len(pairs), 'task')}. Over the seeds of all tasks p = {tests[0]:.2g} for "
+        f"cheaper than Looped, and {tests[1]:.2g} for cheaper than each task's best fixed switch."
     )
 
 
