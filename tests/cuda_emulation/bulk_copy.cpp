@@ -75,7 +75,7 @@ void bulk_copy(void* shared, const void* device, int bytes, uint64_t* arrives_at
     if (ranks >> machine.cluster_size) trap("bulk_copy to ranks %#x of a cluster of %u", ranks, machine.cluster_size);
     if (!ranks) ranks = 1u << current->block->rank;
     BulkCopy copy{current, {}, static_cast<const unsigned char*>(device), bytes, {}, {}};
-    const Agent engine{current->id, current->clock, true};
+    const Actor engine{current->id, current->clock, true};
     saw_read(device, bytes, as_current());
     for (unsigned rank = 0; rank < machine.cluster_size; rank++) {
         if (!(ranks >> rank & 1)) continue;

@@ -175,14 +175,14 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
 
 // races.cpp: accesses that an instruction makes on a thread's behalf, at a step of its clock; in the asynchronous
 // proxy or like ordinary ones
-struct Agent {
+struct Actor {
     unsigned thread;
     const Clock& clock;
     bool asynchronous;
 };
-inline Agent as_current() { return {current->id, current->clock, false}; }
-void saw_read(const void* p, size_t bytes, Agent by);
-void saw_write(const void* p, size_t bytes, Agent by);
+inline Actor as_current() { return {current->id, current->clock, false}; }
+void saw_read(const void* p, size_t bytes, Actor by);
+void saw_write(const void* p, size_t bytes, Actor by);
 void mark_writing(const void* p, size_t bytes, int change);  // asynchronous copies to it under way
 void mark_reading(const void* p, size_t bytes, int change);  // wgmmas that read it under way
 

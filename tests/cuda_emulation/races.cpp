@@ -49,11 +49,11 @@ std::string place(const Region& r, const unsigned char* p) {
     return "byte " + std::to_string(p - r.begin) + " of " + which + std::to_string(r.number);
 }
 
-// One access of an agent to one cell.
+// One access of an actor to one cell.
 struct Access {
     const Region& region;
     const unsigned char* byte;
-    const Agent& by;
+    const Actor& by;
     bool write;
 
     [[noreturn]] void race(const char* what, const std::string& whose) const {
@@ -71,7 +71,7 @@ struct Access {
 };
 
 // A thread's later read stands for its earlier ones: what races with those races with it.
-void add_reader(std::vector<Readers>& readers, const Agent& by) {
+void add_reader(std::vector<Readers>& readers, const Actor& by) {
     const uint32_t warp = by.thread / WARP, clock = by.clock[by.thread], lane = 1u << by.thread % WARP;
     Readers *mine = nullptr, *empty = nullptr;
     for (Readers& x : readers) {
@@ -120,7 +120,7 @@ void each_cell(const Region& r, const unsigned char* p, size_t bytes, F f) {
         f(cells[i], std::max(r.begin, r.pages + i * GRANULE));
 }
 
-void access(const void* address, size_t bytes, bool write, const Agent& by) {
+void access(const void* address, size_t bytes, bool write, const Actor& by) {
     Region* r = region_of(address);
     if (!r || !bytes) return;
     auto* p = static_cast<const unsigned char*>(address);
@@ -140,11 +140,11 @@ void mark(const void* p, size_t bytes, int change, uint16_t Cell::*count) {
 
 }  // namespace
 
-void saw_read(const void* p, size_t bytes, Agent by) {
+void saw_read(const void* p, size_t bytes, Actor by) {
     if (watched) access(p, bytes, false, by);
 }
 
-void saw_write(const void* p, size_t bytes, Agent by) {
+void saw_write(const void* p, size_t bytes, Actor by) {
     if (watched) access(p, bytes, true, by);
 }
 

@@ -88,7 +88,7 @@ void run(const Warp& w, Product& p, Accumulators& acc) {
 }
 
 // wgmma's reads are lane 0's; at the wait, which all lanes of the warp do together, all know that they are over.
-Agent reader(const Warp& w) { return {w.threads[0].id, w.threads[0].clock, true}; }
+Actor reader(const Warp& w) { return {w.threads[0].id, w.threads[0].clock, true}; }
 
 }  // namespace
 
