@@ -323,7 +323,7 @@ def test_planner_names_what_it_refuses(gpu):
 
 @pytest.mark.parametrize("seq_len", [81, 97])
 @pytest.mark.parametrize("backward", [False, True])
-def test_tiny_recursive_models_are_resident_on_hopper(gpu, seq_len, backward):
+def test_tiny_recursive_models_are_served_on_hopper(gpu, seq_len, backward):
     spec = BlockSpec(
         d_model=512,
         n_heads=8,

@@ -122,10 +122,6 @@ inline void attend_backward(const Heads& heads, int n, const float* qkv, const f
     }
 }
 
-inline void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
-    for (int i = 0; i < n; i++) std::memcpy(to + i * ld_to, from + i * ld_from, columns * sizeof(float));
-}
-
 // Rotate the halves of every query and key head by their position's angle; direction -1 undoes it.
 inline void rotate(const Heads& heads, int n, int seq_len, const float* table, float direction, float* qkv) {
     const int half = heads.head_dim / 2;

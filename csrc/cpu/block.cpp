@@ -192,6 +192,10 @@ int64_t kept_width(const Call& c, const Shape& s) {
     return c.n_layers * int64_t(2 * s.dp + s.qp + s.ap + s.up + sums) + (c.loop_norm ? s.dp : 0);
 }
 
+void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    for (int i = 0; i < n; i++) std::memcpy(to + i * ld_to, from + i * ld_from, columns * sizeof(float));
+}
+
 // The sequences of one tile, in the order they finish in, last first.
 struct Tile {
     const Call& c;
