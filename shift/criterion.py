@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class SCPConfig:
         reset: what a miss does to the hits: ``hard`` forgets them all, ``decay`` one of them.
         min_steps: looks before this step are no hits.
         max_steps: fire at the first look at or after this step in any case; None: never by force.
+        enough: but not by force where the last steps' loss is at most this share of the first steps' one:
+            what has learnt so much may go on until it stands still. 0: whatever the loss.
 
     Raises:
         ShiftInputError: a value outside what is allowed.
@@ -84,6 +87,7 @@ class SCPConfig:
     reset: str = "hard"
     min_steps: int = 0
     max_steps: int | None = None
+    enough: float = 0.0
 
     def __post_init__(self) -> None:
         def check(name: str, good: bool, allowed: str) -> None:
@@ -104,6 +108,7 @@ class SCPConfig:
         check("min_steps", is_int(self.min_steps) and self.min_steps >= 0, "an int >= 0")
         good = self.max_steps is None or (is_int(self.max_steps) and self.max_steps > self.min_steps)
         check("max_steps", good, "None or an int above min_steps")
+        check("enough", is_number(self.enough) and 0 <= self.enough < 1, "a number in [0, 1)")
 
 
 @dataclasses.dataclass
@@ -118,6 +123,7 @@ class _State:
     weight: float = 0.0  # sums / weight is the average; the weight tends to 1
     first: list[float] | None = None  # the averages at the first look,
     before: list[float] | None = None  # and at the last
+    first_loss: float | None = None  # median of the steps before the first look
 
 
 class SCP:
@@ -158,6 +164,10 @@ class SCP:
         """Take in the steps since the last look, and compare."""
         c, s = self.config, self._state
         s.steps += c.interval
+        # Not the averages: they still hold much of the loss of 50 steps ago, of a short run's beginning.
+        loss = statistics.median(loss for loss, _ in pairs)
+        s.first_loss = loss if s.first_loss is None else s.first_loss
+        overdue = c.max_steps is not None and s.steps >= c.max_steps and loss > c.enough * s.first_loss
         for pair in pairs:
             self._average(pair)
         if not s.weight:
@@ -173,7 +183,7 @@ class SCP:
         grad_unit = 1.0 if c.change == "absolute" else abs(before[1])
         # Products, not quotients: a unit may be 0, and where all in all nothing was gained it is negative.
         plateau, stable = abs(gain) < c.delta_1 * loss_unit, change < c.delta_2 * grad_unit
-        fired = self._count(plateau, stable) or (c.max_steps is not None and s.steps >= c.max_steps)
+        fired = self._count(plateau, stable) or overdue
         improvement, grad_change = gain / (abs(loss_unit) or 1.0), change / (grad_unit or 1.0)
         return Look(s.steps, now[0], now[1], improvement, grad_change, s.hits, fired)
 

@@ -2,7 +2,7 @@
 
 constant   T always                         fixed    1, then T from a given step on
 shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
-climb      the ladder from 2 on, with a cap on every rung
+climb      1, 2, then T, each in its time, or longer while the loss is low
 linear, sqrt, staged   rise from 1 to T over the first part of the run
 random     drawn anew at every step
 """
@@ -166,24 +166,37 @@ class ShiftSchedule(Ladder):
 
 
 class Climb(Ladder):
-    """Our own: 2, 4, .., T, leaving each rung when SCP fires, and in any case in time.
+    """Our own: one loop for a tenth of the run, two up to three tenths, then ``max_loops``.
 
-    Two loops often learn what many do, at a fraction of the cost, where one loop learns little that is of
-    use later: so it begins with two, and stays there as long as they learn. Compared with other schedules in
-    ``benchmarks/savings``.
+    The cheap stages are short, so that a task that needs its loops has most of the run for them. A stage that
+    has taken most of the loss away goes on until SCP fires: there fewer loops may be enough. Why so, and how
+    it compares with other schedules: ``benchmarks/savings/NOTES.md``.
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
-        most: share of all steps on the rungs below ``max_loops``, at most, in equal parts.
+        shares: of all steps, with one loop and with two.
+        enough: share of the first steps' loss; below it a stage goes on.
         scp: options of :class:`shift.criterion.SCPConfig`.
     """
 
-    def __init__(self, max_loops: int, total_steps: int, most: float = 0.7, **scp: Any) -> None:
-        _check(is_number(most) and 0 < most <= 1, "most", most, "a number in (0, 1]")
+    def __init__(
+        self,
+        max_loops: int,
+        total_steps: int,
+        shares: list[float] | tuple[float, ...] = (0.1, 0.2),
+        enough: float = 0.25,
+        **scp: Any,
+    ) -> None:
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
-        rungs = _doublings(max_loops)[1:] or [1]
-        below = len(rungs) - 1
-        super().__init__(max_loops, total_steps, rungs, [most / below] * below if below else None, **scp)
+        good = isinstance(shares, (list, tuple)) and len(shares) == 2
+        _check(good, "shares", shares, "a list of two numbers in (0, 1]")
+        rungs = sorted({1, min(2, max_loops), max_loops})
+        super().__init__(max_loops, total_steps, rungs, list(shares)[: len(rungs) - 1], enough=enough, **scp)
+
+    def _fresh_criterion(self) -> SCP:
+        """A criterion that has no say before the rung's time is up."""
+        config = super()._fresh_criterion().config
+        return SCP(dataclasses.replace(config, min_steps=(config.max_steps or 1) - 1))
 
 
 RAMPS = ("linear", "sqrt", "staged")

@@ -139,6 +139,12 @@ def test_no_switch_before_min_steps_and_none_after_max_steps():
     assert fired_at(falling(np.random.default_rng(0), 400, 0.1), max_steps=190) == 200
 
 
+def test_max_steps_waits_while_little_of_the_loss_is_left():
+    halved = [2.0] * 20 + [1.0 * 0.9 ** (i / 20) for i in range(380)]  # never still
+    assert fired_at(halved, max_steps=190, enough=0.15) == 200
+    assert fired_at(halved, max_steps=190, enough=0.3) is None
+
+
 @pytest.mark.parametrize("reset", ["hard", "decay"])
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_more_patience_never_fires_earlier(mode, reset):
@@ -203,6 +209,7 @@ def test_a_loss_of_zero_or_below_keeps_all_numbers_finite(level):
         ("delta_1", 0.0), ("delta_1", True), ("delta_2", math.nan), ("delta_2", "0.2"), ("patience", 0),
         ("interval", 1.5), ("interval", 0), ("beta", 1.0), ("beta", -0.1), ("mode", "both"),
         ("change", "log"), ("reset", "soft"), ("min_steps", -1), ("max_steps", 0), ("max_steps", 1.0),
+        ("enough", 1.0), ("enough", -0.1),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(name, value):

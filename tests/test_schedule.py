@@ -82,12 +82,21 @@ def test_a_rung_of_the_ladder_is_left_at_its_share_of_the_steps_at_the_latest():
     assert [got.count(n) for n in (1, 2, 4)] == [80, 240, 480]
 
 
-def test_climb_begins_with_two_and_leaves_every_rung_in_time():
-    learning = loops(make("climb", max_loops=8, most=0.5), 800, flat=2000)
-    assert [learning.count(n) for n in (1, 2, 4, 8)] == [0, 200, 200, 400]
+def test_climb_leaves_each_rung_in_its_time_and_not_before():
     standing_still = loops(make("climb", max_loops=8), 800, flat=1)
-    assert standing_still.count(2) == standing_still.count(4) == 120  # six looks of the criterion
-    assert set(loops(make("climb", max_loops=2), 800)) == {2}
+    assert [standing_still.count(n) for n in (1, 2, 8)] == [80, 160, 560]
+    learning_a_little = loops(make("climb", max_loops=8), 800, flat=20)
+    assert learning_a_little == standing_still
+    assert [loops(make("climb", max_loops=2), 800, flat=1).count(n) for n in (1, 2)] == [80, 720]
+    assert set(loops(make("climb", max_loops=1), 800, flat=1)) == {1}
+
+
+def test_climb_stays_where_most_of_the_loss_is_gone_until_it_stands_still():
+    learning = loops(make("climb", shares=[0.2, 0.2]), 800, flat=2000)
+    assert set(learning) == {1}
+    till_400 = loops(make("climb", shares=[0.2, 0.2]), 800, flat=400)
+    assert 400 + 5 * 20 < till_400.count(1) < 700  # SCP sees five quiet looks, and its average lags
+    assert loops(make("climb", shares=[0.2, 0.2], enough=0.1), 800, flat=2000).count(1) == 160
 
 
 def test_linear_ramp_costs_what_the_docs_say():
@@ -169,7 +178,9 @@ def test_one_loop_is_a_schedule_too(kind):
         ("random", {"seed": -1}, "seed"),
         ("ladder", {"rungs": 4}, "rungs"),
         ("ladder", {"rungs": []}, "rungs"),
-        ("climb", {"most": 0}, "most"),
+        ("climb", {"shares": [0.1]}, "shares"),
+        ("climb", {"shares": [0.1, 0]}, "shares"),
+        ("climb", {"enough": 1.0}, "enough"),
         ("climb", {"max_loops": 0}, "max_loops"),
         ("ladder", {"shares": [0.1]}, "shares"),
         ("ladder", {"shares": [0.1, 0.0]}, "shares"),
