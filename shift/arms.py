@@ -121,11 +121,11 @@ def _steps_of_looped_compute(base: TrainConfig) -> int:
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour (``#rrggbb``) for each arm: its family's, and lighter for the family's further members."""
+    families = [name.partition(":")[0] for name in names]
     found: dict[str, str] = {}
-    for name in names:
-        key = name.partition(":")[0]
-        rank = sum(other.partition(":")[0] == key for other in found)
-        whiteness = 1 - 0.6**rank
+    for i, (name, key) in enumerate(zip(names, families, strict=True)):
+        # Two thirds white, no more: the last one must still be seen.
+        whiteness = 2 / 3 * families[:i].count(key) / max(1, families.count(key) - 1)
         parts = [int(FAMILIES[key].colour[i : i + 2], 16) for i in (1, 3, 5)]
         found[name] = "#" + "".join(f"{round(part + (255 - part) * whiteness):02x}" for part in parts)
     return found
