@@ -70,7 +70,7 @@ class SCPConfig:
         reset: what a miss does to the hits: ``hard`` forgets them all, ``decay`` one of them.
         min_steps: looks before this step are no hits.
         max_steps: fire at the first look at or after this step in any case; None: never by force.
-        enough: but not by force where the last steps' loss is at most this share of the first steps' one:
+        enough: but not by force where the loss since the last look is at most this share of the first steps':
             what has learnt so much may go on until it stands still. 0: whatever the loss.
 
     Raises:
@@ -123,7 +123,7 @@ class _State:
     weight: float = 0.0  # sums / weight is the average; the weight tends to 1
     first: list[float] | None = None  # the averages at the first look,
     before: list[float] | None = None  # and at the last
-    first_loss: float | None = None  # median of the steps before the first look
+    first_loss: float | None = None  # median of the first three steps
 
 
 class SCP:
@@ -164,10 +164,11 @@ class SCP:
         """Take in the steps since the last look, and compare."""
         c, s = self.config, self._state
         s.steps += c.interval
-        # Not the averages: they still hold much of the loss of 50 steps ago, of a short run's beginning.
-        loss = statistics.median(loss for loss, _ in pairs)
-        s.first_loss = loss if s.first_loss is None else s.first_loss
-        overdue = c.max_steps is not None and s.steps >= c.max_steps and loss > c.enough * s.first_loss
+        losses = [loss for loss, _ in pairs]
+        s.first_loss = statistics.median(losses[:3]) if s.first_loss is None else s.first_loss
+        # Not the average: it still holds much of the loss of 50 steps ago, of a short run's beginning.
+        much_is_left = statistics.median(losses) > c.enough * s.first_loss
+        overdue = c.max_steps is not None and s.steps >= c.max_steps and much_is_left
         for pair in pairs:
             self._average(pair)
         if not s.weight:

@@ -2,7 +2,7 @@
 
 constant   T always                         fixed    1, then T from a given step on
 shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
-climb      1, 2, then T, each in its time, or longer while the loss is low
+climb      1, T // 2, T: each in its time, or longer while the loss is low
 linear, sqrt, staged   rise from 1 to T over the first part of the run
 random     drawn anew at every step
 """
@@ -135,7 +135,10 @@ class Ladder(LoopSchedule):
         """The criterion of the rung that begins."""
         if self.rung >= len(self.most_steps):
             return SCP(self.config)
-        return SCP(dataclasses.replace(self.config, max_steps=self.most_steps[self.rung]))
+        most = self.most_steps[self.rung]
+        looks = math.ceil(most / self.config.interval)
+        interval = most // looks  # so that a look falls where the share ends
+        return SCP(dataclasses.replace(self.config, interval=interval, max_steps=looks * interval))
 
     def n_loops(self, step: int, signals: Signals | None) -> int:
         if signals is not None and self.rung < len(self.rungs) - 1:
@@ -166,7 +169,7 @@ class ShiftSchedule(Ladder):
 
 
 class Climb(Ladder):
-    """Our own: one loop for a tenth of the run, two up to three tenths, then ``max_loops``.
+    """Our own: one loop for a tenth of the run, T // 2 up to three tenths, then T = ``max_loops``.
 
     The cheap stages are short, so that a task that needs its loops has most of the run for them. A stage that
     has taken most of the loss away goes on until SCP fires: there fewer loops may be enough. Why so, and how
@@ -174,8 +177,8 @@ class Climb(Ladder):
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
-        shares: of all steps, with one loop and with two.
-        enough: share of the first steps' loss; below it a stage goes on.
+        shares: of all steps, with one loop and with T // 2.
+        enough: a stage goes on while the loss is at most this share of what it was when the stage began.
         scp: options of :class:`shift.criterion.SCPConfig`.
     """
 
@@ -190,7 +193,7 @@ class Climb(Ladder):
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
         good = isinstance(shares, (list, tuple)) and len(shares) == 2
         _check(good, "shares", shares, "a list of two numbers in (0, 1]")
-        rungs = sorted({1, min(2, max_loops), max_loops})
+        rungs = sorted({1, max(1, max_loops // 2), max_loops})
         super().__init__(max_loops, total_steps, rungs, list(shares)[: len(rungs) - 1], enough=enough, **scp)
 
     def _fresh_criterion(self) -> SCP:

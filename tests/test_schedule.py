@@ -84,10 +84,12 @@ def test_a_rung_of_the_ladder_is_left_at_its_share_of_the_steps_at_the_latest():
 
 def test_climb_leaves_each_rung_in_its_time_and_not_before():
     standing_still = loops(make("climb", max_loops=8), 800, flat=1)
-    assert [standing_still.count(n) for n in (1, 2, 8)] == [80, 160, 560]
+    assert [standing_still.count(n) for n in (1, 4, 8)] == [80, 160, 560]
     learning_a_little = loops(make("climb", max_loops=8), 800, flat=20)
     assert learning_a_little == standing_still
-    assert [loops(make("climb", max_loops=2), 800, flat=1).count(n) for n in (1, 2)] == [80, 720]
+    assert [loops(make("climb", max_loops=3), 800, flat=1).count(n) for n in (1, 3)] == [80, 720]
+    not_a_multiple_of_20 = loops(make("climb", max_loops=2, total_steps=450), 450, flat=1)
+    assert [not_a_multiple_of_20.count(n) for n in (1, 2)] == [45, 405]
     assert set(loops(make("climb", max_loops=1), 800, flat=1)) == {1}
 
 
