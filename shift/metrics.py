@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -21,16 +22,25 @@ from shift_kernels.errors import input_error
 
 
 class RowFile:
-    """An append-only file of rows that can be cut back to the length a checkpoint remembers."""
+    """An append-only file of rows that can be cut back to the length a checkpoint remembers.
+
+    As long as it is open no other process can open it so: two that write the same run would ruin it.
+    """
 
     def __init__(self, path: Path, length: int = 0) -> None:
         """Open ``path`` and keep its first ``length`` bytes.
 
         Raises:
-            ShiftInputError: the file is shorter than that: it is not the file the checkpoint knew.
+            ShiftInputError: another process has it, or it is shorter than that: it is not the file the
+                checkpoint knew.
         """
         self.path = path
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        if not _lock(self._file):
+            raise input_error(
+                "shift.Trainer", "run_dir", str(path), "a run that no other process is training",
+                "Wait for that process or stop it, or choose another run directory.",
+            )  # fmt: skip
         size = path.stat().st_size
         if size < length:
             raise input_error(
@@ -55,6 +65,17 @@ class RowFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether this process now has the file for itself, until it closes it or ends, in whatever way."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True  # a file system that has no locks
+    return True
 
 
 class PendingRows:

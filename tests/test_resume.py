@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -151,6 +153,26 @@ def test_a_run_directory_in_use_is_not_overwritten(tmp_path):
     with pytest.raises(ShiftInputError, match="run_dir"):
         Trainer(tiny(steps=1), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
+    Trainer(tiny(), tmp_path).fit()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    other = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", other, str(tmp_path / "metrics.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ShiftInputError, match="no other process"):
+            Trainer(tiny(), tmp_path, resume=True)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        process.stdin.close()
+    Trainer(tiny(), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
