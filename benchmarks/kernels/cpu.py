@@ -158,7 +158,9 @@ def plot(rows: list[dict], path: Path) -> None:
                     axis.plot(*zip(*found, strict=True), marker="o", label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        ticks = [getattr(s, field) for s in sizes]
+        values = sorted(getattr(s, field) for s in sizes)
+        # The label of 33 would lie on that of 32.
+        ticks = [x for before, x in zip([0, *values], values, strict=False) if x > 1.1 * before]
         axis.set_xticks(ticks, map(str, ticks), fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel(varied)
