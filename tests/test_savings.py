@@ -64,6 +64,10 @@ def test_many_pairs_are_sampled_and_agree_with_the_exact_count():
     assert 0 < many < few < 0.02
 
 
+def test_p_is_never_0_however_many_pairs_agree():
+    assert 0 < p_cheaper(numbered([1.0] * 40), numbered([2.0] * 40)) < 1e-3
+
+
 @pytest.fixture
 def results(tmp_path):
     for name, step, loops in (
@@ -88,6 +92,8 @@ def test_the_sum_over_tasks_counts_what_was_lost_and_what_hindsight_would_do(res
     assert f"{ratio:.2f} of Looped's compute" in text
     assert "lost 0" in text
     assert "on 0 of 1 task" in text
+    fixed = results["a_task"]["arms"]["fixed:0.25"]["against_looped"]["mean"]
+    assert f"by hindsight: {fixed:.2f} on 1 task, 0 lost" in text
     assert "lost 5" in overall(results, "single")
     assert "on 1 of 1 task" in overall(results, "fixed:0.25")
     assert pooled(results, "shift", "looped") == 1 / 2**5
