@@ -1,6 +1,7 @@
 """The ``cuda`` backend: resident kernels in CUDA C++ (csrc/cuda), all T loops in one launch.
 
-They hold what Triton's registers do not: the residual stream of a program's sequences is in shared memory.
+They hold what Triton's registers do not: the residual stream of a program's sequences is in shared memory, on
+Hopper that of one sequence in that of several blocks if need be.
 Kept for the backward are the loop boundaries. It computes each loop again and writes the operands of the
 weight gradients, which are then one matmul a weight over the rows of many loops.
 """
@@ -89,7 +90,10 @@ def refusal(problem: Problem) -> str | None:
 
 
 def _rows(seq_len: int) -> int:
-    """seq_len to the next multiple of 16, which decides; a number even where torch.compile has a symbol."""
+    """seq_len to the next multiple of 16, which decides; a number even where torch.compile has a symbol.
+
+    The forward on Hopper has no more rows than tokens: there this may refuse what would just fit.
+    """
     return next((rows for rows in range(16, LONG, 16) if seq_len <= rows), LONG)
 
 
@@ -128,6 +132,8 @@ def how(problem: Problem) -> str:
     for backward in (False, True)[: 1 + p.grad]:
         plan = _LIBRARY.plan(call, backward=backward)
         where = "in shared memory" if plan.tile_in_shared else "in L2"
+        if plan.split > 1:
+            where += f" of {plan.split} programs a sequence"
         parts.append(
             f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
             f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory"

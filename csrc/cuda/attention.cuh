@@ -4,9 +4,11 @@
 //     o = softmax(q k^T / sqrt(hd)) v      over each row's span of keys, to work in place of q
 //     tile += scale (o Wo^T + b)
 //
-// Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time, with a running maximum.
+// Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time, with a running maximum. Where the
+// sequence is split the block goes over the other blocks' keys too, 16 at a time (split.cuh).
 #pragma once
 #include "matmul.cuh"
+#include "split.cuh"
 
 namespace shift_cuda {
 
@@ -32,7 +34,7 @@ struct Round {
 template <class T>
 __device__ inline void rotate(const Program<T>& p, int row, int column_in_head, bool back, float2& x, float2& y) {
     const int half = int(p.c().head_dim) / 2, n = int(p.c().seq_len);
-    const float* at = p.c().rotary + row % n * half + column_in_head / 16 * 8 + column_in_head % 8;
+    const float* at = p.c().rotary + p.position(row) * half + column_in_head / 16 * 8 + column_in_head % 8;
     const float2 cos = load<float2>(at);
     float2 sin = load<float2>(at + n * half);
     if (back) sin = make_float2(-sin.x, -sin.y);
@@ -66,24 +68,54 @@ __device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weight
                     ahead);
 }
 
-// The keys that any of 16 rows sees, rounded to whole blocks of 16 at the low end. Spans of pads are empty.
+// The keys low <= key < high that a row sees; none, if the row is a pad or does not exist.
 template <class T>
-__device__ inline void span_of_16(const Program<T>& p, int row0, int& low, int& high) {
-    const int r = row0 + lane() % 16;
-    low = int(-max_over_lanes<16>(-float(p.low()[r]))) / 16 * 16;
-    high = int(max_over_lanes<16>(float(p.high()[r])));
+__device__ inline void span_of(const Program<T>& p, int row, int& low, int& high) {
+    low = row < p.rows() ? p.low()[row] : int(MOST_ROWS);
+    high = row < p.rows() ? p.high()[row] : 0;
 }
 
-// c [16, 16] = a b^T over a head's columns; a and b are rows of work.
+// The keys that any of 16 rows sees.
 template <class T>
-__device__ inline void scores_16(float (&c)[2][4], const T* a, const T* b, int lda, int ldb, int head_dim) {
+__device__ inline void span_of_16(const Program<T>& p, int row0, int& low, int& high) {
+    span_of(p, row0 + lane() % 16, low, high);
+    low = int(-max_over_lanes<16>(-float(low)));
+    high = int(max_over_lanes<16>(float(high)));
+}
+
+// Up to 16 keys of a head, and their values: where they are, and how many there are.
+template <class T>
+struct Keys {
+    const T *k, *v;
+    int ld, rows;
+};
+
+template <class T>
+__device__ inline Keys<T> own_keys(const Program<T>& p, const Round& of, int kv_head, int key) {
+    const T* row = p.work() + key * of.ld;
+    return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows() - key};
+}
+
+// Of another block's rows, by all who own rows in this one.
+template <class T>
+__device__ inline Keys<T> others_keys(const Program<T>& p, const Round& of, int kv_head, int part, int key, int rows) {
+    const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD);
+    bring_rows(p, part, p.work() + key * of.ld + of.k(0), of.ld, ld, rows, columns);
+    const T* k = p.others() + kv_head * of.head_dim;
+    return {k, k + of.kv_heads * of.head_dim, ld, rows};
+}
+
+// c [16, 16] = a b^T over a head's columns; a and b are rows of work, of which some exist (see load_a).
+template <class T>
+__device__ inline void scores_16(float (&c)[2][4], const T* a, const T* b, int lda, int ldb, int head_dim,
+                                 int rows_a = 16, int rows_b = 16) {
 #pragma unroll
     for (int i = 0; i < 4; i++) c[0][i] = c[1][i] = 0.0f;
 #pragma unroll 1
     for (int k = 0; k < head_dim; k += 16) {
         uint32_t fa[4], fb[4];
-        load_a(fa, a + k, lda);
-        load_b(fb, b + k, ldb);
+        load_a(fa, a + k, lda, rows_a);
+        load_b(fb, b + k, ldb, rows_b);
         mma_16<T>(c[0], c[1], fa, fb);
     }
 }
@@ -96,57 +128,68 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 }
 
 // One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
-// rest(row, normaliser in base 2).
+// rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
+// exist.
 template <class T, class Out, class Rest>
 __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out,
                                             Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
-    const T* k = p.work() + of.k(head / of.group);
-    const T* v = p.work() + of.v(head / of.group);
     const float scale = LOG2_E / sqrtf(float(of.head_dim));
     const int r[2] = {row0 + lane() / 4, row0 + lane() / 4 + 8};
-    const int low[2] = {p.low()[r[0]], p.low()[r[1]]}, high[2] = {p.high()[r[0]], p.high()[r[1]]};
+    int low[2], high[2];
+    for (int h = 0; h < 2; h++) span_of(p, r[h], low[h], high[h]);
     float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
     int begin, end;
     span_of_16(p, row0, begin, end);
+    const int kv_head = head / of.group, parts = p.c().causal ? p.part() + 1 : p.split();
 #pragma unroll 1
-    for (int key = begin; key < end; key += 16) {
-        float s[2][4], factor[2];
-        scores_16(s, q, k + key * of.ld, of.ld, of.ld, of.head_dim);
+    for (int part = 0; part < parts; part++) {
+        const bool own = part == p.part();
+        const int first = part * p.rows();
+        const int last = own ? smaller(end - first, p.rows()) : smaller(int(p.c().seq_len) - first, p.rows());
+#pragma unroll 1
+        for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
+            const Keys<T> keys = own ? own_keys(p, of, kv_head, row)
+                                     : others_keys(p, of, kv_head, part, row, smaller(last - row, 16));
+            const int key = first + row, beyond = key + keys.rows;
+            if (end <= key || key + 16 <= begin) continue;
+            float s[2][4], factor[2];
+            scores_16(s, q, keys.k, of.ld, keys.ld, of.head_dim, p.rows() - row0, keys.rows);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {  // the two rows of this thread
-            float most = top[h];
+            for (int h = 0; h < 2; h++) {  // the two rows of this thread
+                float most = top[h];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-                float& x = s[i / 2][2 * h + i % 2];
-                x = low[h] <= at && at < high[h] ? x * scale : -INFINITY;
-                most = fmaxf(most, x);
+                for (int i = 0; i < 4; i++) {
+                    const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+                    float& x = s[i / 2][2 * h + i % 2];
+                    x = low[h] <= at && at < smaller(high[h], beyond) ? x * scale : -INFINITY;
+                    most = fmaxf(most, x);
+                }
+                most = max_over_lanes<4>(most);
+                const float base = most == -INFINITY ? 0.0f : most;
+                factor[h] = exp2_approx(top[h] - base);
+                top[h] = most;
+                total[h] *= factor[h];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float& x = s[i / 2][2 * h + i % 2];
+                    x = exp2_approx(x - base);
+                    total[h] += x;
+                }
             }
-            most = max_over_lanes<4>(most);
-            const float base = most == -INFINITY ? 0.0f : most;
-            factor[h] = exp2_approx(top[h] - base);
-            top[h] = most;
-            total[h] *= factor[h];
+            uint32_t fp[4];
+            as_left<T>(fp, s);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& x = s[i / 2][2 * h + i % 2];
-                x = exp2_approx(x - base);
-                total[h] += x;
-            }
+            for (int b = 0; b < BLOCKS; b++)
+                if (16 * b < of.head_dim) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
+                    uint32_t fv[4];
+                    load_b_rows_along_n(fv, keys.v + 16 * b, keys.ld, keys.rows);
+                    mma_16<T>(o[b][0], o[b][1], fp, fv);
+                }
         }
-        uint32_t fp[4];
-        as_left<T>(fp, s);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-            if (16 * b < of.head_dim) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
-                uint32_t fv[4];
-                load_b_rows_along_n(fv, v + key * of.ld + 16 * b, of.ld);
-                mma_16<T>(o[b][0], o[b][1], fp, fv);
-            }
     }
     sync_warp();  // all lanes have read q, which out may overwrite
 #pragma unroll
@@ -155,7 +198,7 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
         const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;  // a pad sees nothing, and gets 0
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
-            if (16 * b < of.head_dim) {
+            if (16 * b < of.head_dim && r[h] < p.rows()) {
                 const float(&x)[4] = o[b][0];
                 const float(&y)[4] = o[b][1];
                 out(r[h], 16 * b + lane() % 4 * 2, make_float2(x[2 * h] * share, x[2 * h + 1] * share),
@@ -173,8 +216,9 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
         const Round of(p, round);
         const Ahead<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
         project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
-        p.sync();
-        for (int i = warp(); i < of.queries * (p.rows() / 16); i += p.warps()) {
+        meet(p);
+        const int items = of.queries * ((p.rows() + 15) / 16);
+        for (int i = warp(); i - warp() < items; i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
             const auto to_work = [&](int r, int j, float2 x, float2 y) {
                 store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
@@ -187,6 +231,7 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
             p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
             [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); },
             xn.streamed ? Ahead<T>{} : round + 1 < rounds ? qkv_ahead(p, w, round + 1) : after);
+        if (p.split() > 1) meet(p);  // others have read the keys and values
     }
 }
 

@@ -61,8 +61,9 @@ struct Call {
 // What plan.h decided. All of it follows from the sizes, options and device limits of a Call.
 struct Plan {
     int64_t refusal;          // enum Refusal; the rest is 0 unless FITS
-    int64_t rows;             // tokens a program owns, a multiple of 16
-    int64_t sequences;        // whole sequences among them
+    int64_t rows;             // tokens a program owns; if `tiles` is 0 a multiple of 16
+    int64_t sequences;        // whole sequences among them, or 1
+    int64_t split;            // programs, neighbours in a cluster, over which that one's rows are split; or 1
     int64_t programs;         // blocks of the grid
     int64_t threads;
     int64_t kv_heads;         // key/value heads (with all their query heads) at a time

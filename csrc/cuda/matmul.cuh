@@ -24,19 +24,20 @@ __device__ inline void copy_tile(T* to, int ld_to, const T* from, int64_t ld_fro
     }
 }
 
-// A thread's part of a [16, 16] operand at p: what mma wants for a, from rows along k.
+// A thread's part of a [16, 16] operand at p: what mma wants for a, from rows along k. Here and below: of the rows in
+// memory the first `rows` exist (with 0 or less, those before p), and the last stands for those that do not.
 template <class T>
-__device__ inline void load_a(uint32_t (&a)[4], const T* p, int ld) {
-    ldmatrix(a, p + lane() % 16 * ld + lane() / 16 * 8);
+__device__ inline void load_a(uint32_t (&a)[4], const T* p, int ld, int rows = 16) {
+    ldmatrix(a, p + smaller(lane() % 16, rows - 1) * ld + lane() / 16 * 8);
 }
 // b [16 k, 16 n] for two products, from rows along k (one for each n), or from rows along n (one for each k).
 template <class T>
-__device__ inline void load_b(uint32_t (&b)[4], const T* p, int ld) {
-    ldmatrix(b, p + (lane() % 8 + lane() / 16 * 8) * ld + lane() / 8 % 2 * 8);
+__device__ inline void load_b(uint32_t (&b)[4], const T* p, int ld, int rows = 16) {
+    ldmatrix(b, p + smaller(lane() % 8 + lane() / 16 * 8, rows - 1) * ld + lane() / 8 % 2 * 8);
 }
 template <class T>
-__device__ inline void load_b_rows_along_n(uint32_t (&b)[4], const T* p, int ld) {
-    ldmatrix_transposed(b, p + lane() % 16 * ld + lane() / 16 * 8);
+__device__ inline void load_b_rows_along_n(uint32_t (&b)[4], const T* p, int ld, int rows = 16) {
+    ldmatrix_transposed(b, p + smaller(lane() % 16, rows - 1) * ld + lane() / 16 * 8);
 }
 
 // c [16, 16] += a b.

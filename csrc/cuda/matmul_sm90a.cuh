@@ -5,9 +5,9 @@
 // cluster are at the same product at about the same time, so each brings its share of a tile to all of them. Where
 // the ring holds the whole block's weights it brings them once.
 //
-// Two warpgroups: of 128 rows each takes 64 and all columns of a tile, of 64 rows 64 of the columns. wgmma with a in
-// registers (by ldmatrix, so that the operand's layout is the other kernels'), b in the ring. No barrier between tiles
-// but each stage's own.
+// Two warpgroups: of up to 128 rows each takes 64 and all columns of a tile, of up to 64 rows 64 of the columns; what
+// is computed of rows that do not exist goes nowhere. wgmma with a in registers (by ldmatrix, so that the operand's
+// layout is the other kernels'), b in the ring. No barrier between tiles but each stage's own.
 #pragma once
 
 namespace shift_cuda {
@@ -25,6 +25,7 @@ __device__ inline void start_ring(const Program<T>& p) {
         mbarrier_init(p.empty() + s, p.warps() * int(p.p().cluster));
     }
     mbarrier_init(p.again(), 1);
+    mbarrier_init(p.met(), p.warps() * p.split());
     mbarrier_init_fence();
 }
 
@@ -86,9 +87,9 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T*, int64_
     static_assert(!ROWS_ALONG_N, "weights are packed as the forward reads them");
     const bool once = reads_weights_once(p);
     const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;
-    const bool split = p.rows() == 64;  // the columns between the warpgroups, 64 each; else the rows
-    const int row = (split ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = split ? warp() / 4 * 64 : 0;
-    const T* at = a.at + row * a.ld;
+    const bool beside = p.rows() <= 64;  // the warpgroups share the columns, 64 each; else the rows
+    const int row = (beside ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = beside ? warp() / 4 * 64 : 0;
+    const T* at = a.at + smaller(row + lane() % 16, p.rows() - 1) * a.ld + lane() / 16 * 8;  // as load_a
     float acc[2][32] = {};
     p.sync();
     for (int i = 0; i < tiles; i++) {
@@ -98,9 +99,9 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T*, int64_
         uint32_t fa[4][4] = {};
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            if (k0 + 16 * kk < k) load_a(fa[kk], at + k0 + 16 * kk, a.ld);
+            if (k0 + 16 * kk < k) ldmatrix(fa[kk], at + k0 + 16 * kk);
         const unsigned char* b = p.ring() + s * SWIZZLED_TILE + column * 128;
-        if (n0 + 64 < n && !split)  // two whole paths, so that no register moves while wgmma owns it
+        if (n0 + 64 < n && !beside)  // two whole paths, so that no register moves while wgmma owns it
             add_products<T, 2>(acc, fa, b);
         else
             add_products<T, 1>(acc, fa, b);
@@ -110,11 +111,11 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T*, int64_
         if (i % tiles_k < tiles_k - 1) continue;
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (n0 + column + 16 * j < n && (j < 4 || !split)) {
+            if (n0 + column + 16 * j < n && (j < 4 || !beside)) {
                 const float* x = acc[j / 4] + j % 4 * 8;
                 const int r = row + lane() / 4, col = n0 + column + 16 * j + lane() % 4 * 2;
-                out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
-                out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
+                if (r < p.rows()) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
+                if (r + 8 < p.rows()) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
             }
 #pragma unroll
         for (int j = 0; j < 64; j++) acc[j / 32][j % 32] = 0.0f;

@@ -1,7 +1,8 @@
 // What fits on chip: the only place that knows. Shared by the launcher and, through shift_cuda_plan, by Python.
 //
-// A program owns `rows` tokens: whole sequences. Its shared memory, in bytes (leading dimensions are 8 numbers
-// more than their columns, so that the rows that ldmatrix reads at once lie in different banks):
+// A program owns `rows` tokens: whole sequences, or its share of one that is split over `split` programs. Its shared
+// memory, in bytes (leading dimensions are 8 numbers more than their columns, so that the rows that ldmatrix reads at
+// once lie in different banks):
 //
 //   both      tile    rows (d_model + 8) 4      fp32: the residual stream; backward: a branch's input gradient.
 //                                               Where that does not fit it lies in the workspace, which L2 holds.
@@ -15,11 +16,20 @@
 //             moments rows 8                    of the norm that is being differentiated
 //             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
 //
-// The forward for sm_90a (resident_forward_sm90a.cu) has the same but for its ring: `stages` times a tile of 128 64 2
-// and two mbarriers. Where the ring has a stage for every tile of the block, weights are read once for all loops.
-//
 // Of what fits it takes the widest work, for the fewest passes over the tile, that leaves room for three weight
 // tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow.
+//
+// The forward for sm_90a (resident_forward_sm90a.cu) has as many rows as it has tokens, and besides
+//
+//             ring    stages (128 64 2 + 16)    tiles and two mbarriers, in place of the other ring; and 32
+//   split     others  16 (2 kv_heads head_dim + 8) 2    keys and values on their way from another block of the cluster
+//
+// A ring with a stage for every tile of the block has the weights read once for all loops. What it takes, the first
+// that fits:
+//   1. whole sequences in up to 128 rows, or in up to 64, and weights that are read once;
+//   2. as many whole sequences as fit 128 rows, the tile in shared memory;
+//   3. one sequence over 2 blocks, or over 4, as long as each has more than 16 rows (of the 64 that wgmma computes);
+//   4. as 2, the tile in the workspace.
 #pragma once
 #include "call.h"
 
@@ -73,18 +83,26 @@ constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads
 constexpr int64_t SWIZZLED_TILE = TILE_N * TILE_K * OPERAND;
 constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
 constexpr int64_t MOST_STAGES = 64;
+constexpr int64_t KEYS = 16;  // that attention reads at a time
 
 constexpr int64_t stage_bytes(const Plan& p, bool backward) {
     if (p.tiles) return SWIZZLED_TILE;
     return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
 }
 
-// Full and empty for each stage, and whether another loop comes.
-constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 16 : 0; }
+// Full and empty for each stage, whether another loop comes, and where the blocks of a split sequence meet.
+constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : 0; }
+
+// Columns, padding included, of keys and values that come from another block.
+constexpr int64_t others_columns(const Call& c, const Plan& p) { return 2 * p.kv_heads * c.head_dim + PAD; }
+constexpr int64_t others_bytes(const Call& c, const Plan& p) {
+    return p.split > 1 ? KEYS * others_columns(c, p) * OPERAND : 0;
+}
 
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
     int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
-    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
+    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + others_bytes(c, p);
+    bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
     return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
 }
 
@@ -173,35 +191,52 @@ constexpr int64_t each_product(const Call& c, const Plan& p, F f) {
     return tiles;
 }
 
-// The forward on sm_90a: warpgroups of 64 rows, a warp that streams weights, the widest work that leaves room for
-// three stages; all other room is stages. Neighbours share the weights' way if none of them can leave before others.
+// Fills in the chunks, tiles and stages for sm_90a: the widest work that leaves room for three stages, all other room
+// is stages; or, if weights are to be read once, that leaves room for all. Says whether there is any.
+constexpr bool choose_ring(const Call& c, Plan& p, bool once) {
+    for (int64_t width : WIDTHS) {
+        choose_width(c, p, width, false);
+        p.tiles = each_product(c, p, [](Weight, int64_t, int64_t, int64_t, int64_t, int64_t) {});
+        const int64_t all = c.n_layers * p.tiles, most = smaller(all, MOST_STAGES);
+        p.stages = once ? all : smaller<int64_t>(all, 3);
+        if (p.stages > most || shared_bytes(c, p, false) > c.shared_bytes) continue;
+        while (p.stages < most && shared_bytes(c, p, false) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
+        return true;
+    }
+    return false;
+}
+
+// The forward on sm_90a for `sequences` whole ones a program, or one over `split`; says whether it fits.
+constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, bool once) {
+    p = {};
+    p.ff_pad = ceil_to(c.d_ff, 16);
+    p.tile_in_shared = in_shared;
+    p.sequences = sequences, p.split = split;
+    p.rows = (sequences * c.seq_len + split - 1) / split;
+    p.programs = (c.batch + sequences - 1) / sequences * split;
+    p.threads = CONSUMERS + PRODUCERS;
+    if (p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, 64)) return false;
+    if (!choose_ring(c, p, once)) return false;
+    // Neighbours share the weights' way if none of them can leave before others, and it is not for the first loop alone.
+    const bool stay = p.stages == c.n_layers * p.tiles;
+    p.cluster = c.own_loops || c.halting || stay ? split : p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
+    p.shared_bytes = shared_bytes(c, p, false);
+    p.workspace_bytes = workspace_bytes(c, p, false);
+    return true;
+}
+
 constexpr Plan plan_sm90a(const Call& c) {
-    const bool alone = c.own_loops || c.halting;
-    for (int64_t in_shared = 1; in_shared >= 0; in_shared--)
-        for (int64_t n = alone ? 1 : MOST_ROWS / c.seq_len; n > 0; n--) {
-            Plan p = {};
-            p.ff_pad = ceil_to(c.d_ff, 16);
-            p.tile_in_shared = in_shared;
-            p.sequences = n;
-            p.rows = ceil_to(n * c.seq_len, 64);
-            p.programs = (c.batch + n - 1) / n;
-            p.threads = CONSUMERS + PRODUCERS;
-            if (p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, 64)) continue;
-            p.stages = 3, p.tiles = 1;
-            bool fits = false;
-            for (int64_t width : WIDTHS)
-                if (!fits) choose_width(c, p, width, false), fits = shared_bytes(c, p, false) <= c.shared_bytes;
-            if (!fits) continue;
-            p.tiles = each_product(c, p, [](Weight, int64_t, int64_t, int64_t, int64_t, int64_t) {});
-            const int64_t enough = smaller(c.n_layers * p.tiles, MOST_STAGES);
-            while (p.stages > enough) p.stages--;
-            while (p.stages < enough && shared_bytes(c, p, false) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
-            const bool once = p.stages == c.n_layers * p.tiles;  // nothing to share after the first loop
-            p.cluster = once || alone ? 1 : p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
-            p.shared_bytes = shared_bytes(c, p, false);
-            p.workspace_bytes = workspace_bytes(c, p, false);
-            return p;
-        }
+    Plan p = {};
+    const bool alone = c.own_loops || c.halting;  // samples that leave at loops of their own
+    const int64_t most = alone ? 1 : MOST_ROWS / c.seq_len;
+    for (int64_t rows = MOST_ROWS; rows >= larger<int64_t>(c.seq_len, 64); rows -= 64)
+        if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, true, true)) return p;
+    for (int64_t n = most; n > 0; n--)
+        if (arrange_sm90a(c, p, n, 1, true, false)) return p;
+    for (int64_t split = 2; split <= 4 && c.seq_len > 16 * split; split *= 2)
+        if (arrange_sm90a(c, p, 1, split, true, false)) return p;
+    for (int64_t n = most; n > 0; n--)
+        if (arrange_sm90a(c, p, n, 1, false, false)) return p;
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;
@@ -215,7 +250,7 @@ constexpr Plan plan(const Call& c, bool backward) {
         const Plan hopper = plan_sm90a(c);
         if (hopper.refusal == FITS) return hopper;
     }
-    p.cluster = 1;
+    p.cluster = p.split = 1;
     p.ff_pad = ceil_to(c.d_ff, 16);
     // Samples that leave at loops of their own do not share a program.
     const int64_t most = c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len;

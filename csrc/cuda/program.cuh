@@ -11,16 +11,17 @@
 #pragma once
 #include "plan.h"
 #include "tile/barrier.cuh"
+#include "tile/cluster.cuh"
 #include "tile/copy_async.cuh"
 #include "tile/ldmatrix.cuh"
 #include "tile/math.cuh"
+#include "tile/mbarrier.cuh"
 #include "tile/memory.cuh"
 #include "tile/mma.cuh"
 #include "tile/types.cuh"
 #include "tile/warp.cuh"
 #if defined(SHIFT_SM90A)
 #include "tile/bulk_copy.cuh"
-#include "tile/cluster.cuh"
 #include "tile/wgmma.cuh"
 #endif
 
@@ -47,7 +48,7 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
-    int mbarriers, xn, work, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int mbarriers, xn, work, others, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
     int64_t layer, out, up, down;             // weights, in T; for sm_90a they are packed as tiles instead
     int64_t vectors, layer_vectors;           // bytes from the workspace; fp32
     int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
@@ -59,7 +60,8 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     const int64_t d = c.d_model;
     l.mbarriers = int(p.stages * stage_bytes(p, backward));
     l.work = l.mbarriers + int(mbarrier_bytes(p));
-    l.xn = l.normaliser = l.work + int(work_bytes(c, p, backward));
+    l.others = l.work + int(work_bytes(c, p, backward));
+    l.xn = l.normaliser = l.others + int(others_bytes(c, p));
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
@@ -154,18 +156,23 @@ template <class T>
 struct Program {
     const Job& job;
     int inside;     // how many of the rows are tokens of the batch (pads included)
+    int first;      // the first row's position in its sequence: not 0 where that is split
     int64_t token;  // the first row in [batch * seq_len]
     // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
     // behind it are under way.
     mutable int next_tile = 0;
     mutable bool begun = false;
-    mutable int round = 0;  // how often the ring has come round; sm_90a
+    mutable int round = 0;     // how often the ring has come round; sm_90a
+    mutable int meetings = 0;  // see split.cuh
 
     __device__ const Call& c() const { return job.call; }
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
-    __device__ int sample() const { return int(blockIdx.x * job.plan.sequences); }
+    __device__ int split() const { return SM90A ? int(job.plan.split) : 1; }
+    __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
+    __device__ int sample() const { return int(blockIdx.x) / split() * int(job.plan.sequences); }
+    __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
 
     // Those who own the rows: all of the block, but for the warp that streams weights.
     __device__ int threads() const { return SM90A ? int(CONSUMERS) : int(blockDim.x); }
@@ -183,17 +190,20 @@ struct Program {
         return reinterpret_cast<N*>(shared_memory() + at);
     }
     __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
-    __device__ uint64_t* full() const { return shared<uint64_t>(job.at.mbarriers); }  // [stages]; these three sm_90a
+    __device__ uint64_t* full() const { return shared<uint64_t>(job.at.mbarriers); }  // [stages]; these four sm_90a
     __device__ uint64_t* empty() const { return full() + job.plan.stages; }           // [stages]
     __device__ uint64_t* again() const { return empty() + job.plan.stages; }          // and an int
+    __device__ uint64_t* met() const { return again() + 2; }
     __device__ T* work() const { return shared<T>(job.at.work); }
+    __device__ T* others() const { return shared<T>(job.at.others); }  // see split.cuh
     __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone
     __device__ float* normaliser() const { return shared<float>(job.at.normaliser); }  // [query heads][rows]
     __device__ float* o_do() const { return shared<float>(job.at.o_do); }
     __device__ float* mean() const { return shared<float>(job.at.moments); }
     __device__ float* inverse() const { return mean() + rows(); }
     __device__ float* sums() const { return shared<float>(job.at.sums); }  // [32]
-    // Row r sees the rows low[r] <= key < high[r]; a pad none: its high is 0.
+    // Row r sees the keys low[r] <= key < high[r], rows counted from where the first row's sequence begins; a pad
+    // none: its high is 0.
     __device__ int* low() const { return shared<int>(job.at.spans); }
     __device__ int* high() const { return low() + rows(); }
     __device__ bool valid(int row) const { return high()[row] > 0; }
@@ -218,8 +228,11 @@ struct Program {
     }
 
     __device__ explicit Program(const Job& j) : job(j) {
-        token = int64_t(sample()) * j.call.seq_len;
-        inside = int(smaller<int64_t>(j.plan.sequences, j.call.batch - sample()) * j.call.seq_len);
+        const Call& c = j.call;
+        first = part() * rows();
+        token = sample() * c.seq_len + first;
+        const int64_t left = smaller(j.plan.sequences, c.batch - sample()) * c.seq_len - first;
+        inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
         if (!SM90A) find_spans();
     }
 
@@ -227,10 +240,10 @@ struct Program {
         const Call& c = job.call;
         const int n = int(c.seq_len);
         for (int r = threadIdx.x; r < rows(); r += threads()) {
-            const int pos = r % n;
+            const int pos = position(r), begin = first + r - pos;
             const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
-            const int last = pos < length ? r - pos + int(c.causal ? pos + 1 : length) : 0;
-            low()[r] = last ? r - pos : int(MOST_ROWS);
+            const int last = pos < length ? begin + int(c.causal ? pos + 1 : length) : 0;
+            low()[r] = last ? begin : int(MOST_ROWS);
             high()[r] = last;
         }
         sync();

@@ -6,7 +6,8 @@
 // Shared memory: the fp32 tile x, its 16-bit normalised copy, one round's or chunk's intermediates, weight tiles
 // under way (bytes: plan.h). L2: the weights, read by every program in every loop, and the tile where it is too
 // large for shared memory. Device memory: e in (with injection once a loop), h_T out; in training one h_t a loop.
-// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows.
+// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows. Where a sequence is split over blocks, they meet
+// twice in a round of heads, and where halting asks how much it changed.
 #pragma once
 #include "layer.cuh"
 
@@ -49,19 +50,22 @@ __device__ inline void begin_loop(const Program<T>& p, H h) {
     });
 }
 
-// Sum over the whole block of two numbers a thread, for every thread.
+// Sum of two numbers a thread, over all who own rows of the program's one sequence, for every such thread.
 template <class T>
-__device__ inline float2 block_sum(const Program<T>& p, float2 x) {
+__device__ inline float2 sequence_sum(const Program<T>& p, float2 x) {
     x = make_float2(sum_over_lanes(x.x), sum_over_lanes(x.y));
     p.sync();
     if (lane() == 0) store(p.sums() + 2 * warp(), x);
-    p.sync();
+    meet(p);
     float2 total = make_float2(0.0f, 0.0f);
-    for (int i = 0; i < p.warps(); i++) {
-        const float2 part = load<float2>(p.sums() + 2 * i);
-        total = make_float2(total.x + part.x, total.y + part.y);
+    for (int part = 0; part < p.split(); part++) {
+        const float* sums = p.split() > 1 ? in_part(p, p.sums(), part) : p.sums();
+        for (int i = 0; i < p.warps(); i++) {
+            const float2 some = load<float2>(sums + 2 * i);
+            total = make_float2(total.x + some.x, total.y + some.y);
+        }
     }
-    return total;
+    return total;  // attention meets before anybody writes sums again
 }
 
 // Whether rms(h_t - h_{t-1}) < threshold rms(h_{t-1}) over the program's one sequence.
@@ -74,7 +78,7 @@ __device__ inline bool settled(const Program<T>& p, Tile before) {
         squares.x += (x.x - h.x) * (x.x - h.x) + (x.y - h.y) * (x.y - h.y);
         squares.y += h.x * h.x + h.y * h.y;
     });
-    squares = block_sum(p, squares);
+    squares = sequence_sum(p, squares);
     return sqrtf(squares.x) < float(p.c().halt_threshold) * sqrtf(squares.y);  // a NaN runs on
 }
 
@@ -105,7 +109,7 @@ __device__ inline void forward(const Program<T>& p, Begins begins) {
         running = t < most && !(c.halting && settled(p, before));
     }
     copy_async_wait<0>();  // the weights of a loop that nobody asked for
-    if (c.halting && threadIdx.x == 0) c.used[p.sample()] = t;
+    if (c.halting && threadIdx.x == 0 && p.part() == 0) c.used[p.sample()] = t;
     if (!c.return_all) store_state(p, c.out, 0);
     for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
 }

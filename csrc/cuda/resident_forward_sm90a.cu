@@ -1,7 +1,8 @@
 // The resident forward for sm_90a: resident_forward.cuh with another way of multiplying, matmul_sm90a.cuh.
 //
-// Block: two warpgroups for 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The blocks of a
-// cluster (1, 2 or 4) share the weights' way from L2 and nothing else.
+// Block: two warpgroups for up to 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The blocks of
+// a cluster (1, 2 or 4) share the weights' way from L2; and 2 or 4 neighbours in it a sequence that is too large for
+// the shared memory of one: split.cuh.
 #define SHIFT_SM90A
 #define shift_cuda shift_cuda_sm90a  // the same sources, but other functions
 #include "pack.cuh"

@@ -34,7 +34,7 @@ class Plan(ctypes.Structure):
     """``struct Plan`` of csrc/cuda/call.h: what the planner decided."""
 
     _fields_ = fields(
-        (INT, "refusal rows sequences programs threads kv_heads ff_pad ff_chunk stages tiles cluster"),
+        (INT, "refusal rows sequences split programs threads kv_heads ff_pad ff_chunk stages tiles cluster"),
         (INT, "tile_in_shared shared_bytes workspace_bytes"),
     )
 
