@@ -71,8 +71,8 @@ __device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weight
 // The keys low <= key < high that a row sees; none, if the row is a pad or does not exist.
 template <class T>
 __device__ inline void span_of(const Program<T>& p, int row, int& low, int& high) {
-    low = row < p.rows() ? p.low()[row] : int(MOST_ROWS);
-    high = row < p.rows() ? p.high()[row] : 0;
+    low = p.exists(row) ? p.low()[row] : int(MOST_ROWS);
+    high = p.exists(row) ? p.high()[row] : 0;
 }
 
 // The keys that any of 16 rows sees.
@@ -93,22 +93,42 @@ struct Keys {
 template <class T>
 __device__ inline Keys<T> own_keys(const Program<T>& p, const Round& of, int kv_head, int key) {
     const T* row = p.work() + key * of.ld;
-    return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows() - key};
+    return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows_from(key)};
 }
 
 // Of another block's rows, by all who own rows in this one.
 template <class T>
 __device__ inline Keys<T> others_keys(const Program<T>& p, const Round& of, int kv_head, int part, int key, int rows) {
     const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD);
-    bring_rows(p, part, p.work() + key * of.ld + of.k(0), of.ld, ld, rows, columns);
+    p.sync();  // all are done with those before
+    copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.others(), ld, rows, columns);
+    p.sync();
     const T* k = p.others() + kv_head * of.head_dim;
     return {k, k + of.kv_heads * of.head_dim, ld, rows};
+}
+
+// Calls f(key, its Keys) for each 16 keys of the sequence with any from begin to end. They are counted from where the
+// first row's sequence begins.
+template <class T, class F>
+__device__ inline void each_16_keys(const Program<T>& p, const Round& of, int kv_head, int begin, int end, F f) {
+    const int parts = p.c().causal ? p.part() + 1 : p.split();
+#pragma unroll 1
+    for (int part = 0; part < parts; part++) {
+        const bool own = part == p.part();
+        const int first = part * p.rows(), last = own ? smaller(end - first, p.rows()) : rows_of(p, part);
+#pragma unroll 1
+        for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
+            const Keys<T> keys = own ? own_keys(p, of, kv_head, row)
+                                     : others_keys(p, of, kv_head, part, row, smaller(last - row, 16));
+            if (begin < first + row + 16 && first + row < end) f(first + row, keys);
+        }
+    }
 }
 
 // c [16, 16] = a b^T over a head's columns; a and b are rows of work, of which some exist (see load_a).
 template <class T>
 __device__ inline void scores_16(float (&c)[2][4], const T* a, const T* b, int lda, int ldb, int head_dim,
-                                 int rows_a = 16, int rows_b = 16) {
+                                 int rows_a, int rows_b) {
 #pragma unroll
     for (int i = 0; i < 4; i++) c[0][i] = c[1][i] = 0.0f;
 #pragma unroll 1
@@ -142,55 +162,43 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
     float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
     int begin, end;
     span_of_16(p, row0, begin, end);
-    const int kv_head = head / of.group, parts = p.c().causal ? p.part() + 1 : p.split();
-#pragma unroll 1
-    for (int part = 0; part < parts; part++) {
-        const bool own = part == p.part();
-        const int first = part * p.rows();
-        const int last = own ? smaller(end - first, p.rows()) : smaller(int(p.c().seq_len) - first, p.rows());
-#pragma unroll 1
-        for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
-            const Keys<T> keys = own ? own_keys(p, of, kv_head, row)
-                                     : others_keys(p, of, kv_head, part, row, smaller(last - row, 16));
-            const int key = first + row, beyond = key + keys.rows;
-            if (end <= key || key + 16 <= begin) continue;
-            float s[2][4], factor[2];
-            scores_16(s, q, keys.k, of.ld, keys.ld, of.head_dim, p.rows() - row0, keys.rows);
+    each_16_keys(p, of, head / of.group, begin, end, [&](int key, const Keys<T>& keys) {
+        float s[2][4], factor[2];
+        scores_16(s, q, keys.k, of.ld, keys.ld, of.head_dim, p.rows_from(row0), keys.rows);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {  // the two rows of this thread
-                float most = top[h];
+        for (int h = 0; h < 2; h++) {  // the two rows of this thread
+            float most = top[h];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-                    float& x = s[i / 2][2 * h + i % 2];
-                    x = low[h] <= at && at < smaller(high[h], beyond) ? x * scale : -INFINITY;
-                    most = fmaxf(most, x);
-                }
-                most = max_over_lanes<4>(most);
-                const float base = most == -INFINITY ? 0.0f : most;
-                factor[h] = exp2_approx(top[h] - base);
-                top[h] = most;
-                total[h] *= factor[h];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float& x = s[i / 2][2 * h + i % 2];
-                    x = exp2_approx(x - base);
-                    total[h] += x;
-                }
+            for (int i = 0; i < 4; i++) {
+                const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+                float& x = s[i / 2][2 * h + i % 2];
+                x = low[h] <= at && at < smaller(high[h], key + keys.rows) ? x * scale : -INFINITY;
+                most = fmaxf(most, x);
             }
-            uint32_t fp[4];
-            as_left<T>(fp, s);
+            most = max_over_lanes<4>(most);
+            const float base = most == -INFINITY ? 0.0f : most;
+            factor[h] = exp2_approx(top[h] - base);
+            top[h] = most;
+            total[h] *= factor[h];
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++)
-                if (16 * b < of.head_dim) {
-#pragma unroll
-                    for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
-                    uint32_t fv[4];
-                    load_b_rows_along_n(fv, keys.v + 16 * b, keys.ld, keys.rows);
-                    mma_16<T>(o[b][0], o[b][1], fp, fv);
-                }
+            for (int i = 0; i < 4; i++) {
+                float& x = s[i / 2][2 * h + i % 2];
+                x = exp2_approx(x - base);
+                total[h] += x;
+            }
         }
-    }
+        uint32_t fp[4];
+        as_left<T>(fp, s);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            if (16 * b < of.head_dim) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
+                uint32_t fv[4];
+                load_b_rows_along_n(fv, keys.v + 16 * b, keys.ld, keys.rows);
+                mma_16<T>(o[b][0], o[b][1], fp, fv);
+            }
+    });
     sync_warp();  // all lanes have read q, which out may overwrite
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -198,7 +206,7 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
         const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;  // a pad sees nothing, and gets 0
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
-            if (16 * b < of.head_dim && r[h] < p.rows()) {
+            if (16 * b < of.head_dim && p.exists(r[h])) {
                 const float(&x)[4] = o[b][0];
                 const float(&y)[4] = o[b][1];
                 out(r[h], 16 * b + lane() % 4 * 2, make_float2(x[2 * h] * share, x[2 * h + 1] * share),
@@ -218,7 +226,7 @@ __device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<
         project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
         meet(p);
         const int items = of.queries * ((p.rows() + 15) / 16);
-        for (int i = warp(); i - warp() < items; i += p.warps()) {
+        for (int i = warp(); i < together(p, items); i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
             const auto to_work = [&](int r, int j, float2 x, float2 y) {
                 store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));

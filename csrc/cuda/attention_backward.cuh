@@ -5,7 +5,8 @@
 //     tile += [dq | dk | dv] Wqkv
 //
 // Scores are computed once with a warp owning 16 queries (dq) and once with it owning 16 keys (dk, dv), so that
-// every sum stays within a warp. o, dq, dk and dv go to device memory too, for the weights' gradients.
+// every sum stays within a warp. o, dq, dk and dv go to device memory too, for the weights' gradients. Where the
+// sequence is split (split.cuh) the block goes over the others' keys and values too, and then over their queries.
 #pragma once
 #include "attention.cuh"
 
@@ -43,63 +44,93 @@ __device__ inline void keep_dqkv(const Program<T>& p, const Round& of, const Rou
 // c [16, columns from `first` on] += a b, b's rows along n.
 template <class T>
 __device__ inline void accumulate(float (&c)[HELD_COLUMNS / 16][2][4], const float (&left)[2][4], const T* b, int ld,
-                                  int columns) {
+                                  int columns, int rows_b) {
     uint32_t fa[4];
     as_left<T>(fa, left);
 #pragma unroll
     for (int i = 0; i < HELD_COLUMNS / 16; i++)
         if (16 * i < columns) {
             uint32_t fb[4];
-            load_b_rows_along_n(fb, b + 16 * i, ld);
+            load_b_rows_along_n(fb, b + 16 * i, ld, rows_b);
             mma_16<T>(c[i][0], c[i][1], fa, fb);
         }
 }
 
 // Calls out(row, column, x, y) for [16, columns] accumulators, as multiply does.
-template <class Out>
-__device__ inline void give_out(const float (&c)[HELD_COLUMNS / 16][2][4], int row0, int columns, Out out) {
+template <class T, class Out>
+__device__ inline void give_out(const Program<T>& p, const float (&c)[HELD_COLUMNS / 16][2][4], int row0, int columns,
+                                Out out) {
 #pragma unroll
     for (int i = 0; i < HELD_COLUMNS / 16; i++)
         if (16 * i < columns)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                out(row0 + lane() / 4 + 8 * h, 16 * i + lane() % 4 * 2, make_float2(c[i][0][2 * h], c[i][0][2 * h + 1]),
-                    make_float2(c[i][1][2 * h], c[i][1][2 * h + 1]));
+            for (int h = 0; h < 2; h++) {
+                const int r = row0 + lane() / 4 + 8 * h;
+                if (p.exists(r))
+                    out(r, 16 * i + lane() % 4 * 2, make_float2(c[i][0][2 * h], c[i][0][2 * h + 1]),
+                        make_float2(c[i][1][2 * h], c[i][1][2 * h + 1]));
+            }
 }
 
-// dq of one head for 16 queries, by a warp.
+// Up to 16 queries of a round's heads, and do: where they are, and how many there are.
+template <class T>
+struct Queries {
+    const T *q, *d_o;
+    int ld_q, ld_o, rows;
+};
+
+template <class T>
+__device__ inline Queries<T> own_queries(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int row) {
+    return {p.work() + row * of.ld, g.d_o + row * g.ld_o, of.ld, g.ld_o, p.rows_from(row)};
+}
+
+// As others_keys.
+template <class T>
+__device__ inline Queries<T> others_queries(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int part,
+                                            int row, int rows) {
+    const int columns = of.queries * of.head_dim, ld = 2 * columns + int(PAD);
+    T *q = p.others(), *d_o = q + columns;
+    p.sync();
+    copy_from_part(p, part, p.work() + row * of.ld, of.ld, q, ld, rows, columns);
+    copy_from_part(p, part, g.d_o + row * g.ld_o, g.ld_o, d_o, ld, rows, columns);
+    p.sync();
+    return {q, d_o, ld, ld, rows};
+}
+
+// dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
 template <class T, class Out>
 __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head,
                                              int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
+    const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * g.ld_o + of.q(head);
     const float factor = 1.0f / sqrtf(float(hd));
     int low[2], high[2], begin, end;
     float normaliser[2], o_do[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int r = row0 + lane() / 4 + 8 * h;
-        low[h] = p.low()[r], high[h] = p.high()[r];
-        normaliser[h] = p.normaliser()[head * p.rows() + r], o_do[h] = p.o_do()[head * p.rows() + r];
+        const int r = row0 + lane() / 4 + 8 * h, at = head * p.rows() + (p.exists(r) ? r : 0);
+        span_of(p, r, low[h], high[h]);
+        normaliser[h] = p.normaliser()[at], o_do[h] = p.o_do()[at];
     }
     span_of_16(p, row0, begin, end);
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dq[HELD_COLUMNS / 16][2][4] = {};
-#pragma unroll 1
-        for (int key = begin; key < end; key += 16) {
+        each_16_keys(p, of, kv, begin, end, [&](int key, const Keys<T>& keys) {
             float s[2][4], dp[2][4];
-            scores_16(s, p.work() + row0 * of.ld + of.q(head), p.work() + key * of.ld + of.k(kv), of.ld, of.ld, hd);
-            scores_16(dp, g.d_o + row0 * g.ld_o + of.q(head), p.work() + key * of.ld + of.v(kv), g.ld_o, of.ld, hd);
+            scores_16(s, q, keys.k, of.ld, keys.ld, hd, p.rows_from(row0), keys.rows);
+            scores_16(dp, d_o, keys.v, g.ld_o, keys.ld, hd, p.rows_from(row0), keys.rows);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int h = i % 4 / 2, at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
                 float& x = s[i / 4][i % 4];
-                const bool seen = low[h] <= at && at < high[h];
+                const bool seen = low[h] <= at && at < smaller(high[h], key + keys.rows);
                 const float share = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) : 0.0f;
                 x = share * (dp[i / 4][i % 4] - o_do[h]) * factor;
             }
-            accumulate<T>(dq, s, p.work() + key * of.ld + of.k(kv) + first, of.ld, hd - first);
-        }
-        give_out(dq, row0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.q(head) + first + j, x, y); });
+            accumulate<T>(dq, s, keys.k + first, keys.ld, hd - first, keys.rows);
+        });
+        give_out(p, dq, row0, hd - first,
+                 [&](int r, int j, float2 x, float2 y) { out(r, of.q(head) + first + j, x, y); });
     }
 }
 
@@ -109,32 +140,46 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
                                           int key0, Out out) {
     const int hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));
+    const T *k = p.work() + key0 * of.ld + of.k(kv), *v = p.work() + key0 * of.ld + of.v(kv);
+    const int rows_k = p.rows_from(key0), position0 = p.first + key0;
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dk[HELD_COLUMNS / 16][2][4] = {}, dv[HELD_COLUMNS / 16][2][4] = {};
-        for (int row = 0; row < p.rows(); row += 16) {
-            const int r = row + lane() % 16;
-            if (!vote(p.low()[r] < key0 + 16 && key0 < p.high()[r])) continue;
-            for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
-                const T* q = p.work() + row * of.ld + of.q(head);
-                const T* d_o = g.d_o + row * g.ld_o + of.q(head);
-                float s[2][4], ds[2][4];
-                scores_16(s, p.work() + key0 * of.ld + of.k(kv), q, of.ld, of.ld, hd);
-                scores_16(ds, p.work() + key0 * of.ld + of.v(kv), d_o, of.ld, g.ld_o, hd);
+#pragma unroll 1
+        for (int part = p.c().causal ? p.part() : 0; part < p.split(); part++) {
+            const bool own = part == p.part();
+            const int *low = own ? p.low() : in_part(p, p.low(), part), *high = low + p.rows();
+            const float *normaliser = own ? p.normaliser() : in_part(p, p.normaliser(), part);
+            const float *o_do = own ? p.o_do() : in_part(p, p.o_do(), part);
+            const int rows = own ? p.rows() : rows_of(p, part);
+#pragma unroll 1
+            for (int row = 0; row < rows; row += 16) {
+                const Queries<T> queries = own ? own_queries(p, of, g, row)
+                                               : others_queries(p, of, g, part, row, smaller(rows - row, 16));
+                const int r = row + lane() % 16;
+                if (!vote(r < rows && low[r] < position0 + 16 && position0 < high[r])) continue;
+                for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
+                    const T *q = queries.q + of.q(head), *d_o = queries.d_o + of.q(head);
+                    float s[2][4], ds[2][4];
+                    scores_16(s, k, q, of.ld, queries.ld_q, hd, rows_k, queries.rows);
+                    scores_16(ds, v, d_o, of.ld, queries.ld_o, hd, rows_k, queries.rows);
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const int key = key0 + lane() / 4 + i % 4 / 2 * 8, query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-                    const int at = head * p.rows() + query;
-                    float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
-                    const bool seen = p.low()[query] <= key && key < p.high()[query];
-                    x = seen ? exp2_approx(x * (factor * LOG2_E) - p.normaliser()[at]) : 0.0f;
-                    dx = x * (dx - p.o_do()[at]) * factor;
+                    for (int i = 0; i < 8; i++) {
+                        const int key = position0 + lane() / 4 + i % 4 / 2 * 8;
+                        const int query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2, at = head * p.rows() + query;
+                        float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
+                        const bool seen = (!CLUSTERS || query < rows) && low[query] <= key && key < high[query];
+                        x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[at]) : 0.0f;
+                        dx = seen ? x * (dx - o_do[at]) * factor : 0.0f;
+                    }
+                    accumulate<T>(dv, s, d_o + first, queries.ld_o, hd - first, queries.rows);
+                    accumulate<T>(dk, ds, q + first, queries.ld_q, hd - first, queries.rows);
                 }
-                accumulate<T>(dv, s, d_o + first, g.ld_o, hd - first);
-                accumulate<T>(dk, ds, q + first, of.ld, hd - first);
             }
         }
-        give_out(dk, key0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.k(kv) + first + j, x, y); });
-        give_out(dv, key0, hd - first, [&](int r, int j, float2 x, float2 y) { out(r, of.v(kv) + first + j, x, y); });
+        give_out(p, dk, key0, hd - first,
+                 [&](int r, int j, float2 x, float2 y) { out(r, of.k(kv) + first + j, x, y); });
+        give_out(p, dv, key0, hd - first,
+                 [&](int r, int j, float2 x, float2 y) { out(r, of.v(kv) + first + j, x, y); });
     }
 }
 
@@ -142,7 +187,7 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
 template <class T>
 __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                           Rows<T> dqkv, Rows<T> o) {
-    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = p.rows() / 16;
+    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);
         const RoundGradients<T> g(p, of);
@@ -152,8 +197,8 @@ __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<
                            store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
                            store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
                        });
-        sync_block();
-        for (int i = warp(); i < of.queries * tiles; i += p.warps()) {
+        meet(p);
+        for (int i = warp(); i < together(p, of.queries * tiles); i += p.warps()) {
             const int head = i % of.queries;
             float o_do = 0.0f;
             const auto with_do = [&](int r, int j, float2 x, float2 y) {
@@ -168,22 +213,24 @@ __device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<
             attend_16(p, of, head, i / of.queries * 16, with_do, [&](int r, float normaliser) {
                 o_do = sum_over_lanes<4>(o_do);
                 const int at = head * p.rows() + r;
-                if (lane() % 4 == 0) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;
+                if (lane() % 4 == 0 && p.exists(r)) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;
                 o_do = 0.0f;
             });
         }
-        sync_block();
+        meet(p);
         const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, round, dqkv, r, j, x, y); };
-        for (int i = warp(); i < (of.queries + of.kv_heads) * tiles; i += p.warps()) {
-            const int head = i / tiles, row0 = i % tiles * 16;
-            if (head < of.queries)
-                queries_16(p, of, g, head, row0, keep);
+        const int first_keys = together(p, of.queries * tiles);  // so that all warps do the same of the two
+        for (int i = warp(); i < first_keys + together(p, of.kv_heads * tiles); i += p.warps()) {
+            const int j = i - first_keys;
+            if (j < 0)
+                queries_16(p, of, g, i % of.queries, i / of.queries * 16, keep);
             else
-                keys_16(p, of, g, head - of.queries, row0, keep);
+                keys_16(p, of, g, j % of.kv_heads, j / of.kv_heads * 16, keep);
         }
         multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
                        of.columns,
                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
+        if (p.split() > 1) meet(p);  // others have read what the next round replaces
     }
 }
 

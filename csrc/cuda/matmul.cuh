@@ -24,10 +24,10 @@ __device__ inline void copy_tile(T* to, int ld_to, const T* from, int64_t ld_fro
     }
 }
 
-// A thread's part of a [16, 16] operand at p: what mma wants for a, from rows along k. Here and below: of the rows in
-// memory the first `rows` exist (with 0 or less, those before p), and the last stands for those that do not.
+// A thread's part of a [16, 16] operand at p: what mma wants for a, from rows along k. Of the 16 rows at p, here and
+// below, only so many exist, and the last that does stands for the others (with 0 or less it is ahead of p).
 template <class T>
-__device__ inline void load_a(uint32_t (&a)[4], const T* p, int ld, int rows = 16) {
+__device__ inline void load_a(uint32_t (&a)[4], const T* p, int ld, int rows) {
     ldmatrix(a, p + smaller(lane() % 16, rows - 1) * ld + lane() / 16 * 8);
 }
 // b [16 k, 16 n] for two products, from rows along k (one for each n), or from rows along n (one for each k).
@@ -112,7 +112,7 @@ __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const
             uint32_t fa[2][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
-                if (row + 16 * m < p.rows()) load_a(fa[m], as + 16 * m * lda + kk, lda);
+                if (row + 16 * m < p.rows()) load_a(fa[m], as + 16 * m * lda + kk, lda, p.rows_from(row + 16 * m));
 #pragma unroll
             for (int j = 0; j < 2; j++)
                 if (n0 + 16 * j < n) {
@@ -135,8 +135,8 @@ __device__ SHIFT_OUT_OF_LINE void multiply(const Program<T>& p, Rows<T> a, const
                     float(&x)[4] = acc[m][2 * j];
                     float(&y)[4] = acc[m][2 * j + 1];
                     const int r = row + 16 * m + lane() / 4, col = n0 + 16 * j + lane() % 4 * 2;
-                    out(r, col, make_float2(x[0], x[1]), make_float2(y[0], y[1]));
-                    out(r + 8, col, make_float2(x[2], x[3]), make_float2(y[2], y[3]));
+                    if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(y[0], y[1]));
+                    if (p.exists(r + 8)) out(r + 8, col, make_float2(x[2], x[3]), make_float2(y[2], y[3]));
 #pragma unroll
                     for (int v = 0; v < 4; v++) x[v] = y[v] = 0.0f;
                 }

@@ -114,8 +114,8 @@ __device__ inline void multiply(const Program<T>& p, Rows<T> a, const T*, int64_
             if (n0 + column + 16 * j < n && (j < 4 || !beside)) {
                 const float* x = acc[j / 4] + j % 4 * 8;
                 const int r = row + lane() / 4, col = n0 + column + 16 * j + lane() % 4 * 2;
-                if (r < p.rows()) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
-                if (r + 8 < p.rows()) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
+                if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
+                if (p.exists(r + 8)) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
             }
 #pragma unroll
         for (int j = 0; j < 64; j++) acc[j / 32][j % 32] = 0.0f;

@@ -19,17 +19,21 @@
 // Of what fits it takes the widest work, for the fewest passes over the tile, that leaves room for three weight
 // tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow.
 //
-// The forward for sm_90a (resident_forward_sm90a.cu) has as many rows as it has tokens, and besides
+// On Hopper there is besides, where a sequence is split,
 //
-//             ring    stages (128 64 2 + 16)    tiles and two mbarriers, in place of the other ring; and 32
-//   split     others  16 (2 kv_heads head_dim + 8) 2    keys and values on their way from another block of the cluster
+//   forward   others  16 (2 kv_heads head_dim + 8) 2    keys and values on their way from another block of the cluster
+//   backward  others  16 (2 query columns + 8) 2 + 16   the same, or queries and gradients of their output; an mbarrier
 //
-// A ring with a stage for every tile of the block has the weights read once for all loops. What it takes, the first
-// that fits:
-//   1. whole sequences in up to 128 rows, or in up to 64, and weights that are read once;
+// and in the forward for sm_90a (resident_forward_sm90a.cu), in place of the ring, stages (128 64 2 + 16) + 32: tiles
+// with two mbarriers each, and two more. That forward, and whatever is split, has as many rows as tokens; all others
+// have a multiple of 16.
+//
+// The first of these that fits is taken:
+//   1. sm_90a: whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of the block, so
+//      that weights are read once for all loops;
 //   2. as many whole sequences as fit 128 rows, the tile in shared memory;
-//   3. one sequence over 2 blocks, or over 4, as long as each has more than 16 rows (of the 64 that wgmma computes);
-//   4. as 2, the tile in the workspace.
+//   3. Hopper (sm_90a, and the backward): a sequence over 2 blocks, or else over 4, of more than 16 rows each;
+//   4. as 2, but for the tile, which is in the workspace.
 #pragma once
 #include "call.h"
 
@@ -83,25 +87,25 @@ constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads
 constexpr int64_t SWIZZLED_TILE = TILE_N * TILE_K * OPERAND;
 constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
 constexpr int64_t MOST_STAGES = 64;
-constexpr int64_t KEYS = 16;  // that attention reads at a time
+constexpr int64_t BROUGHT_ROWS = 16;  // at a time from another block
 
 constexpr int64_t stage_bytes(const Plan& p, bool backward) {
     if (p.tiles) return SWIZZLED_TILE;
     return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
 }
 
-// Full and empty for each stage, whether another loop comes, and where the blocks of a split sequence meet.
-constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : 0; }
+// Where the blocks of a split sequence meet; sm_90a: full and empty for each stage, and whether another loop comes.
+constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : p.split > 1 ? 16 : 0; }
 
-// Columns, padding included, of keys and values that come from another block.
-constexpr int64_t others_columns(const Call& c, const Plan& p) { return 2 * p.kv_heads * c.head_dim + PAD; }
-constexpr int64_t others_bytes(const Call& c, const Plan& p) {
-    return p.split > 1 ? KEYS * others_columns(c, p) * OPERAND : 0;
+// What comes from another block of the cluster: keys and values; backward: queries and their gradients, too.
+constexpr int64_t others_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t columns = backward ? query_columns(c, p.kv_heads) : p.kv_heads * c.head_dim;
+    return p.split > 1 ? BROUGHT_ROWS * (2 * columns + PAD) * OPERAND : 0;
 }
 
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
     int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
-    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + others_bytes(c, p);
+    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + others_bytes(c, p, backward);
     bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
     return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
 }
@@ -191,6 +195,28 @@ constexpr int64_t each_product(const Call& c, const Plan& p, F f) {
     return tiles;
 }
 
+// Samples that leave at loops of their own do not share a program.
+constexpr int64_t most_sequences(const Call& c) { return c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len; }
+
+// What every kernel's plan begins with: `sequences` whole ones a program, or one over `split` programs.
+constexpr Plan begin_plan(const Call& c, int64_t sequences, int64_t split, bool in_shared) {
+    Plan p = {};
+    p.ff_pad = ceil_to(c.d_ff, 16);
+    p.tile_in_shared = in_shared;
+    p.sequences = sequences, p.split = p.cluster = split;
+    p.rows = (sequences * c.seq_len + split - 1) / split;
+    p.programs = (c.batch + sequences - 1) / sequences * split;
+    return p;
+}
+
+// More rows share each weight that is read, but not at the price of idle multiprocessors.
+constexpr bool leaves_idle(const Call& c, const Plan& p, int64_t step) {
+    return p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, step);
+}
+
+// Whether each of so many blocks has enough of a sequence's rows: of the 64 that wgmma computes more than a quarter.
+constexpr bool may_split(const Call& c, int64_t split) { return split <= 4 && c.seq_len > 16 * split; }
+
 // Fills in the chunks, tiles and stages for sm_90a: the widest work that leaves room for three stages, all other room
 // is stages; or, if weights are to be read once, that leaves room for all. Says whether there is any.
 constexpr bool choose_ring(const Call& c, Plan& p, bool once) {
@@ -206,20 +232,14 @@ constexpr bool choose_ring(const Call& c, Plan& p, bool once) {
     return false;
 }
 
-// The forward on sm_90a for `sequences` whole ones a program, or one over `split`; says whether it fits.
+// The forward on sm_90a; says whether it fits.
 constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, bool once) {
-    p = {};
-    p.ff_pad = ceil_to(c.d_ff, 16);
-    p.tile_in_shared = in_shared;
-    p.sequences = sequences, p.split = split;
-    p.rows = (sequences * c.seq_len + split - 1) / split;
-    p.programs = (c.batch + sequences - 1) / sequences * split;
+    p = begin_plan(c, sequences, split, in_shared);
     p.threads = CONSUMERS + PRODUCERS;
-    if (p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, 64)) return false;
-    if (!choose_ring(c, p, once)) return false;
-    // Neighbours share the weights' way if none of them can leave before others, and it is not for the first loop alone.
+    if (leaves_idle(c, p, 64) || !choose_ring(c, p, once)) return false;
+    // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
     const bool stay = p.stages == c.n_layers * p.tiles;
-    p.cluster = c.own_loops || c.halting || stay ? split : p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
+    if (!c.own_loops && !c.halting && !stay) p.cluster = p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
     p.shared_bytes = shared_bytes(c, p, false);
     p.workspace_bytes = workspace_bytes(c, p, false);
     return true;
@@ -227,19 +247,29 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
 
 constexpr Plan plan_sm90a(const Call& c) {
     Plan p = {};
-    const bool alone = c.own_loops || c.halting;  // samples that leave at loops of their own
-    const int64_t most = alone ? 1 : MOST_ROWS / c.seq_len;
+    const int64_t most = most_sequences(c);
     for (int64_t rows = MOST_ROWS; rows >= larger<int64_t>(c.seq_len, 64); rows -= 64)
         if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, true, true)) return p;
     for (int64_t n = most; n > 0; n--)
         if (arrange_sm90a(c, p, n, 1, true, false)) return p;
-    for (int64_t split = 2; split <= 4 && c.seq_len > 16 * split; split *= 2)
+    for (int64_t split = 2; may_split(c, split); split *= 2)
         if (arrange_sm90a(c, p, 1, split, true, false)) return p;
     for (int64_t n = most; n > 0; n--)
         if (arrange_sm90a(c, p, n, 1, false, false)) return p;
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;
+}
+
+// The other kernels, likewise.
+constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, bool backward) {
+    p = begin_plan(c, sequences, split, in_shared);
+    if (split == 1) p.rows = ceil_to(p.rows, 16);
+    p.threads = ceil_to(p.rows, 32) * 4;
+    if (leaves_idle(c, p, 16) || !choose_chunks(c, p, backward)) return false;
+    p.shared_bytes = shared_bytes(c, p, backward);
+    p.workspace_bytes = workspace_bytes(c, p, backward);
+    return true;
 }
 
 constexpr Plan plan(const Call& c, bool backward) {
@@ -250,25 +280,14 @@ constexpr Plan plan(const Call& c, bool backward) {
         const Plan hopper = plan_sm90a(c);
         if (hopper.refusal == FITS) return hopper;
     }
-    p.cluster = p.split = 1;
-    p.ff_pad = ceil_to(c.d_ff, 16);
-    // Samples that leave at loops of their own do not share a program.
-    const int64_t most = c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len;
-    const int64_t least_rows = ceil_to(c.seq_len, 16);
-    for (int64_t in_shared = 1; in_shared >= 0; in_shared--)
-        for (int64_t n = most; n > 0; n--) {
-            p.tile_in_shared = in_shared;
-            p.sequences = n;
-            p.rows = ceil_to(n * c.seq_len, 16);
-            p.programs = (c.batch + n - 1) / n;
-            p.threads = ceil_to(p.rows, 32) * 4;
-            // More rows share each weight that is read, but not at the price of idle multiprocessors.
-            if (p.programs < c.n_sms && p.rows > least_rows) continue;
-            if (!choose_chunks(c, p, backward)) continue;
-            p.shared_bytes = shared_bytes(c, p, backward);
-            p.workspace_bytes = workspace_bytes(c, p, backward);
-            return p;
-        }
+    const int64_t most = most_sequences(c);
+    for (int64_t n = most; n > 0; n--)
+        if (arrange(c, p, n, 1, true, backward)) return p;
+    if (backward && c.sm90a)
+        for (int64_t split = 2; may_split(c, split); split *= 2)
+            if (arrange(c, p, 1, split, true, backward)) return p;
+    for (int64_t n = most; n > 0; n--)
+        if (arrange(c, p, n, 1, false, backward)) return p;
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;

@@ -39,6 +39,11 @@ constexpr bool SM90A = true;  // see resident_forward_sm90a.cu
 #else
 constexpr bool SM90A = false;
 #endif
+#if defined(SHIFT_EMULATE) || __CUDA_ARCH__ >= 900
+constexpr bool CLUSTERS = true;
+#else
+constexpr bool CLUSTERS = false;
+#endif
 
 using namespace tile;
 
@@ -61,7 +66,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.mbarriers = int(p.stages * stage_bytes(p, backward));
     l.work = l.mbarriers + int(mbarrier_bytes(p));
     l.others = l.work + int(work_bytes(c, p, backward));
-    l.xn = l.normaliser = l.others + int(others_bytes(c, p));
+    l.xn = l.normaliser = l.others + int(others_bytes(c, p, backward));
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
@@ -169,7 +174,10 @@ struct Program {
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
-    __device__ int split() const { return SM90A ? int(job.plan.split) : 1; }
+    // How many rows there are from one on, and whether it is one. Without clusters there is a multiple of 16.
+    __device__ int rows_from(int row) const { return CLUSTERS ? rows() - row : 16; }
+    __device__ bool exists(int row) const { return !CLUSTERS || row < rows(); }
+    __device__ int split() const { return CLUSTERS ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
     __device__ int sample() const { return int(blockIdx.x) / split() * int(job.plan.sequences); }
     __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
@@ -190,10 +198,10 @@ struct Program {
         return reinterpret_cast<N*>(shared_memory() + at);
     }
     __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
-    __device__ uint64_t* full() const { return shared<uint64_t>(job.at.mbarriers); }  // [stages]; these four sm_90a
-    __device__ uint64_t* empty() const { return full() + job.plan.stages; }           // [stages]
-    __device__ uint64_t* again() const { return empty() + job.plan.stages; }          // and an int
-    __device__ uint64_t* met() const { return again() + 2; }
+    __device__ uint64_t* met() const { return shared<uint64_t>(job.at.mbarriers); }  // of a split sequence's blocks
+    __device__ uint64_t* full() const { return met() + 2; }                          // [stages]; these three sm_90a
+    __device__ uint64_t* empty() const { return full() + job.plan.stages; }          // [stages]
+    __device__ uint64_t* again() const { return empty() + job.plan.stages; }         // and an int
     __device__ T* work() const { return shared<T>(job.at.work); }
     __device__ T* others() const { return shared<T>(job.at.others); }  // see split.cuh
     __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone

@@ -9,7 +9,7 @@
 // Shared memory: one fp32 tile (x, then the branch's input gradient), one round's or chunk's intermediates, weight
 // tiles and tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside; dh; and the
 // fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
-// Grid: plan.h `programs` blocks of `threads`.
+// Grid: plan.h `programs` blocks of `threads`; on Hopper, where a sequence is split over blocks, in clusters of them.
 #pragma once
 #include "attention_backward.cuh"
 #include "mlp_backward.cuh"
@@ -130,6 +130,7 @@ template <class T>
 __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
     const Program<T> p(job);
     const Call& c = job.call;
+    if (p.split() > 1) start_meetings(p);
     const Gradient<T> dh(p, c.dh), de(p, c.de);
     const int64_t last = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
     const int64_t first = c.n_grad_loops ? larger<int64_t>(last - c.n_grad_loops, 0) : 0;  // up to here none is carried
@@ -145,6 +146,7 @@ __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constan
         if (c.injection) p.each_pair([&](int r, int j) { de.add(r, j, dh.get(r, j)); });
     }
     if (first > c.low) p.each_pair([&](int r, int j) { dh.set(r, j, make_float2(0.0f, 0.0f)); });
+    if (p.split() > 1) sync_cluster();  // others may still arrive here
 }
 
 }  // namespace shift_cuda

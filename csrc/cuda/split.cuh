@@ -1,6 +1,6 @@
 // A sequence whose rows are split over neighbours in a cluster (plan.h): how its blocks meet, and what they read of
-// each other. Block i has the rows i rows .. (i + 1) rows - 1 and does all that they need; only attention needs more,
-// the others' keys and values.
+// each other. Block i has the rows i rows .. (i + 1) rows - 1 and does all that they need; only attention needs what
+// the others have, keys and values (backward: queries and their gradients too).
 #pragma once
 #include "program.cuh"
 
@@ -12,7 +12,13 @@ __device__ inline N* in_part(const Program<T>& p, N* mine, int part) {
     return map_shared(mine, cluster_rank() - p.part() + part);
 }
 
-// A barrier of all who own rows of the sequence, and who own them in this block.
+// How many rows of the sequence another block has.
+template <class T>
+__device__ inline int rows_of(const Program<T>& p, int part) {
+    return smaller(int(p.c().seq_len) - part * p.rows(), p.rows());
+}
+
+// A barrier of all who own rows of the sequence; where it is not split, of those in this block.
 template <class T>
 __device__ inline void meet(const Program<T>& p) {
     if (p.split() == 1) return p.sync();
@@ -22,18 +28,33 @@ __device__ inline void meet(const Program<T>& p) {
     mbarrier_wait(p.met(), p.meetings++ % 2);
 }
 
-// Copies [rows][columns] at `from` in another block (columns a multiple of 8) to others(), by all who own rows here,
-// once they are done with what was there.
+// Before the first meeting, where nobody streams weights (start_ring does it too).
 template <class T>
-__device__ inline void bring_rows(const Program<T>& p, int part, T* from, int ld_from, int ld, int rows, int columns) {
+__device__ inline void start_meetings(const Program<T>& p) {
+    if (threadIdx.x == 0) {
+        mbarrier_init(p.met(), p.warps() * p.split());
+        mbarrier_init_fence();
+    }
+    sync_cluster();
+}
+
+// How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.
+template <class T>
+__device__ inline int together(const Program<T>& p, int items) {
+    return p.split() > 1 ? int(ceil_to(items, p.warps())) : items;
+}
+
+// Copies [rows][columns] at `from` in another block (columns a multiple of 8) to `to` in this one, by all who own rows
+// here. Ends without a barrier.
+template <class T>
+__device__ inline void copy_from_part(const Program<T>& p, int part, T* from, int ld_from, T* to, int ld, int rows,
+                                      int columns) {
     const T* there = in_part(p, from, part);
     const int pieces = columns / 8;
-    p.sync();
     for (int i = threadIdx.x; i < rows * pieces; i += p.threads()) {
         const int r = i / pieces, j = i % pieces * 8;
-        store(p.others() + r * ld + j, load<uint4>(there + r * ld_from + j));
+        store(to + r * ld + j, load<uint4>(there + r * ld_from + j));
     }
-    p.sync();
 }
 
 }  // namespace shift_cuda
