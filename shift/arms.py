@@ -124,8 +124,8 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     families = [name.partition(":")[0] for name in names]
     found: dict[str, str] = {}
     for i, (name, key) in enumerate(zip(names, families, strict=True)):
-        # Two thirds white, no more: the last one must still be seen.
-        whiteness = 2 / 3 * families[:i].count(key) / max(1, families.count(key) - 1)
+        # Half white, no more: the last one must still be seen.
+        whiteness = 1 / 2 * families[:i].count(key) / max(1, families.count(key) - 1)
         parts = [int(FAMILIES[key].colour[i : i + 2], 16) for i in (1, 3, 5)]
         found[name] = "#" + "".join(f"{round(part + (255 - part) * whiteness):02x}" for part in parts)
     return found

@@ -71,7 +71,8 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
                 "brackets the seeds on which the arm never did and Looped did.",
                 "Smallest T: the smallest constant number of loops that got there on every seed. Best fixed "
                 "switch: the fewest seeds never, then the least compute, known with hindsight alone.",
-                "Tuning: tasks on which settings of ours were chosen. Held out: only ever reported. SHIFT "
+                "Tuning: tasks on which settings of ours were chosen. Held out: none was. What had been "
+                "seen of them before climb got its present form: benchmarks/savings/NOTES.md. SHIFT "
                 "and the ramps have their defaults everywhere, and a fixed switch is the best of several.",
             ],
             "note",
