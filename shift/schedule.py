@@ -136,8 +136,9 @@ class Ladder(LoopSchedule):
         if self.rung >= len(self.most_steps):
             return SCP(self.config)
         most = self.most_steps[self.rung]
-        looks = math.ceil(most / self.config.interval)
-        interval = most // looks  # so that a look falls where the share ends
+        # So that a look falls where the share ends. Two at least: the first has nothing to compare with.
+        looks = max(2, math.ceil(most / self.config.interval))
+        interval = max(1, most // looks)
         return SCP(dataclasses.replace(self.config, interval=interval, max_steps=looks * interval))
 
     def n_loops(self, step: int, signals: Signals | None) -> int:

@@ -90,6 +90,8 @@ def test_climb_leaves_each_rung_in_its_time_and_not_before():
     assert [loops(make("climb", max_loops=3), 800, flat=1).count(n) for n in (1, 3)] == [80, 720]
     not_a_multiple_of_20 = loops(make("climb", max_loops=2, total_steps=450), 450, flat=1)
     assert [not_a_multiple_of_20.count(n) for n in (1, 2)] == [45, 405]
+    no_longer_than_a_look = loops(make("climb", max_loops=2, total_steps=200), 200, flat=1)
+    assert [no_longer_than_a_look.count(n) for n in (1, 2)] == [20, 180]
     assert set(loops(make("climb", max_loops=1), 800, flat=1)) == {1}
 
 
