@@ -46,17 +46,30 @@ def draw(results: Mapping[str, Any], directory: Path) -> dict[str, Path]:
     ``cost`` (compute to the target, each seed), ``curves`` (loss and accuracy against steps and compute),
     ``loops`` (loops at each step) and ``criterion`` (SHIFT's two signals).
     """
+    return save_figures(
+        {
+            "cost": lambda: cost_figure(results),
+            "curves": lambda: curves_figure(results),
+            "loops": lambda: loops_figure(results),
+            "criterion": lambda: criterion_figure(results),
+        },
+        directory,
+    )
+
+
+def save_figures(
+    pictures: Mapping[str, Callable[[], Figure | None]], directory: Path, style: Mapping[Any, Any] = STYLE
+) -> dict[str, Path]:
+    """Draw each picture in ``style`` and save it as ``directory/<name>.png``; one that is None is left out.
+
+    Returns:
+        The files by name.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
-        "cost": cost_figure,
-        "curves": curves_figure,
-        "loops": loops_figure,
-        "criterion": criterion_figure,
-    }
     paths = {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(dict(style)):
         for name, picture in pictures.items():
-            figure = picture(results)
+            figure = picture()
             if figure is not None:
                 paths[name] = directory / f"{name}.png"
                 figure.savefig(paths[name])

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -18,7 +17,7 @@ from benchmarks.landscape.seen import EASY, HARD, Seen, cosine, curve, has_switc
 from benchmarks.landscape.study import ARMS, SWITCHES
 from shift.arms import FAMILIES
 from shift.landscape.plots import log_axis
-from shift.plots import FAINT, INK, SHADE, STYLE, WIDTH
+from shift.plots import FAINT, INK, SHADE, WIDTH, save_figures
 
 Study = Mapping[str, Sequence[Seen]]
 """Task -> what each seed showed."""
@@ -36,18 +35,14 @@ PARTS = {
 
 def draw(study: Study, directory: Path) -> dict[str, Path]:
     """Draw ``accuracy``, ``phases`` and ``upstream``; returns the PNG files by name."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    with matplotlib.rc_context(STYLE):
-        figures = {
-            "accuracy": accuracy_figure(study),
-            "phases": phases_figure(study),
-            "upstream": upstream_figure(study),
-        }
-        for name, figure in figures.items():
-            paths[name] = directory / f"{name}.png"
-            figure.savefig(paths[name])
-    return paths
+    return save_figures(
+        {
+            "accuracy": lambda: accuracy_figure(study),
+            "phases": lambda: phases_figure(study),
+            "upstream": lambda: upstream_figure(study),
+        },
+        directory,
+    )
 
 
 def accuracy_figure(study: Study) -> Figure:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,20 +13,15 @@ from matplotlib.figure import Figure
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.paired import best_fixed_switch
 from shift.arms import FAMILIES, SMALLEST
-from shift.plots import INK, STYLE, WIDTH
+from shift.plots import INK, STYLE, WIDTH, save_figures
 
 COLUMNS = 4
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
     """``ratios.png`` (compute to the target over Looped's) and ``loss.png`` (loss against compute)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8.5}):
-        for name, picture in {"ratios": ratios_figure, "loss": loss_figure}.items():
-            paths[name] = folder / f"{name}.png"
-            picture(results).savefig(paths[name])
-    return paths
+    pictures = {"ratios": lambda: ratios_figure(results), "loss": lambda: loss_figure(results)}
+    return save_figures(pictures, folder, STYLE | {"font.size": 8, "axes.titlesize": 8.5})
 
 
 def ratios_figure(results: Results) -> Figure:

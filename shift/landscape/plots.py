@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from shift.landscape.plane import Plane
-from shift.plots import FAINT, INK, SHADE, STYLE, WIDTH
+from shift.plots import FAINT, INK, SHADE, WIDTH, save_figures
 
 U_COLOUR, V_COLOUR, RUN_COLOUR, SECOND = "#0072B2", "#D55E00", "#1c1f23", "#009E73"
 Surveys = Mapping[str, Mapping[str, Any]]
@@ -27,19 +26,15 @@ def draw(surveys: Surveys, planes: Mapping[str, Plane], directory: Path) -> dict
         planes: of the same runs.
         directory: created if need be.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    with matplotlib.rc_context(STYLE):
-        figures = {
-            "spectrum": spectrum_figure(surveys),
-            "cut": cut_figure(surveys),
-            "plane": plane_figure(planes),
-            "signals": signals_figure(surveys),
-        }
-        for name, figure in figures.items():
-            paths[name] = directory / f"{name}.png"
-            figure.savefig(paths[name])
-    return paths
+    return save_figures(
+        {
+            "spectrum": lambda: spectrum_figure(surveys),
+            "cut": lambda: cut_figure(surveys),
+            "plane": lambda: plane_figure(planes),
+            "signals": lambda: signals_figure(surveys),
+        },
+        directory,
+    )
 
 
 def spectrum_figure(surveys: Surveys) -> Figure:
