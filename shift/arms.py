@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shift.build import build_model, build_task
 from shift.config import Options, ScheduleConfig, TrainConfig
-from shift.flops import train_step_flops
 from shift_kernels.errors import input_error
 
 SMALLEST = "looped:smallest"
@@ -20,8 +18,11 @@ MATCHED = "matched"
 DERIVED = (SMALLEST, MATCHED)
 """Arms that are known only after others have run."""
 
-LONGER = "longer"
-"""Single for as many steps as Looped's compute pays for."""
+AGAIN = "again"
+"""Looped on other data: what tells it from Looped is chance, and so may be as much between other arms."""
+
+OTHER_DATA = 1_000_000
+"""Added to the data seed there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ FAMILIES = {
     MATCHED: Family(
         "random", "", "#882255", {"distribution": "two_point"}, "mean", "1 or T at random, mean {value}"
     ),
-    LONGER: Family("constant", "Single, Looped's compute", "#999933", {"n_loops": 1}),
+    AGAIN: Family("constant", "Looped on other data", "#56B4E9"),
     "random": Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
 }
 
@@ -96,27 +97,13 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    config = dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options))
-    if key == LONGER:
-        config = dataclasses.replace(config, steps=_steps_of_looped_compute(base))
-    return Arm(name, label, config)
+    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options)))
 
 
 def seeded(arm: Arm, seed: int) -> TrainConfig:
-    """The arm's config with this seed for the weights and for the data."""
-    task = dataclasses.replace(arm.config.task, seed=seed)
+    """The arm's config with this seed for the weights and, but for :data:`AGAIN`, for the data."""
+    task = dataclasses.replace(arm.config.task, seed=seed + OTHER_DATA if arm.name == AGAIN else seed)
     return dataclasses.replace(arm.config, task=task, seed=seed)
-
-
-def _steps_of_looped_compute(base: TrainConfig) -> int:
-    """Steps of Single that cost what all steps of Looped do."""
-    task = build_task(base)
-    model = build_model(base, task)
-    looped, single = (
-        train_step_flops(model, base.batch_size, task.max_seq_len, n_loops, base.n_grad_loops)
-        for n_loops in (base.model.n_loops, 1)
-    )
-    return round(base.steps * looped / single)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

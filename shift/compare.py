@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import signal
 import statistics
@@ -67,6 +68,8 @@ class Command:
     """Optimiser steps of each run."""
     target: float | None = None
     """Accuracy to reach; default: .99 for the demo, else .98 of Looped's mean final accuracy."""
+    overtime: bool = False
+    """A run that is not at the target after its steps goes on until it has spent what Looped has."""
     jobs: int = dataclasses.field(default_factory=default_jobs)
     """Runs at a time, each in a process of one thread; default: one for each core."""
 
@@ -100,7 +103,9 @@ def compare(command: Command, command_line: str) -> tuple[dict[str, Any], list[P
     base = _base_config(command)
     out = command.out or Path("runs") / (command.preset or base.task.name)
     target = TARGETS.get(command.preset or "") if command.target is None else command.target
-    return compare_arms(base, command.arms, command.seeds, out, target, command.jobs, command_line)
+    return compare_arms(
+        base, command.arms, command.seeds, out, target, command.overtime, command.jobs, command_line
+    )
 
 
 def compare_arms(
@@ -109,6 +114,7 @@ def compare_arms(
     seeds: Sequence[int],
     out: Path,
     target: float | None,
+    overtime: bool,
     jobs: int,
     command_line: str,
 ) -> tuple[dict[str, Any], list[Path]]:
@@ -117,11 +123,11 @@ def compare_arms(
     Args:
         base: all but the schedule and the seeds.
         names: of arms (:mod:`shift.arms`).
-        seeds, out, target, jobs: see :class:`Command`.
+        seeds, out, target, overtime, jobs: see :class:`Command`.
         command_line: what the report says to type.
     """
     arms = {name: make_arm(name, base) for name in dict.fromkeys(names) if name not in DERIVED}
-    _check(seeds, jobs, base, target, arms)
+    _check(seeds, jobs, base, target, overtime, arms)
     plan = _write_plan(out, target, command_line)
     comparison = Comparison(out, seeds, jobs)
 
@@ -135,9 +141,13 @@ def compare_arms(
         arm = make_arm(f"{MATCHED}:{matched_mean(out, comparison.runs([arms['shift']])['shift'])}", base)
         arms[arm.name] = arm
         comparison.train([arm])
+    if overtime:
+        comparison.go_on(list(arms.values()), arms["looped"], target)
     for arm in smaller:
         arms[arm.name] = arm
         comparison.train([arm])
+        if overtime:
+            comparison.go_on([arm], arms["looped"], target)
         tried = comparison.runs([arm])[arm.name]
         if reached_on_all([seed_facts(run, seed, target) for seed, run in tried.items()]):
             break
@@ -172,6 +182,20 @@ class Comparison:
         """Train the arms on all seeds; finished runs are kept. Seeds take turns, so that arms interleave."""
         every = {self._directory(arm, seed): seeded(arm, seed) for seed in self.seeds for arm in arms}
         unfinished = {path: config for path, config in every.items() if not _finished(path, config)}
+        train_all(unfinished, self.jobs)
+
+    def go_on(self, arms: Sequence[Arm], looped: Arm, target: float | None) -> None:
+        """Train the runs that are not at the target until they have spent what Looped of their seed has."""
+        budgets = {
+            seed: run.result.get("flops_total", 0) for seed, run in self.runs([looped])[looped.name].items()
+        }
+        unfinished = {}
+        for arm in arms:
+            for seed, run in self.runs([arm])[arm.name].items():
+                missed = seed_facts(run, seed, target)["flops_to_target"] is None
+                if run.result and missed and run.result["flops_total"] < budgets[seed]:
+                    config = dataclasses.replace(seeded(arm, seed), min_flops=math.ceil(budgets[seed]))
+                    unfinished[self._directory(arm, seed)] = config
         train_all(unfinished, self.jobs)
 
     def runs(self, arms: Sequence[Arm]) -> Runs:
@@ -215,7 +239,12 @@ def _base_config(command: Command) -> TrainConfig:
 
 
 def _check(
-    seeds: Sequence[int], jobs: int, base: TrainConfig, target: float | None, arms: dict[str, Arm]
+    seeds: Sequence[int],
+    jobs: int,
+    base: TrainConfig,
+    target: float | None,
+    overtime: bool,
+    arms: dict[str, Arm],
 ) -> None:
     """Find what is wrong before hours are spent."""
     build_task(base)
@@ -227,6 +256,9 @@ def _check(
         raise input_error(
             "shift-compare", "target", None, "an accuracy in (0, 1]", "Give one, or add the arm looped."
         )
+    if overtime and ("looped" not in arms or base.optimiser.lr_schedule != "constant"):
+        allowed = "False without the arm looped, or with a learning rate that decays towards the last step"
+        raise input_error("shift-compare", "overtime", overtime, allowed, "Drop it.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise input_error("shift-compare", "seeds", seeds, "different integers", "Change them.")
     if jobs < 1:

@@ -127,6 +127,8 @@ class TrainConfig:
     landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
     steps: int = 800
     """Optimiser steps."""
+    min_flops: int = 0
+    """Training FLOPs: a run that has spent fewer after its steps goes on until it has spent as many."""
     batch_size: int = 64
     """Sequences a step, on each rank."""
     seed: int = 0
@@ -152,7 +154,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         low = {"steps": 1, "batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
-        low |= {"checkpoint_every": 0, "keep": 1}
+        low |= {"checkpoint_every": 0, "keep": 1, "min_flops": 0}
         for name, least in low.items():
             _check_least(name, getattr(self, name), least)
         _check_least("model.n_loops", self.model.n_loops, 1)
@@ -161,6 +163,12 @@ class TrainConfig:
         _check_least("optimiser.warmup", self.optimiser.warmup, 0)
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("optimiser.lr_schedule", self.optimiser.lr_schedule, ("constant", "cosine", "wsd"))
+        if self.min_flops and (self.landscape.every or self.optimiser.lr_schedule != "constant"):
+            raise input_error(
+                "TrainConfig", "min_flops", self.min_flops,
+                "0 where the learning rate decays towards the last step, or landscape.every is not 0",
+                "Set optimiser.lr_schedule = 'constant' and landscape.every = 0, or give more steps.",
+            )  # fmt: skip
         for name in ("lr", "clip"):
             if not getattr(self.optimiser, name) > 0:
                 raise input_error(
@@ -182,8 +190,17 @@ class TrainConfig:
         return _build(TrainConfig, table, source, "")
 
 
-RESULT_FREE = ("log_every", "checkpoint_every", "keep", "device", "landscape.every", "landscape.burst")
-"""Keys that a resumed run may change: they decide what is seen and stored, not what is computed."""
+RESULT_FREE = (
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "device",
+    "landscape.every",
+    "landscape.burst",
+    "min_flops",
+)
+"""Keys that a resumed run may change: they decide what is seen and stored, and how long a run goes on after
+its steps, not what is computed up to there."""
 
 
 def differing_key(ours: TrainConfig, theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -95,10 +95,9 @@ class Display:
             self._bar.set_postfix_str(f"{runs_done} of {self._n_runs} runs")
         elif now - self._shown >= self.EVERY_S and done > self._before:
             self._shown = now
-            left = (self._total - done) * (now - self._started) / (done - self._before)
-            text = (
-                f"{runs_done} of {self._n_runs} runs, {done} of {self._total} steps, about {left:.0f} s left"
-            )
+            total = max(self._total, done)  # how many steps min_flops takes is known when they are done
+            left = (total - done) * (now - self._started) / (done - self._before)
+            text = f"{runs_done} of {self._n_runs} runs, {done} of {total} steps, about {left:.0f} s left"
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
@@ -134,7 +133,7 @@ def _train(config: TrainConfig, run_dir: Path) -> None:
     def progress(step: int, total: int) -> None:
         nonlocal reported
         now = time.monotonic()
-        if step < total and now - reported < REPORT_S:
+        if step != total and now - reported < REPORT_S:
             return
         reported = now
         _reports.put((str(run_dir), step))

@@ -26,7 +26,8 @@ def against_looped(arm: Seeds, looped: Seeds) -> dict[str, Any]:
         over the seeds where both did, and ``ratio_of_means`` over the same seeds; ``median`` over the seeds
         where Looped did, with the arm's "never" as infinity (None: it is infinite); ``ci95`` of the mean
         (bootstrap; None below :data:`CI_PAIRS` pairs); ``seeds_never`` and ``seeds_only_looped_never``, the
-        seeds where only the arm, and only Looped, never got there.
+        seeds where only the arm, and only Looped, never got there; ``seeds_late``, those where Looped did and
+        the arm did only after its steps.
     """
     base = {seed["seed"]: seed["flops_to_target"] for seed in looped}
     cost = {seed["seed"]: seed["flops_to_target"] for seed in arm if seed["seed"] in base}
@@ -45,6 +46,7 @@ def against_looped(arm: Seeds, looped: Seeds) -> dict[str, Any]:
         "median": median if math.isfinite(median) else None,
         "ci95": _bootstrap_interval(pairs) if len(pairs) >= CI_PAIRS else None,
         "seeds_never": never,
+        "seeds_late": [s["seed"] for s in arm if s["late"] and s["seed"] in both],
         "seeds_only_looped_never": [s for s in cost if cost[s] is not None and base[s] is None],
     }
 

@@ -88,6 +88,7 @@ def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
         "flops_total": train[-1]["flops"] if train else 0,
         "block_applications": train[-1]["block_applications"] if train else 0,
         "steps_to_target": crossing.get("step"),
+        "late": crossing.get("step", 0) > run.config.get("steps", 0),
         "flops_to_target": crossing.get("flops"),
         "block_applications_to_target": crossing.get("block_applications"),
         "wall_s_to_target": clocks.get("wall_s"),
@@ -139,7 +140,7 @@ def collect(
     results = {
         "schema_version": SCHEMA_VERSION,
         "task": config.get("task", {}),
-        "config": {k: v for k, v in config.items() if k not in ("task", "schedule", "seed")},
+        "config": {k: v for k, v in config.items() if k not in ("task", "schedule", "seed", "min_flops")},
         "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),
         "target_accuracy": target,
         "crossing_rule": CROSSING_RULE,

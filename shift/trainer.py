@@ -116,10 +116,10 @@ class Trainer:
         self._stop = True
 
     def fit(self, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]:
-        """Train to the last step.
+        """Train all steps, and on until ``min_flops`` are spent.
 
         Args:
-            progress: called after every step with (steps done, total steps).
+            progress: called after every step with (steps done, the config's steps).
 
         Returns:
             What ``result.json`` holds; nothing on ranks other than 0.
@@ -134,7 +134,7 @@ class Trainer:
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
         self._started = time.perf_counter() - p.wall_s, time.process_time() - p.cpu_s
-        while p.step < c.steps:
+        while not self._done():
             n_loops = self.schedule.n_loops(p.step, self.signals)
             for look in self.schedule.drain_looks():
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
@@ -143,15 +143,17 @@ class Trainer:
             self._snapshots.take(p.step)
             self._train_step(n_loops)
 
-            last = p.step == c.steps
+            last = self._done()
             if last:
                 self._snapshots.take(p.step)
             if _due(p.step, c.log_every):
                 self._flush()
-            if last or _due(p.step, c.eval_every):
+            # Where the steps end, too: a run that goes on must not differ from one that was resumed there.
+            ends = last or p.step == c.steps
+            if ends or _due(p.step, c.eval_every):
                 self._evaluate(n_loops)
             stop = self._should_stop()
-            if last or stop or _due(p.step, c.checkpoint_every):
+            if ends or stop or _due(p.step, c.checkpoint_every):
                 self._save()
             if progress is not None:
                 progress(p.step, c.steps)
@@ -159,6 +161,9 @@ class Trainer:
                 raise TrainingInterrupted(
                     f"stopped after step {p.step} of {c.steps}; resume goes on from there"
                 )
+
+    def _done(self) -> bool:
+        return self.progress.step >= self.config.steps and self.progress.flops >= self.config.min_flops
 
     def _train_step(self, n_loops: int) -> None:
         """One optimiser step. What it measured stays on the device, in ``_rows``."""

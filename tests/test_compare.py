@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from synthetic_runs import (
     write_arm,
 )
 
-from shift.arms import colours, make_arm
+from shift.arms import colours, make_arm, seeded
 from shift.compare import main, matched_mean
 from shift.config import OptimiserConfig, ScheduleConfig, TrainConfig
 from shift.fairness import fairness
@@ -34,7 +35,7 @@ def always(n_loops: int):
 
 
 def costs(*flops: float | None) -> list[dict]:
-    return [{"seed": seed, "flops_to_target": cost} for seed, cost in enumerate(flops)]
+    return [{"seed": seed, "flops_to_target": cost, "late": False} for seed, cost in enumerate(flops)]
 
 
 def check(results: dict, rule: str) -> dict:
@@ -68,6 +69,14 @@ def test_options_of_the_config_reach_the_arm_of_their_kind_only():
     base = TrainConfig(schedule=ScheduleConfig("shift", {"delta_1": 0.03}))
     assert make_arm("shift", base).config.schedule.options == {"delta_1": 0.03}
     assert make_arm("looped:2", base).config.schedule.options == {"n_loops": 2}
+
+
+def test_looped_again_has_the_same_weights_and_other_data():
+    base = TrainConfig()
+    looped, again = (seeded(make_arm(name, base), 3) for name in ("looped", "again"))
+    assert looped.seed == again.seed == looped.task.seed == 3
+    assert again.task.seed != 3
+    assert dataclasses.replace(again, task=looped.task) == looped
 
 
 @pytest.mark.parametrize("name", ["loop", "single:2", "looped:", "shift:0.5"])
@@ -145,6 +154,16 @@ def test_never_is_counted_and_is_infinite_in_the_median():
 def test_a_seed_on_which_only_looped_failed_has_no_ratio_and_is_named():
     ratio = against_looped(costs(50, 70), costs(100, None))
     assert (ratio["per_seed"], ratio["seeds_only_looped_never"]) == ({"0": 0.5, "1": None}, [1])
+
+
+def test_a_run_that_got_there_after_its_steps_is_late():
+    late = [
+        {"seed": 0, "flops_to_target": 150, "late": True},
+        {"seed": 1, "flops_to_target": 50, "late": False},
+    ]
+    assert against_looped(late, costs(100, 100))["seeds_late"] == [0]
+    assert against_looped(late, costs(None, 100))["seeds_late"] == []  # Looped itself did not
+    assert against_looped(late, costs(100, 100))["mean"] == 1.0
 
 
 def test_an_interval_needs_enough_pairs_and_holds_the_mean():
@@ -290,6 +309,30 @@ def test_the_command_trains_compares_and_reuses_what_is_done(tmp_path, capsys):
     assert "argument 'steps' = 7 is not supported; allowed: 6, as in" in capsys.readouterr().err
 
 
+def test_runs_that_miss_the_target_get_loopeds_compute(tmp_path):
+    config, out = tmp_path / "tiny.toml", tmp_path / "out"
+    config.write_text(TINY)
+    command = ["--config", str(config), "--arms", "looped", "single", "--seeds", "5", "--jobs", "1"]
+    command += ["--out", str(out), "--target", "1.0"]
+    assert main(command) == 0
+    before = (out / "single" / "seed-5" / "metrics.jsonl").read_text()
+    looped = (out / "looped" / "seed-5" / "metrics.jsonl").read_text()
+    assert main([*command, "--overtime"]) == 0
+    after = (out / "single" / "seed-5" / "metrics.jsonl").read_text()
+    assert after.startswith(before)
+    assert (out / "looped" / "seed-5" / "metrics.jsonl").read_text() == looped
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    spent = {name: arm["seeds"][0]["flops_total"] for name, arm in arms.items()}
+    steps = after.count('"kind": "train"')
+    assert spent["looped"] <= spent["single"] < spent["looped"] * steps / (steps - 1)
+    checks = json.loads((out / "results.json").read_text())["fairness"]
+    assert all(c["ok"] for c in checks if "Same model" in c["rule"] or "same data" in c["rule"])
+    result = (out / "single" / "seed-5" / "result.json").stat().st_mtime_ns
+    for again in (command, [*command, "--overtime"]):
+        assert main(again) == 0
+    assert (out / "single" / "seed-5" / "result.json").stat().st_mtime_ns == result
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -297,6 +340,7 @@ def test_the_command_trains_compares_and_reuses_what_is_done(tmp_path, capsys):
         (["--arms", "spiral"], "argument 'arms' = 'spiral'"),
         (["--arms", "fixed:2.5"], "argument 'at' = 2.5"),
         (["--target", "99"], "argument 'target' = 99"),
+        (["--target", "0.9", "--arms", "single", "--overtime"], "argument 'overtime' = True"),
         (["--arms", "shift"], "argument 'target' = None"),
         (["--seeds", "1", "1"], "argument 'seeds' = (1, 1)"),
         (["--jobs", "0"], "argument 'jobs' = 0"),

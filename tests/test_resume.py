@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the bytes of a run that was left alone."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -211,3 +212,20 @@ def test_timing_rows_stay_one_per_step_across_a_resume(tmp_path):
     timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in timing] == [row["step"] for row in rows(tmp_path, "train")]
     assert all(a["elapsed_s"] < b["elapsed_s"] for a, b in itertools.pairwise(timing))
+
+
+def test_a_finished_run_goes_on_as_one_that_was_never_to_stop_there(tmp_path):
+    steps = 10  # no multiple of the intervals of evaluations, logs and checkpoints
+    config = tiny(steps=steps, checkpoint_every=0)
+    flops = Trainer(config, tmp_path / "resumed").fit()["flops_total"]
+    longer = dataclasses.replace(config, min_flops=2 * flops)
+    resumed = Trainer(longer, tmp_path / "resumed", resume=True).fit()
+    whole = Trainer(longer, tmp_path / "whole").fit()
+    assert [resumed[key] for key in SAME] == [whole[key] for key in SAME]
+    costs = [row["flops"] for row in rows(tmp_path / "whole", "train")]
+    assert costs[-2] < 2 * flops <= costs[-1]
+    assert costs[steps - 1] == flops
+    loops = [row["n_loops"] for row in rows(tmp_path / "whole", "train")]
+    assert loops == [1] * 5 + [3] * (
+        len(loops) - 5
+    )  # the schedule's shares are of the steps, not of all this

@@ -17,9 +17,7 @@ from shift_kernels import ShiftInputError
 def test_a_suite_has_every_control_and_builds(name):
     suite = load_suite(name)
     for case in suite.cases:
-        assert {"single", "longer", "looped", "looped:smallest", "shift", "matched", "climb"} <= set(
-            case.arms
-        )
+        assert {"single", "looped", "again", "looped:smallest", "shift", "matched", "climb"} <= set(case.arms)
         assert sum(arm.startswith("fixed:") for arm in case.arms) >= 2
     assert {case.used_for for case in suite.cases} == {"tuning", "held out"}
 

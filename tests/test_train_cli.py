@@ -51,7 +51,7 @@ def test_a_config_survives_toml(tiny_toml):
 @pytest.mark.parametrize(
     ("text", "argument", "allowed"),
     [
-        ("step = 3", "'step' = 3", "steps, batch_size"),
+        ("step = 3", "'step' = 3", "steps, min_flops"),
         ("[model]\nd_modle = 3", "'model.d_modle' = 3", "model.d_model"),
         ("steps = 3.5", "'steps' = 3.5", "a value of type int"),
         ("steps = true", "'steps' = True", "a value of type int"),
@@ -79,6 +79,9 @@ def test_a_mistake_in_a_file_is_named_with_what_is_allowed(tmp_path, text, argum
         ({"keep": 0}, "keep"),
         ({"precision": "fp16"}, "precision"),
         ({"optimiser": {"lr_schedule": "linear"}}, "optimiser.lr_schedule"),
+        ({"min_flops": -1}, "min_flops"),
+        ({"min_flops": 1, "optimiser": {"lr_schedule": "cosine"}}, "min_flops"),
+        ({"min_flops": 1, "landscape": {"every": 50}}, "min_flops"),
         ({"optimiser": {"lr": 0.0}}, "optimiser.lr"),
         ({"optimiser": {"clip": float("nan")}}, "optimiser.clip"),
         ({"optimiser": {"warmup": -1}}, "optimiser.warmup"),

@@ -14,7 +14,10 @@ from shift.words import count
 def overall(results: Results, name: str) -> str:
     """The arm's sum in a sentence or two; tasks without it are left out."""
     found = {task: (r, arm) for task, r in results.items() if (arm := arm_of(r, name))}
-    lost = sum(len(arm["against_looped"]["seeds_never"]) for _, arm in found.values())
+    lost, late = (
+        sum(len(arm["against_looped"][key]) for _, arm in found.values())
+        for key in ("seeds_never", "seeds_late")
+    )
     won = sum(s["flops_to_target"] is not None for r, _ in found.values() for s in _looped(r))
     only = sum(len(arm["against_looped"]["seeds_only_looped_never"]) for _, arm in found.values())
     means: dict[str, list[float]] = {}
@@ -35,11 +38,11 @@ def overall(results: Results, name: str) -> str:
         rival = f"{statistics.mean(fixed_means):.2f} on {count(len(fixed_means), 'task')}, {fixed_lost} lost"
     tests = pooled(results, name, "looped"), pooled(results, name)
     return (
-        f"{label(results, name)}: {ratio}. Of {count(won, 'run')} in which Looped got there it lost {lost}; "
-        f"of those in which Looped did not it won {only}. Each task's best fixed switch by hindsight: "
-        f"{rival}; at least as good as it on {as_good} of {count(len(pairs), 'task')}. Over the seeds of "
-        f"all tasks p = {tests[0]:.2g} for cheaper than Looped, and {tests[1]:.2g} for cheaper than each "
-        f"task's best fixed switch."
+        f"{label(results, name)}: {ratio}. Of {count(won, 'run')} in which Looped got there it lost {lost} "
+        f"and was late in {late}; of those in which Looped did not it won {only}. Each task's best fixed "
+        f"switch by hindsight: {rival}; at least as good as it on {as_good} of {count(len(pairs), 'task')}. "
+        f"Over the seeds of all tasks p = {tests[0]:.2g} for cheaper than Looped, and {tests[1]:.2g} for "
+        f"cheaper than each task's best fixed switch."
     )
 
 

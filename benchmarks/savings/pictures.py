@@ -26,7 +26,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 
 def ratios_figure(results: Results) -> Figure:
     """A panel a task, a row an arm: each seed, the mean, and its 95% interval."""
-    names = [n for n in arm_names(results) if n not in ("looped", "single", "longer")]
+    names = [n for n in arm_names(results) if n not in ("looped", "single")]
     colour = colour_of(results)
     figure, panels = _grid(results, 0.55 + 0.17 * len(names), sharey=True)
     for axes, r in panels:

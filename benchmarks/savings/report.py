@@ -34,6 +34,7 @@ from shift.words import count, duration, flops, percent
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"
 OURS = ("shift", "climb")
+SUMMED = (*OURS, "again")
 DECIDE = (*OURS, "ladder")
 """Arms that choose from what they see when to loop more."""
 
@@ -60,15 +61,20 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         Paragraph(
             "Each arm trains the same model on the same data from the same weights; arms differ in how many "
             "times they apply the block at each step. Compared is the training compute until an arm first "
-            "gave 98% of the answers that Looped gave in the end, over what Looped itself needed."
+            "gave 98% of the answers that Looped gave in the end, over what Looped itself needed. Every arm "
+            "has Looped's compute to get there: one that has not when its steps are over goes on until it "
+            "has spent as much as Looped in all."
         ),
         Heading("Compute to the target, times Looped's"),
         summary_table(results),
-        Items([overall(results, name) for name in OURS if name in arm_names(results)]),
+        Items([overall(results, name) for name in SUMMED if name in arm_names(results)]),
         Items(
             [
                 "Mean of the seeds on which both got there (95% bootstrap interval from 5 seeds on); in "
-                "brackets the seeds on which the arm never did and Looped did.",
+                "brackets the seeds on which Looped did, and the arm never, or late: after its steps.",
+                "Looped on other data: the same weights to begin with, other samples to learn from and to be "
+                "asked. What it loses and gains against Looped is chance, and no arm can be expected to "
+                "lose less without learning more surely than Looped.",
                 "Smallest T: the smallest constant number of loops that got there on every seed. Best fixed "
                 "switch: the fewest seeds never, then the least compute, known with hindsight alone.",
                 "Tuning: tasks on which settings of ours were chosen. Held out: none was. What had been "
@@ -241,8 +247,10 @@ def _ratio(arm: Mapping[str, Any] | None) -> str:
         words.append(f"{ratio['mean']:.2f}")
         if ratio["ci95"]:
             words.append(f"({ratio['ci95'][0]:.2f}–{ratio['ci95'][1]:.2f})")
-    if ratio["seeds_never"]:
-        words.append(f"[{NEVER}: {count(len(ratio['seeds_never']), 'seed')}]")
+    missed = {NEVER: ratio["seeds_never"], "late": ratio["seeds_late"]}
+    if any(missed.values()):
+        parts = [f"{word}: {count(len(seeds), 'seed')}" for word, seeds in missed.items() if seeds]
+        words.append(f"[{', '.join(parts)}]")
     return " ".join(words) or NONE
 
 

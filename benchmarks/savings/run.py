@@ -4,9 +4,9 @@
     python -m benchmarks.savings.run full --out runs/savings-full      # 10 seeds
 
 Each task is a comparison of its own in ``out/<task>`` (see ``shift.compare``); ``out`` gets ``results.json``,
-``report.md`` and ``report.html`` over all of them, renewed after each task. A suite declares its seeds in
-waves: the next begins when all tasks have done the last, so whatever there is when it is stopped compares all
-tasks. The same command again goes on where an interrupted one stopped.
+``report.md`` and ``report.html`` over all of them. A suite declares its seeds in waves: the next begins when
+all tasks have done the last and the reports are written, so whatever there is when it is stopped compares
+all tasks. The same command again goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ def main() -> int:
                 seeds,
                 args.out / case.name,
                 None,
+                suite.overtime,
                 args.jobs,
                 f"python -m benchmarks.savings.run {shlex.join(sys.argv[1:])}",
             )
             results[case.name] = found | {"used_for": case.used_for}
-            reports = write_suite_report(results, args.out)
+            if (i + 1) % len(suite.cases) == 0:
+                reports = write_suite_report(results, args.out)
     except ShiftInputError as error:
         print(f"savings: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """A suite, declared in one TOML file.
 
 waves        lists of seeds: all tasks with the first list, then with the next
+overtime     whether runs that are not at the target go on until they have spent what Looped has
 arms         of every task, by their names in shift.arms
 everywhere   changes of the demo preset that all tasks share
 tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] for this task alone
@@ -45,6 +46,7 @@ class Suite:
 
     cases: tuple[Case, ...]
     waves: tuple[tuple[int, ...], ...]
+    overtime: bool
 
 
 def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
@@ -74,7 +76,7 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
         for arm in case.arms:
             if arm not in DERIVED:
                 make_arm(arm, case.config)
-    return Suite(cases, tuple(map(tuple, table["waves"])))
+    return Suite(cases, tuple(map(tuple, table["waves"])), table["overtime"])
 
 
 def _case(name: str, table: Mapping[str, Any], arms: tuple[str, ...], source: str) -> Case:
