@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shift_kernels import dispatch, reference, triton_backend
 from shift_kernels import ops as _register_operators  # noqa: F401
+from shift_kernels.asked import Asked
 from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.errors import input_error, type_error
 from shift_kernels.problem import Problem
@@ -56,18 +56,7 @@ def looped_block(
     Source: the looped transformer h_t = f(h_{t-1} [+ e]) of arXiv 2409.15647, section 4, and 2510.10089.
     """
     if cu_seqlens is not None:
-        return _packed(
-            e,
-            cu_seqlens,
-            seq_lens,
-            weights=weights,
-            spec=spec,
-            n_loops=n_loops,
-            return_all_loops=return_all_loops,
-            n_grad_loops=n_grad_loops,
-            halt_threshold=halt_threshold,
-            backend=backend,
-        )
+        e, seq_lens, taken = _padded(e, cu_seqlens, seq_lens)
     check_call(_ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold)
     compute_dtype = e.dtype
     if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
@@ -79,68 +68,48 @@ def looped_block(
     chosen = dispatch.plan_and_warn(problem, backend)
     if isinstance(n_loops, Tensor):
         n_loops = n_loops.expand(e.shape[0])
-    options: dict[str, Any] = {
-        "return_all_loops": return_all_loops,
-        "n_grad_loops": n_grad_loops,
-        "compute_dtype": compute_dtype,
-    }
+    asked = Asked(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     with torch.autocast(e.device.type, enabled=False):
         if torch.compiler.is_compiling():
-            h, used = _as_operator(e, ordered, spec, n_loops, seq_lens, halt_threshold, options, chosen, grad)
+            h, used = _as_operator(e, ordered, spec, asked, grad, chosen.backend)
         elif chosen.backend == "torch":
-            h, used = reference.looped_block(
-                e, ordered, spec, n_loops, seq_lens=seq_lens, halt_threshold=halt_threshold, **options
-            )
+            h, used = reference.looped_block(e, ordered, spec, **vars(asked))
         elif grad:
             module = dispatch.module_of(chosen.backend)
-            h, used = EagerLoopedBlock.apply(module, spec, n_loops, seq_lens, options, e, *ordered.values())
+            h, used = EagerLoopedBlock.apply(module, spec, asked, e, *ordered.values())
         else:
-            h, used, _ = dispatch.module_of(chosen.backend).forward(
-                e,
-                ordered,
-                spec,
-                n_loops,
-                seq_lens=seq_lens,
-                halt_threshold=halt_threshold,
-                for_backward=False,
-                **options,
-            )
+            module = dispatch.module_of(chosen.backend)
+            h, used, _ = module.forward(e, ordered, spec, asked, for_backward=False)
+    if cu_seqlens is not None:
+        h = h[..., taken, :]
     return h if halt_threshold is None else (h, used)
 
 
 def _as_operator(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    seq_lens: Tensor | None,
-    halt_threshold: float | None,
-    options: dict[str, Any],
-    chosen: dispatch.Plan,
-    grad: bool,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """One opaque call in the graph: how torch.compile sees a looped block."""
-    per_sample = isinstance(n_loops, Tensor)
+    n_loops, per_sample = asked.n_loops, isinstance(asked.n_loops, Tensor)
     h, used, _ = torch.ops.shift_kernels.looped_block(
         e,
         list(weights.values()),
         spec.key,
         0 if per_sample else n_loops,
         n_loops if per_sample else None,
-        seq_lens,
-        options["return_all_loops"],
-        options["n_grad_loops"],
-        halt_threshold,
-        options["compute_dtype"],
+        asked.seq_lens,
+        asked.return_all_loops,
+        asked.n_grad_loops,
+        asked.halt_threshold,
+        asked.compute_dtype,
         grad,
-        chosen.backend,
+        backend,
     )
     return h, used
 
 
-def _packed(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None, **call) -> Tensor | tuple[Tensor, Tensor]:
-    """Pad packed sequences, run, and pack the result again. Reads the longest length on the host."""
+def _padded(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed sequences padded, their lengths, and where they are. Reads the longest length on the host."""
     check_floating(_ME, "e", e)
     if seq_lens is not None:
         raise input_error(
@@ -174,11 +143,7 @@ def _packed(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None, **call) -> T
             "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).",
         )
     taken = torch.arange(max(int(lens.max()), 1), device=e.device) < lens[:, None]
-    padded = e.new_zeros(*taken.shape, e.shape[1]).index_put((taken,), e)
-    out = looped_block(padded, seq_lens=lens, **call)
-    if isinstance(out, tuple):
-        return out[0][..., taken, :], out[1]
-    return out[..., taken, :]
+    return e.new_zeros(*taken.shape, e.shape[1]).index_put((taken,), e), lens, taken
 
 
 def attention(

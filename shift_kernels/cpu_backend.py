@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
+from shift_kernels.asked import Asked
 from shift_kernels.native import block
 from shift_kernels.native import cpu as native
 from shift_kernels.problem import Problem
@@ -118,22 +119,14 @@ def forward(
     e: Tensor,
     weights: dict[str, Tensor],
     spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    compute_dtype: torch.dtype | None,
+    asked: Asked,
     for_backward: bool,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
-    call, keep = _call(
-        e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, halt_threshold, compute_dtype
-    )
-    shape = (call.most_loops, *e.shape) if return_all_loops else e.shape
-    out = torch.empty(shape) if seq_lens is None else torch.zeros(shape)  # pads are never written
+    call, keep = _call(e, weights, spec, asked)
+    shape = (call.most_loops, *e.shape) if asked.return_all_loops else e.shape
+    out = torch.empty(shape) if asked.seq_lens is None else torch.zeros(shape)  # pads are never written
     used = torch.empty(e.shape[0], dtype=torch.int64)
     saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
@@ -148,19 +141,12 @@ def backward(
     e: Tensor,
     weights: dict[str, Tensor],
     spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    compute_dtype: torch.dtype | None,
+    asked: Asked,
     saved: list[Tensor],
     isa: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
-    call, keep = _call(
-        e, weights, spec, n_loops, seq_lens, return_all_loops, n_grad_loops, None, compute_dtype
-    )
+    call, keep = _call(e, weights, spec, asked)
     grad_h = grad_h.to(torch.float32).contiguous()
     grad_e = torch.zeros(e.shape)
     grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
@@ -174,40 +160,32 @@ def backward(
 
 
 def _call(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    compute_dtype: torch.dtype | None,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked
 ) -> tuple[native.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
-    loops = torch.as_tensor(n_loops).expand(batch).to(torch.int64).contiguous()
-    lengths = (
-        torch.full((batch,), seq_len) if seq_lens is None else seq_lens.to("cpu", torch.int64).contiguous()
-    )
+    loops = torch.as_tensor(asked.n_loops).expand(batch).to(torch.int64).contiguous()
+    if asked.seq_lens is None:
+        lengths = torch.full((batch,), seq_len)
+    else:
+        lengths = asked.seq_lens.to("cpu", torch.int64).contiguous()
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
-    bf16 = (compute_dtype or e.dtype) == torch.bfloat16
     e = e.to(torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)
     call = native.Call(
         batch=batch,
         seq_len=seq_len,
-        most_loops=int(loops.max()) if isinstance(n_loops, Tensor) else n_loops,
+        most_loops=asked.most_loops(),
         n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
         n_threads=torch.get_num_threads(),
-        return_all=return_all_loops,
-        n_grad_loops=n_grad_loops or 0,
-        halting=halt_threshold is not None,
-        halt_threshold=halt_threshold or 0.0,
-        bf16=bf16,
+        return_all=asked.return_all_loops,
+        n_grad_loops=asked.n_grad_loops or 0,
+        halting=asked.halt_threshold is not None,
+        halt_threshold=asked.halt_threshold or 0.0,
+        bf16=asked.compute_dtype == torch.bfloat16,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),

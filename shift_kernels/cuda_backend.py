@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
+from shift_kernels.asked import Asked
 from shift_kernels.native import block, cuda
 from shift_kernels.problem import Problem
 from shift_kernels.ragged import without_pads
@@ -164,34 +165,22 @@ def saved_like(
 
 
 def forward(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    compute_dtype: torch.dtype | None,
-    for_backward: bool,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, for_backward: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used [batch]; for a backward, the loop boundaries."""
-    if isinstance(n_loops, Tensor):
-        loops = n_loops.to(e.device, torch.int64).clamp(min=0).contiguous()
-        # The number of states to return or keep is needed on the host, and only then.
-        most = int(loops.max()) if return_all_loops or for_backward else _FOREVER
-    else:
-        loops, most = None, n_loops
-    halts = halt_threshold is not None
+    loops = asked.own_loops(e.device)
+    # The number of states to return or keep is needed on the host, and only then.
+    host = loops is None or asked.return_all_loops or for_backward
+    most = asked.most_loops() if host else _FOREVER
+    halts = asked.halt_threshold is not None
     used = (
         torch.full((len(e),), most, device=e.device) if loops is None else loops.clone() if halts else loops
     )
-    out = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
+    out = e.new_empty((most, *e.shape) if asked.return_all_loops else e.shape)
     saved = saved_like(e, spec, most) if for_backward else []
-    call, keep = _call(e, weights, spec, loops, seq_lens, return_all_loops, n_grad_loops, compute_dtype)
+    call, keep = _call(e, weights, spec, asked, loops)
     call.most_loops, call.save = most, for_backward
-    call.halting, call.halt_threshold = halts, halt_threshold or 0.0
+    call.halting, call.halt_threshold = halts, asked.halt_threshold or 0.0
     call.out, call.used = out.data_ptr(), used.data_ptr()
     call.boundaries = saved[0].data_ptr() if saved else None
     _run(call, e, backward=False)
@@ -200,35 +189,23 @@ def forward(
 
 
 def backward(
-    grad_h: Tensor,
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    compute_dtype: torch.dtype | None,
-    saved: list[Tensor],
+    grad_h: Tensor, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, saved: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
     assert _LIBRARY is not None, "checked by the backend's choice"
-    loops = (
-        n_loops.to(e.device, torch.int64).clamp(min=0).contiguous() if isinstance(n_loops, Tensor) else None
-    )
+    loops, n_grad_loops = asked.own_loops(e.device), asked.n_grad_loops
     boundaries, grad_h = saved[0], grad_h.contiguous()
     most, tokens = len(boundaries), e.shape[0] * e.shape[1]
-    call, keep = _call(e, weights, spec, loops, seq_lens, return_all_loops, n_grad_loops, compute_dtype)
+    call, keep = _call(e, weights, spec, asked, loops)
     call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
     plan = _LIBRARY.plan(call, backward=True)
     dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
-    if not return_all_loops:
-        dh += without_pads(grad_h, seq_lens)
+    if not asked.return_all_loops:
+        dh += without_pads(grad_h, asked.seq_lens)
     de = torch.zeros_like(dh) if spec.injection == "add" else dh
     vectors = dh.new_zeros(plan.programs, spec.n_layers + 1, len(block.NORM_WEIGHTS), spec.d_model)
     call.dh, call.de, call.dv = dh.data_ptr(), de.data_ptr(), vectors.data_ptr()
-    grads = WeightGradients(spec, plan.ff_pad, e.new_empty(0, dtype=compute_dtype or e.dtype))
+    grads = WeightGradients(spec, plan.ff_pad, e.new_empty(0, dtype=asked.compute_dtype))
     step = max(1, OPERAND_BYTES // grads.bytes_per_loop(tokens))
     # Where samples have loops of their own, nobody knows here which are the last k of each.
     end = 0 if loops is not None or n_grad_loops is None else max(most - n_grad_loops, 0)
@@ -334,18 +311,11 @@ def sizes(
 
 
 def _call(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    loops: Tensor | None,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    compute_dtype: torch.dtype | None,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, loops: Tensor | None
 ) -> tuple[cuda.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
-    lengths = None if seq_lens is None else seq_lens.to(e.device, torch.int64).contiguous()
+    lengths = None if asked.seq_lens is None else asked.seq_lens.to(e.device, torch.int64).contiguous()
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
@@ -353,8 +323,8 @@ def _call(
     weight_dtype = _common_dtype(weights)
     values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)
-    call = sizes(spec, batch, seq_len, e.dtype, compute_dtype or e.dtype, _limits(e.device))
-    call.return_all, call.n_grad_loops = return_all_loops, n_grad_loops or 0
+    call = sizes(spec, batch, seq_len, e.dtype, asked.compute_dtype, _limits(e.device))
+    call.return_all, call.n_grad_loops = asked.return_all_loops, asked.n_grad_loops or 0
     call.own_loops, call.ragged = loops is not None, lengths is not None
     call.weight_dtype = cuda.DTYPES.index(weight_dtype)
     call.e, call.weights = e.data_ptr(), ctypes.addressof(addresses)

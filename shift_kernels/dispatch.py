@@ -15,9 +15,11 @@ from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
-# unavailable, meant_for, refusal, how (in a phrase), saved_bytes, forward, backward, and SAVES: if true,
-# forward returns tensors for backward and saved_like(e, spec, n_loops, compute_dtype) gives their shapes.
-# ONLY_BY_NAME: why "auto" leaves it alone, or None.
+# unavailable, meant_for, refusal, how (in a phrase), saved_bytes,
+#     forward(e, weights, spec, asked: Asked, for_backward) -> h, loops used, saved
+#     backward(grad_h, e, weights, spec, asked, saved) -> gradients of e and of the weights, in their order
+# and SAVES: if true, forward returns tensors for backward and saved_like(e, spec, n_loops, compute_dtype)
+# gives their shapes. ONLY_BY_NAME: why "auto" leaves it alone, or None.
 BACKENDS: tuple[ModuleType, ...] = (triton_backend, cuda_backend, cpu_backend, torch_backend)
 
 

@@ -11,32 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shift_kernels.asked import Asked
 from shift_kernels.errors import input_error
 from shift_kernels.spec import BlockSpec
 
 
 class EagerLoopedBlock(torch.autograd.Function):
-    """``apply(backend, spec, n_loops, seq_lens, options, e, *weights)`` returns h and the loops used."""
+    """``apply(backend, spec, asked, e, *weights)`` returns h and the loops used."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: ModuleType,
-        spec: BlockSpec,
-        n_loops: int | Tensor,
-        seq_lens: Tensor | None,
-        options: dict[str, Any],
-        e: Tensor,
-        *weights: Tensor,
+        ctx: Any, backend: ModuleType, spec: BlockSpec, asked: Asked, e: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         named = dict(zip(spec.weight_shapes(), weights, strict=True))
-        h, used, saved = backend.forward(
-            e, named, spec, n_loops, seq_lens=seq_lens, halt_threshold=None, for_backward=True, **options
-        )
-        ctx.backend, ctx.spec, ctx.options, ctx.n_weights = backend, spec, options, len(weights)
-        ctx.own_loops = isinstance(n_loops, Tensor)
-        ctx.n_loops = None if ctx.own_loops else n_loops
-        ctx.save_for_backward(e, n_loops if ctx.own_loops else None, seq_lens, *weights, *saved)
+        h, used, saved = backend.forward(e, named, spec, asked, for_backward=True)
+        ctx.backend, ctx.spec, ctx.asked, ctx.n_weights = backend, spec, asked, len(weights)
+        own_loops = asked.n_loops if isinstance(asked.n_loops, Tensor) else None
+        # Both are in ``asked``, but only of what is saved autograd sees that it changed before the backward.
+        ctx.save_for_backward(own_loops, asked.seq_lens, e, *weights, *saved)
         ctx.mark_non_differentiable(used)
         return h, used
 
@@ -50,16 +42,8 @@ class EagerLoopedBlock(torch.autograd.Function):
                 "backend='torch' outside torch.compile for second derivatives",
                 "Call looped_block(..., backend='torch').",
             )
-        e, own_loops, seq_lens, *tensors = ctx.saved_tensors
+        _, _, e, *tensors = ctx.saved_tensors
         weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
-        grad_e, grads = ctx.backend.backward(
-            grad_h,
-            e,
-            dict(zip(ctx.spec.weight_shapes(), weights, strict=True)),
-            ctx.spec,
-            own_loops if ctx.own_loops else ctx.n_loops,
-            seq_lens=seq_lens,
-            saved=saved,
-            **ctx.options,
-        )
-        return None, None, None, None, None, grad_e, *grads
+        named = dict(zip(ctx.spec.weight_shapes(), weights, strict=True))
+        grad_e, grads = ctx.backend.backward(grad_h, e, named, ctx.spec, ctx.asked, saved)
+        return None, None, None, grad_e, *grads

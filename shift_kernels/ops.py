@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import dispatch
+from shift_kernels.asked import Asked
 from shift_kernels.errors import input_error
 from shift_kernels.spec import spec_from_key
 
@@ -33,81 +34,32 @@ def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:
     return dict(zip(spec_from_key(spec_key).weight_shapes(), weights, strict=True))
 
 
+def _asked(e, compute_dtype, n_loops, sample_loops, *options) -> Asked:
+    """``options`` are the others as in the schemas, in the order of the fields."""
+    return Asked(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *options)
+
+
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
-def _forward(
-    e,
-    weights,
-    spec,
-    n_loops,
-    sample_loops,
-    seq_lens,
-    return_all_loops,
-    n_grad_loops,
-    halt_threshold,
-    compute_dtype,
-    for_backward,
-    backend,
-):
+def _forward(e, weights, spec, *options):
+    *asked, compute_dtype, for_backward, backend = options
     h, used, saved = dispatch.module_of(backend).forward(
-        e,
-        _named(weights, spec),
-        spec_from_key(spec),
-        n_loops if sample_loops is None else sample_loops,
-        seq_lens=seq_lens,
-        return_all_loops=return_all_loops,
-        n_grad_loops=n_grad_loops,
-        halt_threshold=halt_threshold,
-        compute_dtype=compute_dtype,
-        for_backward=for_backward,
+        e, _named(weights, spec), spec_from_key(spec), _asked(e, compute_dtype, *asked), for_backward
     )
     # An operator's outputs may not alias its inputs: zero loops without injection would return e itself.
     return (h.clone() if h is e else h), used, saved
 
 
 @torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad_h,
-    e,
-    weights,
-    saved,
-    spec,
-    n_loops,
-    sample_loops,
-    seq_lens,
-    return_all_loops,
-    n_grad_loops,
-    compute_dtype,
-    backend,
-):
+def _backward(grad_h, e, weights, saved, spec, *options):
+    *asked, compute_dtype, backend = options
     return dispatch.module_of(backend).backward(
-        grad_h,
-        e,
-        _named(weights, spec),
-        spec_from_key(spec),
-        n_loops if sample_loops is None else sample_loops,
-        seq_lens=seq_lens,
-        return_all_loops=return_all_loops,
-        n_grad_loops=n_grad_loops,
-        compute_dtype=compute_dtype,
-        saved=saved,
+        grad_h, e, _named(weights, spec), spec_from_key(spec), _asked(e, compute_dtype, *asked), saved
     )
 
 
 @torch.library.register_fake("shift_kernels::looped_block", lib=_LIB)
-def _forward_fake(
-    e,
-    weights,
-    spec,
-    n_loops,
-    sample_loops,
-    seq_lens,
-    return_all_loops,
-    n_grad_loops,
-    halt_threshold,
-    compute_dtype,
-    for_backward,
-    backend,
-):
+def _forward_fake(e, weights, spec, n_loops, sample_loops, *options):
+    _, return_all_loops, _, _, compute_dtype, for_backward, backend = options
     module = dispatch.module_of(backend)
     saves = for_backward and module.SAVES
     if sample_loops is not None and (return_all_loops or saves):
@@ -134,21 +86,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_h, grad_used, grad_saved):
     e, sample_loops, seq_lens, *tensors = ctx.saved_tensors
-    spec, n_loops, all_loops, n_grad_loops, compute_dtype, backend = ctx.options
+    spec, n_loops, *options = ctx.options
     weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
     grad_e, grad_weights = torch.ops.shift_kernels.looped_block_backward(
-        grad_h,
-        e,
-        weights,
-        saved,
-        spec,
-        n_loops,
-        sample_loops,
-        seq_lens,
-        all_loops,
-        n_grad_loops,
-        compute_dtype,
-        backend,
+        grad_h, e, weights, saved, spec, n_loops, sample_loops, seq_lens, *options
     )
     return grad_e, grad_weights, *[None] * 10
 

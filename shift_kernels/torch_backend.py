@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
+from shift_kernels.asked import Asked
 from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
 
@@ -49,58 +50,21 @@ def saved_bytes(problem: Problem) -> int:
 
 
 def forward(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    compute_dtype: torch.dtype | None,
-    for_backward: bool,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, for_backward: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used, and what :func:`backward` needs besides the inputs (nothing)."""
-    h, used = reference.looped_block(
-        e,
-        weights,
-        spec,
-        n_loops,
-        seq_lens=seq_lens,
-        return_all_loops=return_all_loops,
-        halt_threshold=halt_threshold,
-        compute_dtype=compute_dtype,
-    )
-    return h, used, []
+    return *reference.looped_block(e, weights, spec, **vars(asked)), []
 
 
 def backward(
-    grad_h: Tensor,
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    compute_dtype: torch.dtype | None,
-    saved: list[Tensor],
+    grad_h: Tensor, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, saved: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
 
     with _recording():
         inputs = [x.detach().requires_grad_() for x in (e, *weights.values())]
         h, _ = reference.looped_block(
-            inputs[0],
-            dict(zip(weights, inputs[1:], strict=True)),
-            spec,
-            n_loops,
-            seq_lens=seq_lens,
-            return_all_loops=return_all_loops,
-            n_grad_loops=n_grad_loops,
-            compute_dtype=compute_dtype,
+            inputs[0], dict(zip(weights, inputs[1:], strict=True)), spec, **vars(asked)
         )
         if not h.requires_grad:  # no loops, and with injection not even e is read
             return torch.zeros_like(e), [torch.zeros_like(w) for w in weights.values()]

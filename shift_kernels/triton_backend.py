@@ -13,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 
+from shift_kernels.asked import Asked
 from shift_kernels.problem import Problem
 from shift_kernels.ragged import without_pads
 from shift_kernels.spec import BlockSpec
@@ -101,80 +102,46 @@ def saved_like(
 
 
 def forward(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    compute_dtype: torch.dtype | None,
-    for_backward: bool,
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, for_backward: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used [batch]; for a backward, every layer's input in every loop."""
-    if _too_large(spec, e.shape[1], compute_dtype or e.dtype, for_backward, e.device):
+    if _too_large(spec, e.shape[1], asked.compute_dtype, for_backward, e.device):
         from shift_kernels.triton import layer
 
         with _on(e):
-            return layer.forward(
-                e,
-                weights,
-                spec,
-                n_loops,
-                seq_lens=seq_lens,
-                return_all_loops=return_all_loops,
-                n_grad_loops=n_grad_loops,
-                halt_threshold=halt_threshold,
-                compute_dtype=compute_dtype,
-                for_backward=for_backward,
-            )
+            return layer.forward(e, weights, spec, asked, for_backward)
     from shift_kernels.triton.packing import pack
     from shift_kernels.triton.resident_forward import resident_forward
 
     batch, seq_len, _ = e.shape
-    compute_dtype = compute_dtype or e.dtype
-    own_loops = isinstance(n_loops, Tensor)
-    halts = halt_threshold is not None
-    tile = resident_plan.tile(
-        spec,
-        seq_len,
-        batch,
-        itemsize=compute_dtype.itemsize,
-        pack=not own_loops and not halts,
-        precision=_precision(),
-        grad=False,
-        capability=_capability(e.device),
-    )
-    if isinstance(n_loops, Tensor):
-        used = n_loops.to(e.device, torch.int64).clamp(min=0).contiguous()
-        # The number of states to return or keep is needed on the host, and only then.
-        most = int(used.max()) if return_all_loops or for_backward else _FOREVER
-    else:
-        used = torch.full((batch,), n_loops, dtype=torch.int64, device=e.device)
-        most = n_loops
-    loops, used = used, (used.clone() if halts else used)
-    h = e.new_empty((most, *e.shape) if return_all_loops else e.shape)
-    saved = saved_like(e, spec, most, compute_dtype) if for_backward else []
-    packed = pack(weights, spec, tile, seq_len, compute_dtype)
+    tile = _tile(e, spec, asked, grad=False)
+    own_loops = asked.own_loops(e.device)
+    # The number of states to return or keep is needed on the host, and only then.
+    host = own_loops is None or asked.return_all_loops or for_backward
+    most = asked.most_loops() if host else _FOREVER
+    loops = torch.full((batch,), most, device=e.device) if own_loops is None else own_loops
+    halts = asked.halt_threshold is not None
+    used = loops.clone() if halts else loops
+    h = e.new_empty((most, *e.shape) if asked.return_all_loops else e.shape)
+    saved = saved_like(e, spec, most, asked.compute_dtype) if for_backward else []
+    packed = pack(weights, spec, tile, seq_len, asked.compute_dtype)
     with _on(e):
         resident_forward[(tile.programs(batch, seq_len),)](
             e.contiguous(),
             *packed,
             loops,
-            _lengths(seq_lens, loops),
+            _lengths(asked.seq_lens, loops),
             h,
             saved[0] if saved else h,
             used,
             most,
             seq_len,
             batch,
-            float(halt_threshold or 0.0),
+            float(asked.halt_threshold or 0.0),
             S=tile,
-            own_loops=own_loops,
-            ragged=seq_lens is not None,
-            keep_all=return_all_loops,
+            own_loops=own_loops is not None,
+            ragged=asked.seq_lens is not None,
+            keep_all=asked.return_all_loops,
             save=for_backward,
             halt=halts,
             num_warps=tile.warps,
@@ -184,59 +151,29 @@ def forward(
 
 
 def backward(
-    grad_h: Tensor,
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None,
-    return_all_loops: bool,
-    n_grad_loops: int | None,
-    compute_dtype: torch.dtype | None,
-    saved: list[Tensor],
+    grad_h: Tensor, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, saved: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
-    if _too_large(spec, e.shape[1], compute_dtype or e.dtype, True, e.device):
+    if _too_large(spec, e.shape[1], asked.compute_dtype, True, e.device):
         from shift_kernels.triton import layer
 
         with _on(e):
-            return layer.backward(
-                grad_h,
-                e,
-                weights,
-                spec,
-                n_loops,
-                seq_lens=seq_lens,
-                return_all_loops=return_all_loops,
-                n_grad_loops=n_grad_loops,
-                compute_dtype=compute_dtype,
-                saved=saved,
-            )
+            return layer.backward(grad_h, e, weights, spec, asked, saved)
     from shift_kernels.triton.packing import pack, unpack
     from shift_kernels.triton.resident_backward import resident_backward
 
     batch, seq_len, _ = e.shape
-    compute_dtype = compute_dtype or e.dtype
-    own_loops = isinstance(n_loops, Tensor)
-    tile = resident_plan.tile(
-        spec,
-        seq_len,
-        batch,
-        itemsize=compute_dtype.itemsize,
-        pack=not own_loops,
-        precision=_precision(),
-        grad=True,
-        capability=_capability(e.device),
-    )
+    n_grad_loops, compute_dtype = asked.n_grad_loops, asked.compute_dtype
+    tile = _tile(e, spec, asked, grad=True)
     states = saved[0]
     most = len(states) // tile.saves
-    loops = n_loops.to(e.device, torch.int64).clamp(min=0) if isinstance(n_loops, Tensor) else states
-    end = 0 if own_loops or n_grad_loops is None else max(most - n_grad_loops, 0)
+    own_loops = asked.own_loops(e.device)
+    loops = states if own_loops is None else own_loops
+    end = 0 if own_loops is not None or n_grad_loops is None else max(most - n_grad_loops, 0)
     programs = tile.programs(batch, seq_len)
     dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
-    if not return_all_loops:
-        dh += without_pads(grad_h, seq_lens)
+    if not asked.return_all_loops:
+        dh += without_pads(grad_h, asked.seq_lens)
     de = torch.zeros_like(dh) if tile.inject else dh
     packed = pack(weights, spec, tile, seq_len, compute_dtype)
     vectors = dh.new_zeros(programs, *packed.vectors.shape)
@@ -244,14 +181,14 @@ def backward(
     step = resident_plan.loops_per_launch(tile, batch * seq_len, compute_dtype.itemsize)
     for high in range(most, end, -step):
         low = max(high - step, end)
-        operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops)
+        operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops is not None)
         with _on(e):
             resident_backward[(programs,)](
                 states,
                 grad_h.contiguous(),
                 *packed,
                 loops,
-                _lengths(seq_lens, loops),
+                _lengths(asked.seq_lens, loops),
                 dh,
                 de,
                 vectors,
@@ -263,9 +200,9 @@ def backward(
                 seq_len,
                 batch,
                 S=tile,
-                own_loops=own_loops,
-                ragged=seq_lens is not None,
-                keep_all=return_all_loops,
+                own_loops=own_loops is not None,
+                ragged=asked.seq_lens is not None,
+                keep_all=asked.return_all_loops,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
@@ -305,6 +242,20 @@ class WeightGradients:
             first = taken.stop
         for total, name in zip(self.outputs, ("dy", "dy2"), strict=False):
             total += operand[name].sum(1, dtype=torch.float32)
+
+
+def _tile(e: Tensor, spec: BlockSpec, asked: Asked, *, grad: bool) -> resident_plan.Tile:
+    return resident_plan.tile(
+        spec,
+        e.shape[1],
+        e.shape[0],
+        itemsize=asked.compute_dtype.itemsize,
+        # Sequences that end at different times share no program.
+        pack=not isinstance(asked.n_loops, Tensor) and asked.halt_threshold is None,
+        precision=_precision(),
+        grad=grad,
+        capability=_capability(e.device),
+    )
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:

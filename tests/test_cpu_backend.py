@@ -23,6 +23,7 @@ from shift_kernels import (
     explain,
     reference,
 )
+from shift_kernels.asked import Asked
 from shift_kernels.native import cpu as native
 
 available = cpu_backend.unavailable() is None
@@ -101,19 +102,9 @@ def in_dtypes(block, e, cotangent, call, dtypes):
 def on_cpu_backend(block, e, cotangent, call, isa=None, dtypes=FLOAT32):
     weights = {name: w.detach().to(dtypes[0]) for name, w in block.weights().items()}
     e = e.to(dtypes[0])
-    call = {
-        "seq_lens": None,
-        "return_all_loops": False,
-        "n_grad_loops": None,
-        "compute_dtype": dtypes[1],
-    } | call
-    n_loops = call.pop("n_loops")
-    h, _, saved = cpu_backend.forward(
-        e, weights, block.spec, n_loops, halt_threshold=None, for_backward=True, isa=isa, **call
-    )
-    grad_e, grads = cpu_backend.backward(
-        cotangent(h), e, weights, block.spec, n_loops, saved=saved, isa=isa, **call
-    )
+    asked = Asked(compute_dtype=dtypes[1], **call)
+    h, _, saved = cpu_backend.forward(e, weights, block.spec, asked, for_backward=True, isa=isa)
+    grad_e, grads = cpu_backend.backward(cotangent(h), e, weights, block.spec, asked, saved, isa=isa)
     return [h, grad_e, *grads]
 
 
@@ -383,6 +374,17 @@ def test_second_derivatives_say_what_to_do():
     h = block(e.requires_grad_(), 2, backend="cpu")
     with pytest.raises(ShiftInputError, match="backend='torch'"):
         torch.autograd.grad(h.square().sum(), e, create_graph=True)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["n_loops", "seq_lens"])
+def test_what_changes_before_the_backward_is_an_error(name):
+    block, e = make()
+    call = {"n_loops": torch.tensor([2, 3, 1, 1]), "seq_lens": torch.tensor([7, 2, 5, 1])}
+    h = block(e.requires_grad_(), **call, backend="cpu")
+    call[name].fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
 
 
 @needs_library

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from test_reference import OPTIONS as REFERENCE_OPTIONS
 
 from shift_kernels import BlockSpec, LoopedBlock, cuda_backend, reference
+from shift_kernels.asked import Asked
 from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -79,10 +80,6 @@ def make(batch=3, seq_len=7, seed=0, dtype=torch.bfloat16, **options):
     return block, torch.randn(batch, seq_len, block.spec.d_model).to(dtype)
 
 
-def whole(call):
-    return {"n_loops": 2, "seq_lens": None, "return_all_loops": False, "n_grad_loops": None, **call}
-
-
 def cotangent(h):
     return torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
 
@@ -91,8 +88,7 @@ def in_dtype(block, e, call, dtype):
     """Output and all gradients of the reference in a dtype."""
     given, e = e.dtype, e.to(dtype).requires_grad_()
     weights = {name: w.detach().to(dtype).requires_grad_() for name, w in block.weights().items()}
-    call = whole(call)
-    h, _ = reference.looped_block(e, weights, block.spec, call.pop("n_loops"), **call)
+    h, _ = reference.looped_block(e, weights, block.spec, **{"n_loops": 2, **call})
     inputs = [e, *weights.values()]
     if not h.requires_grad:
         return [h, *map(torch.zeros_like, inputs)]
@@ -102,14 +98,9 @@ def in_dtype(block, e, call, dtype):
 
 def on_kernels(block, e, call, grad=cotangent):
     weights = {name: w.detach() for name, w in block.weights().items()}
-    call = {**whole(call), "compute_dtype": e.dtype}
-    n_loops = call.pop("n_loops")
-    h, _, saved = cuda_backend.forward(
-        e, weights, block.spec, n_loops, halt_threshold=None, for_backward=True, **call
-    )
-    grad_e, grads = cuda_backend.backward(
-        grad(h).to(e.dtype), e, weights, block.spec, n_loops, saved=saved, **call
-    )
+    asked = Asked(**{"n_loops": 2, "compute_dtype": e.dtype, **call})
+    h, _, saved = cuda_backend.forward(e, weights, block.spec, asked, for_backward=True)
+    grad_e, grads = cuda_backend.backward(grad(h).to(e.dtype), e, weights, block.spec, asked, saved)
     return [h, grad_e, *grads]
 
 
@@ -223,12 +214,10 @@ def test_nan_in_pads_reaches_nothing(gpu):
 def test_each_sample_halts_where_the_reference_halts(gpu):
     block, e = make(6, 7, norm_placement="post", dtype=torch.float16)
     lens = torch.tensor([7, 3, 1, 7, 5, 2])
-    call = {"seq_lens": lens, "return_all_loops": False, "n_grad_loops": None, "compute_dtype": e.dtype}
     weights = {name: w.detach() for name, w in block.weights().items()}
     for threshold in (0.3, 0.05):
-        _, used, _ = cuda_backend.forward(
-            e, weights, block.spec, 12, halt_threshold=threshold, for_backward=False, **call
-        )
+        asked = Asked(12, e.dtype, lens, halt_threshold=threshold)
+        _, used, _ = cuda_backend.forward(e, weights, block.spec, asked, for_backward=False)
         exact = {name: w.double() for name, w in weights.items()}
         _, expected = reference.looped_block(
             e.double(), exact, block.spec, 12, halt_threshold=threshold, seq_lens=lens

@@ -14,8 +14,10 @@ if DEVICE != "cpu":
     pytest.skip("runs in Triton's interpreter; tests/gpu is for this machine", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock, torch_backend
+from shift_kernels.asked import Asked
 from shift_kernels.triton import graph, layer, rows
 
+F64 = torch.float64
 # What the reference in the same dtype may gain by luck; relative to the largest number of a tensor.
 FLOOR = {torch.float32: 4e-6, torch.float16: 4e-3}
 BASE = dict(d_model=24, n_heads=3, d_ff=40)
@@ -33,14 +35,12 @@ def problem(spec, dtype=torch.float32, seed=0):
 
 def run(backend, e, weights, spec, n_loops, grad_seed=1, grad=None, **call):
     """h, loops used, grad_e, gradients of the weights."""
-    call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None) | call
+    asked = Asked(n_loops, **{"compute_dtype": e.dtype, **call})
     with torch.no_grad():
-        h, used, saved = backend.forward(
-            e, weights, spec, n_loops, halt_threshold=None, for_backward=True, **call
-        )
+        h, used, saved = backend.forward(e, weights, spec, asked, for_backward=True)
         if grad is None:
             grad = torch.randn(h.shape, generator=torch.Generator().manual_seed(grad_seed)).to(e.dtype)
-        grad_e, grads = backend.backward(grad.to(h.dtype), e, weights, spec, n_loops, saved=saved, **call)
+        grad_e, grads = backend.backward(grad.to(h.dtype), e, weights, spec, asked, saved)
     return h, used, grad_e, grads
 
 
@@ -49,10 +49,9 @@ def check(spec, n_loops=2, dtype=torch.float32, **call):
     e, weights = problem(spec, dtype)
     ours = run(layer, e, weights, spec, n_loops, **call)
     same = run(torch_backend, e, weights, spec, n_loops, **call)
-    exact_call = call | ({"compute_dtype": None} if "compute_dtype" in call else {})
     wide = {name: w.double() for name, w in weights.items()}
     grad = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = run(torch_backend, e.double(), wide, spec, n_loops, grad=grad, **exact_call)
+    exact = run(torch_backend, e.double(), wide, spec, n_loops, grad=grad, **call | {"compute_dtype": F64})
     assert torch.equal(ours[1], exact[1])
     names = ["h", "e", *weights]
     flat = [[r[0], r[2], *r[3]] for r in (ours, same, exact)]
@@ -60,7 +59,7 @@ def check(spec, n_loops=2, dtype=torch.float32, **call):
         assert a.dtype == b.dtype
         assert a.shape == c.shape
         if c.numel():
-            coarse = call.get("compute_dtype") or dtype
+            coarse = call.get("compute_dtype", dtype)
             bound = 2 * (b - c).abs().max() + FLOOR[coarse] * c.abs().max().clamp(min=1)
             assert (a - c).abs().max() <= bound, f"{name}: {(a - c).abs().max():.3g} over {bound:.3g}"
     return ours
@@ -144,12 +143,9 @@ def test_nan_in_pads_reaches_nothing_and_pads_return_zero():
 def test_halting_stops_each_sample_where_the_reference_does(seq_lens, threshold):
     spec = BlockSpec(**BASE, injection="add")
     e, weights = problem(spec)
-    call = dict(
-        seq_lens=seq_lens, return_all_loops=True, n_grad_loops=None, halt_threshold=threshold,
-        compute_dtype=None, for_backward=False,
-    )  # fmt: skip
-    h, used, saved = layer.forward(e, weights, spec, 6, **call)
-    expected, expected_used, _ = torch_backend.forward(e, weights, spec, 6, **call)
+    asked = Asked(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
+    h, used, saved = layer.forward(e, weights, spec, asked, for_backward=False)
+    expected, expected_used, _ = torch_backend.forward(e, weights, spec, asked, for_backward=False)
     assert torch.equal(used, expected_used)
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
     assert saved == []
@@ -177,10 +173,7 @@ def test_the_same_call_gives_the_same_bits():
 def test_only_boundaries_are_kept():
     spec = BlockSpec(**BASE)
     e, weights = problem(spec)
-    *_, saved = layer.forward(
-        e, weights, spec, 3, seq_lens=None, return_all_loops=False, n_grad_loops=None, halt_threshold=None,
-        compute_dtype=None, for_backward=True,
-    )  # fmt: skip
+    *_, saved = layer.forward(e, weights, spec, Asked(3, e.dtype), for_backward=True)
     assert [x.shape for x in saved] == [(3, *e.shape)]
     assert torch.equal(saved[0][0], e)
 

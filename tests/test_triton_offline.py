@@ -65,16 +65,17 @@ def test_another_number_of_loops_compiles_nothing():
 import json, torch
 from benchmarks.offline.compiling import launches
 from shift_kernels import BlockSpec, LoopedBlock, triton_backend as backend
+from shift_kernels.asked import Asked
 
 spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
 weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
-call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
 with launches(90) as found:
     for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
         e = torch.randn(batch, seq_len, 16)
-        backend.forward(e, weights, spec, n_loops, halt_threshold=None, for_backward=True, **call)
+        asked = Asked(n_loops, e.dtype)
+        backend.forward(e, weights, spec, asked, for_backward=True)
         saved = backend.saved_like(e, spec, n_loops)
-        backend.backward(e, e, weights, spec, n_loops, saved=saved, **call)
+        backend.backward(e, e, weights, spec, asked, saved)
 print(json.dumps([len(found), len(set(map(id, found)))]))
 """)
     assert compiled == [6, 2]  # launches; kernels: one forward, one backward

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference, triton_backend
+from shift_kernels.asked import Asked
 from shift_kernels.problem import Problem
 from shift_kernels.triton import resident_plan, tuned
 
@@ -270,8 +271,7 @@ def test_what_is_kept_is_what_the_planner_says(d_model, n_layers):
 
 
 def looped_block_saves(e, weights, spec, n_loops):
-    call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, halt_threshold=None)
-    return triton_backend.forward(e, weights, spec, n_loops, **call, compute_dtype=None, for_backward=True)[2]
+    return triton_backend.forward(e, weights, spec, Asked(n_loops, e.dtype), for_backward=True)[2]
 
 
 def test_auto_never_takes_the_interpreter_for_cpu_tensors():

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.baseline import PLAIN, sdpa
 from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
 from shift_kernels import BlockSpec, LoopedBlock, attention
+from shift_kernels.asked import Asked
 
 SECONDS_A_RUNNER = 1.0  # of timed calls
 ROUNDS = (10, 200)
@@ -55,16 +56,14 @@ def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tenso
     from shift_kernels.triton import layer
 
     names = list(block.spec.weight_shapes())
-    call = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
+    asked = Asked(n_loops, e.dtype)
 
     class Streamed(torch.autograd.Function):
         @staticmethod
         def forward(ctx, e, *weights):
             w = dict(zip(names, weights, strict=True))
             keep = any(ctx.needs_input_grad)
-            h, _, saved = layer.forward(
-                e, w, block.spec, n_loops, halt_threshold=None, for_backward=keep, **call
-            )
+            h, _, saved = layer.forward(e, w, block.spec, asked, for_backward=keep)
             ctx.save_for_backward(e, *weights, *saved)
             return h
 
@@ -72,9 +71,7 @@ def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tenso
         def backward(ctx, grad_h):
             e, *tensors = ctx.saved_tensors
             w = dict(zip(names, tensors, strict=False))
-            grad_e, grads = layer.backward(
-                grad_h, e, w, block.spec, n_loops, saved=tensors[len(names) :], **call
-            )
+            grad_e, grads = layer.backward(grad_h, e, w, block.spec, asked, tensors[len(names) :])
             return grad_e, *grads
 
     weights = block.weights()

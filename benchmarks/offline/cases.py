@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from shift_kernels import BlockSpec, LoopedBlock, triton_backend
+from shift_kernels.asked import Asked
 from shift_kernels.triton import resident_plan
 
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
 HEAD_DIM = 32
 HEAD_DIMS = (4, 16, 32, 64, 128)
 WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
-CALL: dict[str, Any] = dict(seq_lens=None, return_all_loops=False, n_grad_loops=None, compute_dtype=None)
 
 
 def spec_of(d_model: int, **options: Any) -> BlockSpec:
@@ -43,17 +43,19 @@ def block(
     spec = spec_of(d_model, **options)
     weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
     e = torch.zeros(1, seq_len, d_model, dtype=dtype)
-    call = CALL | dict(return_all_loops=keep_all, seq_lens=torch.tensor([seq_len]) if ragged else None)
-    n_loops = torch.ones(1, dtype=torch.int64) if own_loops else 1
+    asked = Asked(
+        n_loops=torch.ones(1, dtype=torch.int64) if own_loops else 1,
+        compute_dtype=dtype,
+        seq_lens=torch.tensor([seq_len]) if ragged else None,
+        return_all_loops=keep_all,
+        halt_threshold=0.1 if halt else None,
+    )
     if grad:
         saved = triton_backend.saved_like(e, spec, 1)
         grad_h = e[None] if keep_all else e
-        triton_backend.backward(grad_h, e, weights, spec, n_loops, saved=saved, **call)
+        triton_backend.backward(grad_h, e, weights, spec, asked, saved)
     else:
-        threshold = 0.1 if halt else None
-        triton_backend.forward(
-            e, weights, spec, n_loops, halt_threshold=threshold, for_backward=training and not halt, **call
-        )
+        triton_backend.forward(e, weights, spec, asked, for_backward=training and not halt)
 
 
 def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:
@@ -77,5 +79,6 @@ def layer(d_model: int, dtype: torch.dtype) -> None:
         spec = spec_of(d_model, **options)
         weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
         e = torch.zeros(1, 16, d_model, dtype=dtype)
-        h, _, saved = streamed.forward(e, weights, spec, 1, halt_threshold=None, for_backward=True, **CALL)
-        streamed.backward(h, e, weights, spec, 1, saved=saved, **CALL)
+        asked = Asked(1, dtype)
+        h, _, saved = streamed.forward(e, weights, spec, asked, for_backward=True)
+        streamed.backward(h, e, weights, spec, asked, saved)
