@@ -14,6 +14,7 @@ from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
 
 import build_native
+from benchmarks.gpu.cases import KINDS
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, cuda_backend, explain
 from shift_kernels.native import cuda
 
@@ -125,16 +126,7 @@ def test_explain_tells_the_tile_and_what_is_kept(gpu):
 
 
 OPTIONS = {
-    "two layers, post, swiglu, rope": dict(
-        n_layers=2,
-        norm="rmsnorm",
-        norm_placement="post",
-        activation="swiglu",
-        position="rope",
-        causal=False,
-        bias=False,
-        injection="add",
-    ),
+    "two layers, post, swiglu, rope": KINDS["trm"] | {"d_ff": 80},
     "sandwich, loop norm, grouped heads": dict(
         norm_placement="sandwich", loop_norm=True, n_kv_heads=2, head_dim=32, residual_scale=0.5
     ),

@@ -16,6 +16,7 @@ from cuda_emulation import LIBRARY, emulated
 from hypothesis import HealthCheck, Phase, given, settings
 from test_reference import OPTIONS as REFERENCE_OPTIONS
 
+from benchmarks.gpu.cases import KINDS
 from shift_kernels import BlockSpec, LoopedBlock, cuda_backend, reference
 from shift_kernels.asked import Asked
 from shift_kernels.native import cuda
@@ -324,18 +325,7 @@ def test_planner_names_what_it_refuses(gpu):
 @pytest.mark.parametrize("seq_len", [81, 97])
 @pytest.mark.parametrize("backward", [False, True])
 def test_tiny_recursive_models_are_served_on_hopper(gpu, seq_len, backward):
-    spec = BlockSpec(
-        d_model=512,
-        n_heads=8,
-        n_layers=2,
-        d_ff=1536,
-        norm="rmsnorm",
-        norm_placement="post",
-        activation="swiglu",
-        position="rope",
-        causal=False,
-        bias=False,
-    )
+    spec = BlockSpec(d_model=512, n_heads=8, **KINDS["trm"])
     p = plan(spec, 768, seq_len, H100, backward)
     assert p.refusal == 0
     assert p.rows == -(-seq_len // 16) * 16

@@ -19,20 +19,6 @@ SEEDS = range(6)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "watched"])
-def gpu(request):
-    library = emulated(KERNELS, watched=request.param)
-    yield library
-    library.free()
-
-
-@pytest.fixture
-def watched():
-    library = emulated(KERNELS, watched=True)
-    yield library
-    library.free()
-
-
 def normal(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 

@@ -6,33 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation import CSRC, EmulationError, emulated
+from cuda_emulation import CSRC, EmulationError
+from test_cuda_tile import SEEDS, normal
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 KERNELS = Path(__file__).parent / "cuda_emulation" / "hopper_kernels.cu"
-SEEDS = range(6)
 K = 128
 NONE, NO_FENCE, NO_PROXY_FENCE, NO_WAIT, EARLY_STORE = range(5)
 CHANGED_OPERAND, NO_RELEASE_WAIT, WRONG_BYTES, NO_SYNC_BEFORE, NO_SYNC_AFTER = range(5, 10)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "watched"])
-def gpu(request):
-    library = emulated(KERNELS, watched=request.param)
-    yield library
-    library.free()
-
-
-@pytest.fixture
-def watched():
-    library = emulated(KERNELS, watched=True)
-    yield library
-    library.free()
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def operands(gpu, n, dtype):
