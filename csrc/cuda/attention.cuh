@@ -51,8 +51,8 @@ __device__ inline Ahead<T> qkv_ahead(const Program<T>& p, const Weights<T>& w, i
 }
 
 template <class T>
-__device__ inline void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round,
-                                   Ahead<T> ahead = {}) {
+__device__ __forceinline__ void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round,
+                                            Ahead<T> ahead = {}) {
     const Round of(p, round);
     const float* bias = w.qkv_bias() + round * of.columns;
     const int turned = p.c().rope ? of.v(0) : 0;  // columns of q and k
@@ -218,7 +218,8 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
 
 // tile += scale self_attention(xn). after: the weights of the product that follows.
 template <class T>
-__device__ inline void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
+__device__ __forceinline__ void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale,
+                                          Ahead<T> after) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);

@@ -1,6 +1,6 @@
 // Gradient of self-attention's input, `kv_heads` key/value heads (with all their query heads) at a time:
 //
-//     q, k, v, o again     do = dy Wo     p = softmax(q k^T / sqrt(hd))
+//     do = dy Wo     q, k, v, o again     p = softmax(q k^T / sqrt(hd))
 //     ds = p (do v^T - sum(o do)) / sqrt(hd)      dq = ds k     dk = ds^T q     dv = p^T do
 //     tile += [dq | dk | dv] Wqkv
 //
@@ -167,7 +167,7 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
                         const int key = position0 + lane() / 4 + i % 4 / 2 * 8;
                         const int query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2, at = head * p.rows() + query;
                         float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
-                        const bool seen = (!CLUSTERS || query < rows) && low[query] <= key && key < high[query];
+                        const bool seen = (!SM90A || query < rows) && low[query] <= key && key < high[query];
                         x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[at]) : 0.0f;
                         dx = seen ? x * (dx - o_do[at]) * factor : 0.0f;
                     }
@@ -185,18 +185,18 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
 
 // tile += gradient of xn. dqkv, o: rows of this program.
 template <class T>
-__device__ inline void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
-                                          Rows<T> dqkv, Rows<T> o) {
+__device__ __forceinline__ void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+                                                   Rows<T> dqkv, Rows<T> o) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
     for (int round = 0; round < rounds; round++) {
         const Round of(p, round);
         const RoundGradients<T> g(p, of);
-        project_qkv(p, xn, w, round);
         multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
                        [&](int r, int j, float2 x, float2 y) {
                            store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
                            store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
                        });
+        project_qkv(p, xn, w, round);
         meet(p);
         for (int i = warp(); i < together(p, of.queries * tiles); i += p.warps()) {
             const int head = i % of.queries;

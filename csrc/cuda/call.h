@@ -61,7 +61,7 @@ struct Call {
 // What plan.h decided. All of it follows from the sizes, options and device limits of a Call.
 struct Plan {
     int64_t refusal;          // enum Refusal; the rest is 0 unless FITS
-    int64_t rows;             // tokens a program owns; a multiple of 16 if `tiles` is 0 and `split` 1
+    int64_t rows;             // tokens a program owns; a multiple of 16 if `tiles` is 0
     int64_t sequences;        // whole sequences among them, or 1
     int64_t split;            // programs, neighbours in a cluster, over which that one's rows are split; or 1
     int64_t programs;         // blocks of the grid
@@ -70,7 +70,7 @@ struct Plan {
     int64_t ff_pad;           // d_ff to the next multiple of 16
     int64_t ff_chunk;         // hidden columns at a time
     int64_t stages;           // weight tiles in flight
-    int64_t tiles;            // weight tiles of a layer, packed in the order of use, if the sm_90a kernel runs; or 0
+    int64_t tiles;            // weight tiles that a loop reads, if an sm_90a kernel runs; or 0
     int64_t cluster;          // blocks that share each weight tile's way from L2 (sm_90a), or a sequence
     int64_t tile_in_shared;   // whether the fp32 tile is in shared memory; else in the workspace, which L2 holds
     int64_t shared_bytes;     // dynamic shared memory of a block

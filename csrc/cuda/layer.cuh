@@ -31,7 +31,8 @@ __device__ inline Ahead<T> following(const Program<T>& p, int layer, bool is_mlp
 // and sum(layer, is_mlp), tiles for x and for what the second norm reads, or tiles at null. apply: whether the
 // result is wanted, and not only what is kept before the branch.
 template <class T, class Keep>
-__device__ inline void half_layer(const Program<T>& p, int layer, bool is_mlp, const Keep& keep, bool apply = true) {
+__device__ __forceinline__ void half_layer(const Program<T>& p, int layer, bool is_mlp, const Keep& keep,
+                                           bool apply = true) {
     const Weights<T> w{p.job, layer};
     const bool post = p.c().placement == POST, sandwich = p.c().placement == SANDWICH;
     const int slot = is_mlp ? NORM2 : NORM1;

@@ -1,20 +1,22 @@
-// out = a b^T with a [rows, k] in shared memory and the weights b streamed from L2, for sm_90a.
+// out = a b with a [rows, k] in shared memory (or streamed) and the weights b streamed from L2, for sm_90a.
 //
 // A warp of its own has the weights of all products of all layers and loops brought through the ring, in the order of
-// use (plan.h, each_product), tiles of 128 n x 64 k; it never waits for a product, only for room. The blocks of a
-// cluster are at the same product at about the same time, so each brings its share of a tile to all of them. Where
-// the ring holds the whole block's weights it brings them once.
+// use (plan.h, each_product); it never waits for a product, only for room. A stage is 128 n x 64 k, two bricks as they
+// are packed: of rows one below the other for xn W^T, where wgmma reads them along k; side by side for the backward's
+// dy W, where it reads the same bricks along n. The blocks of a cluster are at the same product at about the same time,
+// so each brings its share of a brick to all of them. Where the ring holds a loop's weights they are brought once.
 //
 // Two warpgroups: of up to 128 rows each takes 64 and all columns of a tile, of up to 64 rows 64 of the columns; what
-// is computed of rows that do not exist goes nowhere. wgmma with a in registers (by ldmatrix, so that the operand's
-// layout is the other kernels'), b in the ring. No barrier between tiles but each stage's own.
+// is computed of rows that do not exist goes nowhere. wgmma with a in registers: by ldmatrix, so that the operand's
+// layout is the other kernels'; or, streamed, as the block itself wrote it to device memory. The next tile's are on
+// their way while this one's weights are waited for. No barrier between tiles but each stage's own.
 #pragma once
 
 namespace shift_cuda {
 
 template <class T>
 __device__ inline bool reads_weights_once(const Program<T>& p) {
-    return p.c().n_layers * p.p().tiles == p.p().stages;
+    return p.p().tiles == p.p().stages;
 }
 
 // Full: bytes have arrived. Empty: every warp with rows, in every block of the cluster, is done with the stage.
@@ -31,30 +33,40 @@ __device__ inline void start_ring(const Program<T>& p) {
 
 // By one thread. With halting only those who own the rows know whether another loop comes: begins_loop says so.
 template <class T>
-__device__ inline void stream_weights(const Program<T>& p) {
+__device__ inline void stream_weights(const Program<T>& p, int64_t loops) {
     const Call& c = p.c();
-    const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(SWIZZLED_TILE) / blocks;
-    const int64_t tiles = c.n_layers * p.p().tiles;
-    const int64_t most = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
-    const unsigned char* weights = static_cast<const unsigned char*>(c.workspace);
+    const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(BRICK) / blocks;
     const int offset = cluster_rank() * share;
     int s = 0, round = 0;
-    for (int64_t t = 0; t < (reads_weights_once(p) ? smaller<int64_t>(most, 1) : most); t++) {
+    const auto bring = [&](unsigned char* to, const unsigned char* from) {
+        if (blocks == 1)
+            bulk_copy(to, from, share, p.full() + s);
+        else
+            bulk_copy_multicast(to, from, share, p.full() + s, uint16_t((1 << blocks) - 1));
+    };
+    const auto stream = [&](int64_t layer, const Part& of, bool transposed) {
+        const unsigned char* bricks = reinterpret_cast<unsigned char*>(Weights<T>{p.job, int(layer)}.qkv());
+        const int below = int(bricks_along(of.k) * BRICK), beside = int(BRICK);
+        const int n = int(transposed ? of.k : of.n), to_next_n = transposed ? beside : below;
+        const int k = int(transposed ? of.n : of.k), to_next_k = transposed ? below : beside;
+        for (int n0 = 0; n0 < n; n0 += int(TILE_N))
+            for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
+                const int side = int(BRICK_SIDE), some = n0 + side < n ? 2 : 1;
+                unsigned char* to = p.ring() + s * SWIZZLED_TILE + offset;
+                const unsigned char* from = bricks + of.brick * BRICK + offset;
+                from += n0 / side * to_next_n + k0 / side * to_next_k;
+                mbarrier_wait(p.empty() + s, round % 2 ^ 1);
+                mbarrier_arrive_expect(p.full() + s, some * int(BRICK));
+                for (int i = 0; i < some; i++) bring(to + i * BRICK, from + i * to_next_n);
+                if (++s == stages) s = 0, round++;
+            }
+    };
+    for (int64_t t = 0; t < (reads_weights_once(p) ? smaller<int64_t>(loops, 1) : loops); t++) {
         if (c.halting) {
             mbarrier_wait(p.again(), int(t % 2));
             if (!*reinterpret_cast<int*>(p.again() + 1)) return;
         }
-        for (int64_t i = 0; i < tiles; i++) {
-            mbarrier_wait(p.empty() + s, round % 2 ^ 1);
-            mbarrier_arrive_expect(p.full() + s, int(SWIZZLED_TILE));
-            unsigned char* to = p.ring() + s * SWIZZLED_TILE + offset;
-            const unsigned char* from = weights + i * SWIZZLED_TILE + offset;
-            if (blocks == 1)
-                bulk_copy(to, from, share, p.full() + s);
-            else
-                bulk_copy_multicast(to, from, share, p.full() + s, uint16_t((1 << blocks) - 1));
-            if (++s == stages) s = 0, round++;
-        }
+        each_product(c, p.p(), p.job.backward, stream);
     }
 }
 
@@ -67,44 +79,67 @@ __device__ inline bool begins_loop(const Program<T>& p, int64_t t, bool running)
     return running;
 }
 
-// acc[h] += a b^T for a tile's columns 64 h to 64 h + 63, h < HALVES, whose lines begin at b. Beyond k both are zero.
-template <class T, int HALVES>
+// What a thread holds of a [16, 64] operand, from `row` and column k0 on, for four products; 0 beyond k.
+template <class T>
+__device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<T>& p, const Rows<T>& a, int row, int k0, int k) {
+    const T* at = a.at + int64_t(smaller(row + lane() % 16, p.rows() - 1)) * a.ld + lane() / 16 * 8;  // as load_a
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+        const int j = k0 + 16 * kk;
+        if (!a.streamed && j < k)
+            ldmatrix(fa[kk], at + j);
+        else
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int r = row + lane() / 4 + i % 2 * 8, column = j + lane() % 4 * 2 + i / 2 * 8;
+                fa[kk][i] = j < k && r < p.inside ? load<uint32_t>(a.at + int64_t(r) * a.ld + column) : 0;
+            }
+    }
+}
+
+// acc[h] += a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose bricks begin at b. Beyond k both are zero.
+template <Major B, class T, int HALVES>
 __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b) {
+    constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;  // columns; or k, and no more columns
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            wgmma<T, 64>(acc[half], a[kk], wgmma_descriptor(b + half * 64 * 128 + kk * 32), true);
+            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * BRICK + kk * NEXT_16_K, NEXT_8, NEXT_8),
+                            true);
     wgmma_commit();
     wgmma_wait<0>();
 }
 
-// As the other multiply; where b is in memory, and what follows, only the producer knows.
+// As the other multiply; where b is in memory, and what follows, only the producer knows. Whoever calls it is inlined
+// into the kernel too: in a function of its own ptxas would wait for each wgmma (C7510).
 template <bool ROWS_ALONG_N, class T, class Out>
-__device__ inline void multiply(const Program<T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
-                                Ahead<T> = {}) {
-    static_assert(!ROWS_ALONG_N, "weights are packed as the forward reads them");
+__device__ __forceinline__ void multiply(const Program<T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
+                                         Ahead<T> = {}) {
+    constexpr Major B = ROWS_ALONG_N ? MN_MAJOR : K_MAJOR;
     const bool once = reads_weights_once(p);
     const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;
     const bool beside = p.rows() <= 64;  // the warpgroups share the columns, 64 each; else the rows
     const int row = (beside ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = beside ? warp() / 4 * 64 : 0;
-    const T* at = a.at + smaller(row + lane() % 16, p.rows() - 1) * a.ld + lane() / 16 * 8;  // as load_a
+    uint32_t fa[4][4], next[4][4];
     float acc[2][32] = {};
     p.sync();
+    load_a_64(next, p, a, row, 0, k);
     for (int i = 0; i < tiles; i++) {
         const int s = p.next_tile, phase = once ? 0 : p.round % 2;
-        const int n0 = i / tiles_k * int(TILE_N), k0 = i % tiles_k * int(TILE_K);
-        mbarrier_wait(p.full() + s, phase);
-        uint32_t fa[4][4] = {};
+        const int n0 = i / tiles_k * int(TILE_N);
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++)
-            if (k0 + 16 * kk < k) ldmatrix(fa[kk], at + k0 + 16 * kk);
+        for (int j = 0; j < 16; j++) fa[j / 4][j % 4] = next[j / 4][j % 4];
+        if (i + 1 < tiles) load_a_64(next, p, a, row, (i + 1) % tiles_k * int(TILE_K), k);
+        mbarrier_wait(p.full() + s, phase);
         const unsigned char* b = p.ring() + s * SWIZZLED_TILE + column * 128;
         if (n0 + 64 < n && !beside)  // two whole paths, so that no register moves while wgmma owns it
-            add_products<T, 2>(acc, fa, b);
+            add_products<B, T, 2>(acc, fa, b);
+        else if (n0 + column < n)
+            add_products<B, T, 1>(acc, fa, b);
         else
-            add_products<T, 1>(acc, fa, b);
+            sync_warp();  // before one lane says that all are done with what they have waited for
         if (++p.next_tile == p.p().stages) p.next_tile = 0, p.round++;
         if (!once && lane() == 0)
             for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);

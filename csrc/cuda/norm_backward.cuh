@@ -20,8 +20,8 @@ __device__ inline void norm_backward(const Program<T>& p, Tile x, const float* w
         const Moments m = moments(x.row(r), p.c());
         if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;
     }
-    sync_block();
-    for (int j = 2 * threadIdx.x; j < d; j += 2 * blockDim.x) {
+    p.sync();
+    for (int j = 2 * threadIdx.x; j < d; j += 2 * p.threads()) {
         float2 dw = load<float2>(dv + j), db = load<float2>(dv + d + j);
         for (int r = 0; r < p.inside; r++) {
             const float2 v = load<float2>(x.row(r) + j), g = dy(r, j);
@@ -31,7 +31,7 @@ __device__ inline void norm_backward(const Program<T>& p, Tile x, const float* w
         store(dv + j, dw);
         store(dv + d + j, db);
     }
-    sync_block();
+    p.sync();
     for (int r = warp(); r < p.rows(); r += p.warps()) {
         const float mean = p.mean()[r], inverse = p.inverse()[r];
         const auto unit_of = [&](int j) {

@@ -33,23 +33,27 @@ __device__ inline void pack_matrix(const T* to, int64_t rows, int64_t columns, c
 }
 
 #if defined(SHIFT_SM90A)
-// All products' weight tiles in their order, each [128 n][64 k] as wgmma reads it. number_at(weight, row, column).
+// All parts of a layer's weights as bricks that wgmma reads, swizzled. number_at(weight, row, column).
 template <class T, class Number>
-__device__ inline void pack_tiles(const Job& job, int layer, Number number_at) {
-    unsigned char* to = static_cast<unsigned char*>(job.call.workspace) + layer * job.plan.tiles * SWIZZLED_TILE;
-    const auto pack_product = [&](Weight weight, int64_t n, int64_t k, int64_t row, int64_t column, int64_t tile) {
-        const int64_t tiles_k = ceil_to(k, TILE_K) / TILE_K, tiles = ceil_to(n, TILE_N) / TILE_N * tiles_k;
-        for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x)
-            for (int pair = threadIdx.x; pair < TILE_N * TILE_K / 2; pair += blockDim.x) {
-                const int line = pair / int(TILE_K / 2), at = pair % int(TILE_K / 2) * 2;
-                const int64_t r = i / tiles_k * TILE_N + line, j = i % tiles_k * TILE_K + at;
-                const bool is = r < n && j < k;
-                const float x = is ? number_at(weight, row + r, column + j) : 0.0f;
-                const float y = is ? number_at(weight, row + r, column + j + 1) : 0.0f;
-                store(to + (tile + i) * SWIZZLED_TILE + swizzled(line, at * 2), pack<T>(x, y));
+__device__ inline void pack_bricks(const Job& job, T* to, Number number_at) {
+    const auto pack_part = [&](const Part& of) {
+        const int64_t across = bricks_along(of.k), some = bricks_along(of.n) * across;
+        for (int64_t i = blockIdx.x; i < some; i += gridDim.x)
+            for (int pair = threadIdx.x; pair < BRICK_SIDE * BRICK_SIDE / 2; pair += blockDim.x) {
+                const int line = pair / int(BRICK_SIDE / 2), at = pair % int(BRICK_SIDE / 2) * 2;
+                const int64_t r = i / across * BRICK_SIDE + line, j = i % across * BRICK_SIDE + at;
+                const bool is = r < of.n && j < of.k;
+                const float x = is ? number_at(of.weight, of.row + r, of.column + j) : 0.0f;
+                const float y = is ? number_at(of.weight, of.row + r, of.column + j + 1) : 0.0f;
+                T* brick = to + (of.brick + i) * (BRICK / OPERAND);
+                store(brick + swizzled(line, at * 2) / int(OPERAND), pack<T>(x, y));
             }
     };
-    each_product(job.call, job.plan, pack_product);
+    for (int half = 0; half < halves(job.call); half++)
+        each_pass(job.call, job.plan, half != 0, [&](const Part& to_hidden, const Part& back) {
+            pack_part(to_hidden);
+            pack_part(back);
+        });
 }
 #endif
 
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
     };
     if (pack.layer < c.n_layers) {
 #if defined(SHIFT_SM90A)
-        pack_tiles<T>(job, pack.layer, [&](Weight weight, int64_t row, int64_t column) {
+        pack_bricks(job, w.qkv(), [&](Weight weight, int64_t row, int64_t column) {
             const int64_t r = weight == QKV_W ? qkv(int(row)) : weight == UP_W ? up(int(row)) : row;
             const int64_t have = weight == OUT_W ? attn : weight == DOWN_W ? c.d_ff : d;
             return r >= 0 && column < have ? number(pack.from[weight], r * have + column, type) : 0.0f;

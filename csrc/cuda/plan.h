@@ -17,23 +17,23 @@
 //             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
 //
 // Of what fits it takes the widest work, for the fewest passes over the tile, that leaves room for three weight
-// tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow.
+// tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow. Rows are a multiple of 16; as
+// many whole sequences as fit 128 of them, with the tile in shared memory, or else in the workspace.
 //
-// On Hopper there is besides, where a sequence is split,
+// The kernels for sm_90a (resident_sm90a.cu) have as many rows as tokens, and instead of the ring
 //
-//   forward   others  16 (2 kv_heads head_dim + 8) 2    keys and values on their way from another block of the cluster
-//   backward  others  16 (2 query columns + 8) 2 + 16   the same, or queries and gradients of their output; an mbarrier
+//   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more
+//   forward   others  16 (2 kv_heads head_dim + 8) 2  where a sequence is split: keys and values on their way from
+//                                                     another block of the cluster
+//   backward  others  16 (2 query columns + 8) 2      the same, or queries and gradients of their output
 //
-// and in the forward for sm_90a (resident_forward_sm90a.cu), in place of the ring, stages (128 64 2 + 16) + 32: tiles
-// with two mbarriers each, and two more. That forward, and whatever is split, has as many rows as tokens; all others
-// have a multiple of 16.
-//
-// The first of these that fits is taken:
-//   1. sm_90a: whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of the block, so
-//      that weights are read once for all loops;
+// They take the first of these that fits:
+//   1. whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of a loop, so that weights
+//      are read once for all loops;
 //   2. as many whole sequences as fit 128 rows, the tile in shared memory;
-//   3. Hopper (sm_90a, and the backward): a sequence over 2 blocks, or else over 4, of more than 16 rows each;
-//   4. as 2, but for the tile, which is in the workspace.
+//   3. a sequence over 2 blocks, or else over 4, of more than 16 rows each;
+//   4. as 2, but for the tile, which is in the workspace;
+//   5. as 2 to 4, but with room for two weight tiles only.
 #pragma once
 #include "call.h"
 
@@ -84,7 +84,8 @@ constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
 
 constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads * query_group(c) * p.rows * 8; }
 
-constexpr int64_t SWIZZLED_TILE = TILE_N * TILE_K * OPERAND;
+constexpr int64_t BRICK_SIDE = 64, BRICK = BRICK_SIDE * BRICK_SIDE * OPERAND;  // sm_90a: two make a weight tile
+constexpr int64_t SWIZZLED_TILE = 2 * BRICK;
 constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
 constexpr int64_t MOST_STAGES = 64;
 constexpr int64_t BROUGHT_ROWS = 16;  // at a time from another block
@@ -94,8 +95,8 @@ constexpr int64_t stage_bytes(const Plan& p, bool backward) {
     return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
 }
 
-// Where the blocks of a split sequence meet; sm_90a: full and empty for each stage, and whether another loop comes.
-constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : p.split > 1 ? 16 : 0; }
+// Full and empty for each stage, where the blocks of a split sequence meet, and whether another loop comes.
+constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : 0; }
 
 // What comes from another block of the cluster: keys and values; backward: queries and their gradients, too.
 constexpr int64_t others_bytes(const Call& c, const Plan& p, bool backward) {
@@ -110,6 +111,73 @@ constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
     return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
 }
 
+// A part of a layer's weight that an sm_90a kernel multiplies by at once: n rows and k columns from this row (as
+// packed) and this column on. Packed are bricks of 64 x 64, those of 64 rows side by side; `brick` of the layer's are
+// before this part's.
+struct Part {
+    Weight weight;
+    int64_t n, k, row, column, brick;
+};
+
+constexpr int64_t bricks_along(int64_t side) { return ceil_to(side, BRICK_SIDE) / BRICK_SIDE; }
+
+// Calls f(to, back) for each round of heads, or chunk of hidden columns, of half a layer: weights to the hidden
+// columns, and back. Returns how many bricks there are up to here.
+template <class F>
+constexpr int64_t each_pass(const Call& c, const Plan& p, bool is_mlp, F f) {
+    const int64_t qkv = round_columns(c, p.kv_heads), queries = query_columns(c, p.kv_heads);
+    const int64_t rounds = c.n_kv_heads / p.kv_heads, d = c.d_model, parts = hidden_parts(c);
+    int64_t brick = is_mlp ? rounds * bricks_along(d) * (bricks_along(qkv) + bricks_along(queries)) : 0;
+    const auto pass = [&](Part to, Part back) {
+        to.brick = brick, back.brick = brick + bricks_along(to.n) * bricks_along(to.k);
+        brick = back.brick + bricks_along(back.n) * bricks_along(back.k);
+        f(to, back);
+    };
+    if (!is_mlp)
+        for (int64_t round = 0; round < rounds; round++)
+            pass({QKV_W, qkv, d, round * qkv, 0, 0}, {OUT_W, d, queries, 0, round * queries, 0});
+    else
+        for (int64_t first = 0; first < p.ff_pad; first += p.ff_chunk) {
+            const int64_t some = smaller(p.ff_chunk, p.ff_pad - first);
+            pass({UP_W, parts * some, d, parts * first, 0, 0}, {DOWN_W, d, some, 0, first, 0});
+        }
+    return brick;
+}
+
+constexpr int64_t layer_bricks(const Call& c, const Plan& p) {
+    return each_pass(c, p, c.d_ff != 0, [](const Part&, const Part&) {});
+}
+
+// Whether all half layers are computed again in the backward. A pre-norm's last half needs no result.
+constexpr bool needs_last_half(const Call& c) { return c.placement != PRE || c.loop_norm; }
+
+// The matrix products of a loop in their order. f(layer, part, transposed): a part^T, or, transposed, a part.
+template <class F>
+constexpr void each_product(const Call& c, const Plan& p, bool backward, F f) {
+    const int64_t last = c.n_layers * halves(c) - 1;
+    for (int64_t i = 0; i <= last - (backward && !needs_last_half(c)); i++)
+        each_pass(c, p, c.d_ff && i % 2, [&](const Part& to, const Part& back) {
+            f(i / halves(c), to, false);
+            f(i / halves(c), back, false);
+        });
+    for (int64_t i = last; backward && i >= 0; i--)
+        each_pass(c, p, c.d_ff && i % 2, [&](const Part& to, const Part& back) {
+            f(i / halves(c), back, true);
+            f(i / halves(c), to, false);
+            f(i / halves(c), to, true);
+        });
+}
+
+// How many tiles of 128 columns and 64 k they read.
+constexpr int64_t loop_tiles(const Call& c, const Plan& p, bool backward) {
+    int64_t tiles = 0;
+    each_product(c, p, backward, [&](int64_t, const Part& of, bool transposed) {
+        const int64_t n = transposed ? of.k : of.n, k = transposed ? of.n : of.k;
+        tiles += ceil_to(n, TILE_N) / TILE_N * bricks_along(k);
+    });
+    return tiles;
+}
+
 // The workspace: packed weights, then fp32 vectors, then for each program some [rows, d_model + 8] fp32.
 constexpr int64_t layer_weights(const Call& c, int64_t ff_pad) {
     return (qkv_columns(c) + c.n_heads * c.head_dim + (hidden_parts(c) + 1) * ff_pad) * c.d_model;
@@ -118,7 +186,7 @@ constexpr int64_t layer_vectors(const Call& c, int64_t ff_pad) {
     return qkv_columns(c) + hidden_parts(c) * ff_pad + 10 * c.d_model;
 }
 constexpr int64_t weights_bytes(const Call& c, const Plan& p) {
-    if (p.tiles) return c.n_layers * p.tiles * SWIZZLED_TILE;
+    if (p.tiles) return c.n_layers * layer_bricks(c, p) * BRICK;
     return ceil_to(c.n_layers * layer_weights(c, p.ff_pad) * OPERAND, 256);
 }
 constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
@@ -173,28 +241,6 @@ constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
     return false;
 }
 
-// The sm_90a kernel's matrix products of a layer in their order: each half's rounds or chunks, first to the hidden
-// columns, then back. f(weight, n, k, first row, first column of it, first tile).
-template <class F>
-constexpr int64_t each_product(const Call& c, const Plan& p, F f) {
-    int64_t tiles = 0;
-    const auto product = [&](Weight weight, int64_t n, int64_t k, int64_t row, int64_t column) {
-        f(weight, n, k, row, column, tiles);
-        tiles += ceil_to(n, TILE_N) / TILE_N * (ceil_to(k, TILE_K) / TILE_K);
-    };
-    const int64_t qkv = round_columns(c, p.kv_heads), queries = query_columns(c, p.kv_heads);
-    for (int64_t round = 0; round < c.n_kv_heads / p.kv_heads; round++) {
-        product(QKV_W, qkv, c.d_model, round * qkv, 0);
-        product(OUT_W, c.d_model, queries, 0, round * queries);
-    }
-    for (int64_t first = 0; first < p.ff_pad; first += p.ff_chunk) {
-        const int64_t some = smaller(p.ff_chunk, p.ff_pad - first), parts = hidden_parts(c);
-        product(UP_W, parts * some, c.d_model, parts * first, 0);
-        product(DOWN_W, c.d_model, some, 0, first);
-    }
-    return tiles;
-}
-
 // Samples that leave at loops of their own do not share a program.
 constexpr int64_t most_sequences(const Call& c) { return c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len; }
 
@@ -217,54 +263,57 @@ constexpr bool leaves_idle(const Call& c, const Plan& p, int64_t step) {
 // Whether each of so many blocks has enough of a sequence's rows: of the 64 that wgmma computes more than a quarter.
 constexpr bool may_split(const Call& c, int64_t split) { return split <= 4 && c.seq_len > 16 * split; }
 
-// Fills in the chunks, tiles and stages for sm_90a: the widest work that leaves room for three stages, all other room
-// is stages; or, if weights are to be read once, that leaves room for all. Says whether there is any.
-constexpr bool choose_ring(const Call& c, Plan& p, bool once) {
+// Fills in the chunks, tiles and stages for sm_90a: the widest work that leaves room for so many stages, or for all
+// tiles, if there are fewer; all other room is stages. Says whether there is any.
+constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward) {
     for (int64_t width : WIDTHS) {
-        choose_width(c, p, width, false);
-        p.tiles = each_product(c, p, [](Weight, int64_t, int64_t, int64_t, int64_t, int64_t) {});
-        const int64_t all = c.n_layers * p.tiles, most = smaller(all, MOST_STAGES);
-        p.stages = once ? all : smaller<int64_t>(all, 3);
-        if (p.stages > most || shared_bytes(c, p, false) > c.shared_bytes) continue;
-        while (p.stages < most && shared_bytes(c, p, false) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
+        choose_width(c, p, width, backward);
+        p.tiles = loop_tiles(c, p, backward);
+        const int64_t most = smaller(p.tiles, MOST_STAGES);
+        p.stages = smaller(p.tiles, least);
+        if (p.stages > most || shared_bytes(c, p, backward) > c.shared_bytes) continue;
+        while (p.stages < most && shared_bytes(c, p, backward) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
         return true;
     }
     return false;
 }
 
-// The forward on sm_90a; says whether it fits.
-constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, bool once) {
+// A kernel for sm_90a; says whether it fits.
+constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, int64_t least,
+                             bool backward) {
     p = begin_plan(c, sequences, split, in_shared);
     p.threads = CONSUMERS + PRODUCERS;
-    if (leaves_idle(c, p, 64) || !choose_ring(c, p, once)) return false;
+    if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
     // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
-    const bool stay = p.stages == c.n_layers * p.tiles;
+    const bool stay = p.stages == p.tiles;
     if (!c.own_loops && !c.halting && !stay) p.cluster = p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
-    p.shared_bytes = shared_bytes(c, p, false);
-    p.workspace_bytes = workspace_bytes(c, p, false);
+    p.shared_bytes = shared_bytes(c, p, backward);
+    p.workspace_bytes = workspace_bytes(c, p, backward);
     return true;
 }
 
-constexpr Plan plan_sm90a(const Call& c) {
+constexpr Plan plan_sm90a(const Call& c, bool backward) {
     Plan p = {};
     const int64_t most = most_sequences(c);
     for (int64_t rows = MOST_ROWS; rows >= larger<int64_t>(c.seq_len, 64); rows -= 64)
-        if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, true, true)) return p;
-    for (int64_t n = most; n > 0; n--)
-        if (arrange_sm90a(c, p, n, 1, true, false)) return p;
-    for (int64_t split = 2; may_split(c, split); split *= 2)
-        if (arrange_sm90a(c, p, 1, split, true, false)) return p;
-    for (int64_t n = most; n > 0; n--)
-        if (arrange_sm90a(c, p, n, 1, false, false)) return p;
+        if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, true, MOST_STAGES + 1, backward)) return p;
+    for (int64_t least = 3; least >= 2; least--) {
+        for (int64_t n = most; n > 0; n--)
+            if (arrange_sm90a(c, p, n, 1, true, least, backward)) return p;
+        for (int64_t split = 2; may_split(c, split); split *= 2)
+            if (arrange_sm90a(c, p, 1, split, true, least, backward)) return p;
+        for (int64_t n = most; n > 0; n--)
+            if (arrange_sm90a(c, p, n, 1, false, least, backward)) return p;
+    }
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;
 }
 
 // The other kernels, likewise.
-constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, bool backward) {
-    p = begin_plan(c, sequences, split, in_shared);
-    if (split == 1) p.rows = ceil_to(p.rows, 16);
+constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, bool in_shared, bool backward) {
+    p = begin_plan(c, sequences, 1, in_shared);
+    p.rows = ceil_to(p.rows, 16);
     p.threads = ceil_to(p.rows, 32) * 4;
     if (leaves_idle(c, p, 16) || !choose_chunks(c, p, backward)) return false;
     p.shared_bytes = shared_bytes(c, p, backward);
@@ -276,18 +325,10 @@ constexpr Plan plan(const Call& c, bool backward) {
     Plan p = {};
     p.refusal = refusal(c);
     if (p.refusal != FITS) return p;
-    if (!backward && c.sm90a) {
-        const Plan hopper = plan_sm90a(c);
-        if (hopper.refusal == FITS) return hopper;
-    }
-    const int64_t most = most_sequences(c);
-    for (int64_t n = most; n > 0; n--)
-        if (arrange(c, p, n, 1, true, backward)) return p;
-    if (backward && c.sm90a)
-        for (int64_t split = 2; may_split(c, split); split *= 2)
-            if (arrange(c, p, 1, split, true, backward)) return p;
-    for (int64_t n = most; n > 0; n--)
-        if (arrange(c, p, n, 1, false, backward)) return p;
+    if (c.sm90a) return plan_sm90a(c, backward);
+    for (int in_shared = 1; in_shared >= 0; in_shared--)
+        for (int64_t n = most_sequences(c); n > 0; n--)
+            if (arrange(c, p, n, in_shared, backward)) return p;
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;

@@ -6,6 +6,7 @@
 //   out [d_model][n_heads head_dim]
 //   up  [ff_pad or 2 ff_pad][d_model]; with swiglu gates and values interleaved by 8, likewise
 //   down [d_model][ff_pad]
+// For sm_90a the same matrices, but as bricks of the parts that are multiplied at once (plan.h, each_pass).
 // Packed vectors of a layer, fp32: biases of qkv, of up, of out, of down, then the norms' eight; 0 where absent.
 // The loop norm is the first norm of "layer" n_layers.
 #pragma once
@@ -35,14 +36,9 @@
 namespace shift_cuda {
 
 #if defined(SHIFT_SM90A)
-constexpr bool SM90A = true;  // see resident_forward_sm90a.cu
+constexpr bool SM90A = true;  // see resident_sm90a.cu
 #else
 constexpr bool SM90A = false;
-#endif
-#if defined(SHIFT_EMULATE) || __CUDA_ARCH__ >= 900
-constexpr bool CLUSTERS = true;
-#else
-constexpr bool CLUSTERS = false;
 #endif
 
 using namespace tile;
@@ -54,7 +50,7 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
     int mbarriers, xn, work, others, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
-    int64_t layer, out, up, down;             // weights, in T; for sm_90a they are packed as tiles instead
+    int64_t layer, out, up, down;             // weights, in T; for sm_90a only how many a layer has
     int64_t vectors, layer_vectors;           // bytes from the workspace; fp32
     int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
     int64_t states;                           // bytes from the workspace
@@ -72,7 +68,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
-    l.layer = layer_weights(c, p.ff_pad);
+    l.layer = p.tiles ? layer_bricks(c, p) * (BRICK / OPERAND) : layer_weights(c, p.ff_pad);
     l.out = qkv_columns(c) * d;
     l.up = l.out + c.n_heads * c.head_dim * d;
     l.down = l.up + hidden_parts(c) * p.ff_pad * d;
@@ -174,13 +170,16 @@ struct Program {
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
-    // How many rows there are from one on, and whether it is one. Without clusters there is a multiple of 16.
-    __device__ int rows_from(int row) const { return CLUSTERS ? rows() - row : 16; }
-    __device__ bool exists(int row) const { return !CLUSTERS || row < rows(); }
-    __device__ int split() const { return CLUSTERS ? int(job.plan.split) : 1; }
+    // How many rows there are from one on, and whether it is one. But for sm_90a there is a multiple of 16.
+    __device__ int rows_from(int row) const { return SM90A ? rows() - row : 16; }
+    __device__ bool exists(int row) const { return !SM90A || row < rows(); }
+    __device__ int split() const { return SM90A ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
     __device__ int sample() const { return int(blockIdx.x) / split() * int(job.plan.sequences); }
     __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
+    __device__ int64_t loops() const {
+        return c().loops ? smaller(c().loops[sample()], c().most_loops) : c().most_loops;
+    }
 
     // Those who own the rows: all of the block, but for the warp that streams weights.
     __device__ int threads() const { return SM90A ? int(CONSUMERS) : int(blockDim.x); }
@@ -198,8 +197,9 @@ struct Program {
         return reinterpret_cast<N*>(shared_memory() + at);
     }
     __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
-    __device__ uint64_t* met() const { return shared<uint64_t>(job.at.mbarriers); }  // of a split sequence's blocks
-    __device__ uint64_t* full() const { return met() + 2; }                          // [stages]; these three sm_90a
+    // mbarriers, sm_90a: of a split sequence's blocks; see matmul_sm90a.cuh.
+    __device__ uint64_t* met() const { return shared<uint64_t>(job.at.mbarriers); }
+    __device__ uint64_t* full() const { return met() + 2; }                          // [stages]
     __device__ uint64_t* empty() const { return full() + job.plan.stages; }          // [stages]
     __device__ uint64_t* again() const { return empty() + job.plan.stages; }         // and an int
     __device__ T* work() const { return shared<T>(job.at.work); }

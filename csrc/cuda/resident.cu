@@ -2,8 +2,8 @@
 #include "pack.cuh"
 #include "resident_backward.cuh"
 
-// resident_forward_sm90a.cu: what a plan with tiles is for.
-extern "C" const char* shift_cuda_forward_sm90a(const Call*, const Plan*, void* stream);
+// resident_sm90a.cu: what a plan with tiles is for.
+extern "C" const char* shift_cuda_run_sm90a(const Call*, const Plan*, int backward, void* stream);
 
 namespace shift_cuda {
 
@@ -34,7 +34,7 @@ const char* shift_cuda_run(const Call* call, int backward, void* stream) {
     const Plan plan = shift_cuda::plan(*call, backward != 0);
     const shift_cuda::Job job = {*call, plan, shift_cuda::layout(*call, plan, backward != 0), backward};
     if (plan.refusal) return shift_cuda::reason(plan.refusal);
-    if (plan.tiles) return shift_cuda_forward_sm90a(call, &plan, stream);
+    if (plan.tiles) return shift_cuda_run_sm90a(call, &plan, backward, stream);
     return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
                                            : shift_cuda::run<tile::fp16>(job, stream);
 }

@@ -7,9 +7,9 @@
 // matmul a weight contracts them over all loops x tokens. Norm weights' gradients are summed in a buffer of the
 // program's own. No atomics: the result is the same bits every time.
 // Shared memory: one fp32 tile (x, then the branch's input gradient), one round's or chunk's intermediates, weight
-// tiles and tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside; dh; and the
-// fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
-// Grid: plan.h `programs` blocks of `threads`; on Hopper, where a sequence is split over blocks, in clusters of them.
+// tiles and (but for sm_90a) tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside;
+// dh; and the fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
+// Grid: plan.h `programs` blocks of `threads` (sm_90a: resident_sm90a.cu).
 #pragma once
 #include "attention_backward.cuh"
 #include "mlp_backward.cuh"
@@ -62,8 +62,8 @@ struct Gradient {
 
 // dh becomes the gradient of the half layer's input.
 template <class T>
-__device__ inline void half_layer_backward(const Program<T>& p, int layer, bool is_mlp, const BackwardKeep<T>& keep,
-                                           const Gradient<T>& dh) {
+__device__ __forceinline__ void half_layer_backward(const Program<T>& p, int layer, bool is_mlp,
+                                                    const BackwardKeep<T>& keep, const Gradient<T>& dh) {
     const Call& c = p.c();
     const Weights<T> w{p.job, layer};
     const int d = p.d(), slot = is_mlp ? NORM2 : NORM1;
@@ -93,7 +93,7 @@ __device__ inline void half_layer_backward(const Program<T>& p, int layer, bool 
     else
         attention_backward(p, xn, dy, w, keep.rows(c.dqkv, qkv_columns(c), layer),
                            keep.rows(c.o, c.n_heads * c.head_dim, layer));
-    sync_block();
+    p.sync();
 
     if (c.placement == POST)
         p.each_pair([&](int r, int j) { dh.add(r, j, tile_pair(p, r, j)); });
@@ -105,16 +105,14 @@ __device__ inline void half_layer_backward(const Program<T>& p, int layer, bool 
 
 // Loop t again from its boundary, and dh from the gradient of h_t to that of h_{t-1}.
 template <class T>
-__device__ inline void loop_backward(const Program<T>& p, int64_t t, const Gradient<T>& dh) {
+__device__ __forceinline__ void loop_backward(const Program<T>& p, int64_t t, const Gradient<T>& dh) {
     const Call& c = p.c();
     const BackwardKeep<T> keep{p, p.inside, t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
     const int64_t boundary = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
     begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
-    // A pre-norm's last half needs no result.
-    const bool whole = c.placement != PRE || c.loop_norm;
     for (int i = 0; i <= last; i++)
-        half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, whole || i < last);
+        half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, i < last || needs_last_half(c));
     if (c.loop_norm) {
         const Tile u = p.aside(int(states_aside(c, true)) - 1);
         p.each_pair([&](int r, int j) { store(u.row(r) + j, tile_pair(p, r, j)); });
@@ -126,14 +124,24 @@ __device__ inline void loop_backward(const Program<T>& p, int64_t t, const Gradi
     for (int i = last; i >= 0; i--) half_layer_backward(p, i / int(halves(c)), c.d_ff && i % 2, keep, dh);
 }
 
+// Up to this loop of the program's no gradient is carried.
 template <class T>
-__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
-    const Program<T> p(job);
-    const Call& c = job.call;
-    if (p.split() > 1) start_meetings(p);
+__device__ inline int64_t loops_without_gradient(const Program<T>& p) {
+    const int64_t n = p.c().n_grad_loops;
+    return n ? larger<int64_t>(p.loops() - n, 0) : 0;
+}
+
+// How many loops of this launch the program goes through.
+template <class T>
+__device__ inline int64_t loops_backward(const Program<T>& p) {
+    return smaller(p.loops(), p.c().high) - larger(p.c().low, loops_without_gradient(p));
+}
+
+template <class T>
+__device__ __forceinline__ void backward(const Program<T>& p) {
+    const Call& c = p.c();
     const Gradient<T> dh(p, c.dh), de(p, c.de);
-    const int64_t last = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
-    const int64_t first = c.n_grad_loops ? larger<int64_t>(last - c.n_grad_loops, 0) : 0;  // up to here none is carried
+    const int64_t last = p.loops(), first = loops_without_gradient(p);
     for (int64_t t = c.high; t > larger(c.low, first); t--) {
         if (c.return_all) {
             const int64_t at = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
@@ -146,7 +154,11 @@ __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constan
         if (c.injection) p.each_pair([&](int r, int j) { de.add(r, j, dh.get(r, j)); });
     }
     if (first > c.low) p.each_pair([&](int r, int j) { dh.set(r, j, make_float2(0.0f, 0.0f)); });
-    if (p.split() > 1) sync_cluster();  // others may still arrive here
+}
+
+template <class T>
+__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
+    backward(Program<T>(job));
 }
 
 }  // namespace shift_cuda

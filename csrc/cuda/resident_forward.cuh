@@ -6,8 +6,8 @@
 // Shared memory: the fp32 tile x, its 16-bit normalised copy, one round's or chunk's intermediates, weight tiles
 // under way (bytes: plan.h). L2: the weights, read by every program in every loop, and the tile where it is too
 // large for shared memory. Device memory: e in (with injection once a loop), h_T out; in training one h_t a loop.
-// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows. Where a sequence is split over blocks, they meet
-// twice in a round of heads, and where halting asks how much it changed.
+// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows (sm_90a: resident_sm90a.cu). Where a sequence is
+// split over blocks, they meet twice in a round of heads, and where halting asks how much it changed.
 #pragma once
 #include "layer.cuh"
 
@@ -84,11 +84,11 @@ __device__ inline bool settled(const Program<T>& p, Tile before) {
 
 // begins(t, running) is told before each loop, and at the end, whether there is one; it returns that.
 template <class T, class Begins>
-__device__ inline void forward(const Program<T>& p, Begins begins) {
+__device__ __forceinline__ void forward(const Program<T>& p, Begins begins) {
     const Call& c = p.c();
     const ForwardKeep<T> keep{p, p.rows()};
     const Tile before = p.aside(c.placement == SANDWICH);  // with halting
-    const int64_t most = c.loops ? smaller(c.loops[p.sample()], c.most_loops) : c.most_loops;
+    const int64_t most = p.loops();
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);
         if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);

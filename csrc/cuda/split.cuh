@@ -28,16 +28,6 @@ __device__ inline void meet(const Program<T>& p) {
     mbarrier_wait(p.met(), p.meetings++ % 2);
 }
 
-// Before the first meeting, where nobody streams weights (start_ring does it too).
-template <class T>
-__device__ inline void start_meetings(const Program<T>& p) {
-    if (threadIdx.x == 0) {
-        mbarrier_init(p.met(), p.warps() * p.split());
-        mbarrier_init_fence();
-    }
-    sync_cluster();
-}
-
 // How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.
 template <class T>
 __device__ inline int together(const Program<T>& p, int items) {

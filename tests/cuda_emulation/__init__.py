@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_forward_sm90a.cu")  # all that csrc/cuda exports
+LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_sm90a.cu")  # all that csrc/cuda exports
 RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
 FLAGS += [
