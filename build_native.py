@@ -96,10 +96,16 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
     flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"', "-c"]
     jobs = {}
     for source in cuda_sources():
-        # A source named for an architecture is for that alone; unless it is not asked for: others call it.
-        own = [arch for arch in archs if source.stem.endswith("_" + arch.replace("_", ""))]
-        jobs[source.stem] = [*flags, *(f"-gencode={_gencode(arch)}" for arch in own or archs), str(source)]
+        # A source named for an architecture is for that alone, the others for the rest; unless there is none: each
+        # is called from another.
+        own = [arch for arch in archs if _is_named_for(arch, source)]
+        rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in cuda_sources())]
+        jobs[source.stem] = [*flags, *(f"-gencode={_gencode(arch)}" for arch in own or rest or archs), str(source)]
     compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
+
+
+def _is_named_for(arch, source):
+    return source.stem.endswith("_" + arch.replace("_", ""))
 
 
 def _gencode(arch):

@@ -93,7 +93,7 @@ def refusal(problem: Problem) -> str | None:
 def _rows(seq_len: int) -> int:
     """seq_len to the next multiple of 16, which decides; a number even where torch.compile has a symbol.
 
-    The forward on Hopper has no more rows than tokens: there this may refuse what would just fit.
+    On Hopper programs have no more rows than tokens: there this may refuse what would just fit.
     """
     return next((rows for rows in range(16, LONG, 16) if seq_len <= rows), LONG)
 

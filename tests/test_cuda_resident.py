@@ -229,7 +229,7 @@ def test_each_sample_halts_where_the_reference_halts(gpu):
 # The planner. The arithmetic of plan.h's opening comment, written once more.
 
 
-def shared_bytes(spec, rows, kv_heads, ff_chunk, stages, in_shared, backward, split=1):
+def shared_bytes(spec, rows, kv_heads, ff_chunk, stages, in_shared, backward):
     group, swiglu = spec.n_heads // spec.n_kv_heads, spec.activation == "swiglu"
     qkv, queries = kv_heads * (group + 2) * spec.head_dim + 8, kv_heads * group * spec.head_dim + 8
     tile = rows * (spec.d_model + 8) * 4 if in_shared else 0
@@ -240,8 +240,7 @@ def shared_bytes(spec, rows, kv_heads, ff_chunk, stages, in_shared, backward, sp
     else:
         work, ring = max(qkv, ff_chunk + 8 if spec.d_ff else 0), stages * 128 * 72 * 2
         rest = rows * (spec.d_model + 8) * 2
-    brought = 16 * (2 * queries - 8) * 2 + 16 if split > 1 else 0
-    return tile + rows * 8 + 128 + rows * work * 2 + ring + rest + brought
+    return tile + rows * 8 + 128 + rows * work * 2 + ring + rest
 
 
 def plan(spec, batch, seq_len, limit, backward, dtype=torch.bfloat16, sms=132, **more):
@@ -266,12 +265,11 @@ def any_spec(rng):
 
 def test_planner_admits_what_brute_force_says_fits(gpu):
     rng = random.Random(0)
-    refused, splits = 0, 0
+    refused = 0
     for _ in range(200):
         spec, seq_len, batch = any_spec(rng), rng.randint(1, 128), rng.choice([1, 40, 4096])
         limit, backward, own = rng.choice([A100, GEFORCE, H100]), rng.random() < 0.5, rng.random() < 0.3
-        hopper = backward and rng.random() < 0.5
-        p = plan(spec, batch, seq_len, limit, backward, own_loops=own, sm90a=hopper)
+        p = plan(spec, batch, seq_len, limit, backward, own_loops=own)
         least = -(-seq_len // 16) * 16
         fits = any(
             shared_bytes(spec, least, kv_heads, chunk, stages, in_shared, backward) <= limit
@@ -280,31 +278,22 @@ def test_planner_admits_what_brute_force_says_fits(gpu):
             for stages, in_shared in itertools.product((2, 3, 4), (0, 1))
         )
         small = (1, min(16, spec.d_ff), 2, 1)  # kv_heads, ff_chunk, stages, in_shared
-        whole = shared_bytes(spec, least, *small, backward) <= limit
-        split = [
-            n
-            for n in (2, 4)
-            if hopper and seq_len > 16 * n
-            if shared_bytes(spec, -(-seq_len // n), *small, backward, n) <= limit
-        ]
-        assert (p.refusal == 0) == (fits or bool(split))
+        assert (p.refusal == 0) == fits
         if p.refusal:
             refused += 1
             continue
         chosen = (p.rows, p.kv_heads, p.ff_chunk, p.stages, p.tile_in_shared)
-        splits += p.split > 1
-        assert p.shared_bytes == shared_bytes(spec, *chosen, backward, p.split) <= limit
-        assert p.split == (1 if whole or not split else split[0])
-        assert p.tile_in_shared == (whole or bool(split))
-        assert p.sequences * seq_len <= p.rows * p.split <= 131
-        assert p.rows % 16 * (p.split == 1) == spec.n_kv_heads % p.kv_heads == p.ff_chunk % 16 == 0
-        assert p.programs == -(-batch // p.sequences) * p.split
+        assert p.shared_bytes == shared_bytes(spec, *chosen, backward) <= limit
+        assert p.tile_in_shared == (shared_bytes(spec, least, *small, backward) <= limit)
+        assert p.sequences * seq_len <= p.rows <= 128
+        assert p.rows % 16 == spec.n_kv_heads % p.kv_heads == p.ff_chunk % 16 == 0
+        assert (p.split, p.tiles) == (1, 0)
+        assert p.programs == -(-batch // p.sequences)
         assert p.threads == -(-p.rows // 32) * 128
         assert p.ff_chunk <= p.ff_pad == -(-spec.d_ff // 16) * 16
         assert p.sequences == 1 or not own
-        assert p.programs >= 132 or p.split > 1 or p.rows == least
+        assert p.programs >= 132 or p.rows == least
     assert 10 < refused < 150
-    assert splits > 5
 
 
 def test_planner_names_what_it_refuses(gpu):

@@ -16,6 +16,7 @@ __device__ inline void norm_backward(const Program<T>& p, Tile x, const float* w
         p.each_pair([&](int r, int j) { out(r, j, dy(r, j)); });
         return;
     }
+    sync_warp();  // all lanes have read those of the norm before
     for (int r = warp(); r < p.rows(); r += p.warps()) {
         const Moments m = moments(x.row(r), p.c());
         if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;

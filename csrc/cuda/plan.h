@@ -212,14 +212,17 @@ constexpr Refusal refusal(const Call& c) {
     return FITS;
 }
 
-// Hidden columns at a time: `width`, or as many as the heads leave room for, in chunks of one size.
+// Hidden columns at a time: `width`, or as many as the heads leave room for, in chunks of one size; for sm_90a whole
+// bricks, if it is one at least.
 constexpr int64_t ff_chunk(const Call& c, const Plan& p, int64_t width, bool backward) {
     if (!p.ff_pad) return 0;
     const int64_t room = attention_columns(c, p.kv_heads, backward);
     int64_t most = width;
     while (mlp_columns(c, most + 16, backward) <= room) most += 16;
+    const int64_t step = c.sm90a && most >= BRICK_SIDE ? BRICK_SIDE : 16;
+    most = most / step * step;
     const int64_t chunks = (p.ff_pad + most - 1) / most;
-    return ceil_to((p.ff_pad + chunks - 1) / chunks, 16);
+    return smaller(ceil_to((p.ff_pad + chunks - 1) / chunks, step), p.ff_pad);
 }
 
 // Fills in the chunks for one width of work.
