@@ -95,12 +95,14 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
     flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"', "-c"]
     jobs = {}
-    for source in cuda_sources():
-        # A source named for an architecture is for that alone, the others for the rest; unless there is none: each
-        # is called from another.
+    sources = cuda_sources()
+    for source in sources:
+        # A source named for an architecture is for that alone, the others for the rest; all are needed, so
+        # where that leaves none, for any.
         own = [arch for arch in archs if _is_named_for(arch, source)]
-        rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in cuda_sources())]
-        jobs[source.stem] = [*flags, *(f"-gencode={_gencode(arch)}" for arch in own or rest or archs), str(source)]
+        rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in sources)]
+        code = [f"-gencode={_gencode(arch)}" for arch in own or rest or archs]
+        jobs[source.stem] = [*flags, *code, str(source)]
     compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
 
 

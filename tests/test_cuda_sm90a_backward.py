@@ -1,7 +1,8 @@
 """The backward kernel for sm_90a on the emulated GPU, in the ways its planner can arrange it.
 
-Every option, whole sequences and split ones; then rings too small for a loop's weights and large enough, clusters that
-share the weights' way, rows for one and both warpgroups, the tile in L2: with every access watched, too.
+Every option, whole sequences and split ones; then rings too small for a loop's weights and large enough,
+clusters that share the weights' way, rows for one and both warpgroups, the tile in L2: with every access
+watched, too.
 """
 
 import shutil
@@ -28,7 +29,7 @@ PLANS = {
     "weights stay": (190 * KB, 3, 20, {"d_ff": 0}, 60, 1, 1, 6, 6, True),
     "four share": (85 * KB, 4, 25, {"norm_placement": "post"}, 25, 1, 4, 3, 16, True),
     "two share, 97 rows": (150 * KB, 2, 97, {"activation": "swiglu", "n_layers": 2}, 97, 1, 2, 4, 42, True),
-    "odd widths, two rounds": (140 * KB, 14, 9, ODD, 63, 1, 2, 4, 65, True),
+    "odd widths, three rounds": (140 * KB, 14, 9, ODD, 63, 1, 2, 4, 65, True),
     "tile in L2": (79 * KB, 1, 31, {"d_model": 128, "norm": "rmsnorm"}, 31, 1, 1, 3, 20, False),
     "rows of no token": (200 * KB, 4, 20, {"n_layers": 2}, 60, 1, 2, 7, 29, True),
     "two stages": (58 * KB, 3, 20, {"loop_norm": True, "d_ff": 0}, 20, 1, 1, 2, 9, True),
@@ -49,10 +50,10 @@ def on_hopper(monkeypatch, shared_bytes, watched=False):
     library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
-    make = cuda_backend.WeightGradients.operands
+    operands = cuda_backend.WeightGradients.operands
 
     def poisoned(self, rows, *, untouched):
-        found = make(self, rows, untouched=untouched)
+        found = operands(self, rows, untouched=untouched)
         return found if untouched else {name: x.fill_(torch.nan) for name, x in found.items()}
 
     monkeypatch.setattr(cuda_backend.WeightGradients, "operands", poisoned)

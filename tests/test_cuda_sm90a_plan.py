@@ -87,9 +87,7 @@ class Arrangement:
         for half in halves if needs_last else halves[:-1]:
             found += sum(tiles(hidden, d) + tiles(d, k) for hidden, k in self.passes(half))
         for half in halves if self.backward else []:
-            found += sum(
-                tiles(k, d) + tiles(hidden, d) + tiles(d, hidden) for hidden, k in self.passes(half)
-            )
+            found += sum(tiles(k, d) + tiles(hidden, d) + tiles(d, hidden) for hidden, k in self.passes(half))
         return found
 
     def bricks(self):
