@@ -95,6 +95,14 @@ def test_gradients_are_right_however_it_is_arranged(monkeypatch, name, watched):
         check(block, e, {"n_loops": 2})
 
 
+def test_tiny_recursive_models_at_their_own_size(monkeypatch):
+    on_hopper(monkeypatch, 227 * KB)
+    block, e = make(1, 97, **KINDS["trm"] | {"d_model": 512, "n_heads": 8, "head_dim": 64})
+    p = plan(block.spec, 1, 97, 227 * KB, True, sm90a=True)
+    assert (p.split, p.rows, p.tile_in_shared) == (2, 49, True)
+    check(block, e, {"n_loops": 1})
+
+
 @pytest.mark.parametrize("call", SPLIT_CALLS.values(), ids=SPLIT_CALLS)
 @pytest.mark.parametrize(("options", "split"), [(TRM, 2), ({"n_kv_heads": 1}, 4)], ids=["TRM", "four"])
 def test_blocks_of_a_split_sequence_do_not_race(monkeypatch, options, split, call):
