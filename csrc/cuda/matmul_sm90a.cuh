@@ -100,13 +100,14 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<T>& p, cons
 // acc[h] += a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose bricks begin at b. Beyond k both are zero.
 template <Major B, class T, int HALVES>
 __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b) {
-    constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;  // columns; or k, and no more columns
+    constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;
+    constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a brick has 64 columns
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * BRICK + kk * NEXT_16_K, NEXT_8, NEXT_8),
+            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * BRICK + kk * NEXT_16_K, NEXT_8, LEADING),
                             true);
     wgmma_commit();
     wgmma_wait<0>();
