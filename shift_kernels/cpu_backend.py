@@ -9,6 +9,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ DTYPES = (
     (torch.bfloat16, torch.bfloat16),
 )
 """Of e and of the matrix products' operands. Residual stream, attention and all sums are float32."""
+_HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Said of every tensor that the library writes to: torch's defaults belong to the user."""
 
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
@@ -126,8 +129,8 @@ def forward(
     """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
     call, keep = _call(e, weights, spec, asked)
     shape = (call.most_loops, *e.shape) if asked.return_all_loops else e.shape
-    out = torch.empty(shape) if asked.seq_lens is None else torch.zeros(shape)  # pads are never written
-    used = torch.empty(e.shape[0], dtype=torch.int64)
+    new = torch.empty if asked.seq_lens is None else torch.zeros  # pads are never written
+    out, used = new(shape, **_HERE), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
     saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
     _set_saved(call, saved)
@@ -148,8 +151,8 @@ def backward(
     """Gradients of e and of the weights, in the order of ``weights``."""
     call, keep = _call(e, weights, spec, asked)
     grad_h = grad_h.to(torch.float32).contiguous()
-    grad_e = torch.zeros(e.shape)
-    grads = {name: torch.zeros(w.shape) for name, w in weights.items()}
+    grad_e = torch.zeros(e.shape, **_HERE)
+    grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
     addresses = block.addresses(grads, spec)
     _set_saved(call, saved)
     call.grad_out = grad_h.data_ptr()
@@ -164,11 +167,10 @@ def _call(
 ) -> tuple[native.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
-    loops = torch.as_tensor(asked.n_loops).expand(batch).to(torch.int64).contiguous()
-    if asked.seq_lens is None:
-        lengths = torch.full((batch,), seq_len)
-    else:
-        lengths = asked.seq_lens.to("cpu", torch.int64).contiguous()
+    loops, lengths = (
+        torch.as_tensor(x, dtype=torch.int64, device="cpu").expand(batch).contiguous()
+        for x in (asked.n_loops, seq_len if asked.seq_lens is None else asked.seq_lens)
+    )
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()

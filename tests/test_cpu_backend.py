@@ -329,6 +329,24 @@ def test_memory_layout_does_not_matter():
 
 
 @needs_library
+@pytest.mark.parametrize("theirs", [torch.float64, torch.device("meta")], ids=str)
+def test_torchs_defaults_do_not_matter(theirs):
+    block, e = make()
+    step = lambda: (h := block(e, 2, backend="cpu"), *torch.autograd.grad(h.sum(), block.parameters()))  # noqa: E731
+    want = step()
+    if isinstance(theirs, torch.dtype):
+        torch.set_default_dtype(theirs)
+    else:
+        torch.set_default_device(theirs)
+    try:
+        got = step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(map(torch.equal, got, want))
+
+
+@needs_library
 def test_halting_stops_where_the_reference_stops():
     block, e = make(batch=6, norm_placement="post")
     lens = torch.tensor([7, 3, 1, 7, 5, 2])
