@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from shift_kernels.api import looped_block
 from shift_kernels.errors import input_error, type_error
@@ -55,8 +56,16 @@ class LoopedBlock(nn.Module):
                 nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as :func:`looped_block` takes them."""
-        return dict(self.named_parameters())
+        """The weights by name, as :func:`looped_block` takes them; they may be parametrized or shared."""
+        found = dict(self.named_parameters(remove_duplicate=False))
+        for name in self.spec.weight_shapes():
+            if name not in found:
+                path, _, leaf = name.rpartition(".")
+                owner = self.get_submodule(path)
+                # Not what the hooks of torch.nn.utils.weight_norm or prune leave: nothing would renew it.
+                if parametrize.is_parametrized(owner, leaf):
+                    found[name] = getattr(owner, leaf)
+        return {name: w for name, w in found.items() if ".parametrizations." not in name}
 
     def forward(
         self,

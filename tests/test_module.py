@@ -1,0 +1,55 @@
+"""The module's weights, where they are no plain parameters of its own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, looped_block
+
+
+def make():
+    torch.manual_seed(0)
+    return LoopedBlock(BlockSpec(d_model=8, n_heads=2, d_ff=16, n_layers=2)), torch.randn(2, 3, 8)
+
+
+def test_a_parametrized_weight_is_used_by_its_value():
+    block, e = make()
+    plain = block(e, 2)
+    linear = block.get_submodule("layers.0.linear1")
+    parametrizations.weight_norm(linear, "weight")
+    torch.testing.assert_close(block(e, 2), plain)
+    with torch.no_grad():
+        linear.parametrizations.weight.original0.mul_(2)
+    expected = looped_block(e, block.weights() | {"layers.0.linear1.weight": linear.weight}, block.spec, 2)
+    assert torch.equal(block(e, 2), expected)
+    assert not torch.allclose(expected, plain)
+    block(e, 2).sum().backward()
+    assert linear.parametrizations.weight.original0.grad.abs().sum() > 0
+
+
+def test_layers_may_share_a_weight():
+    block, e = make()
+    first, second = (block.get_submodule(f"layers.{i}.linear1") for i in range(2))
+    expected = looped_block(e, block.weights() | {"layers.1.linear1.weight": first.weight}, block.spec, 2)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), first.weight)
+    second.weight = first.weight
+    out = block(e, 2)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), first.weight)[0], expected_grad)
+
+
+def test_parametrized_and_shared_weights_compile():
+    block, e = make()
+    parametrizations.weight_norm(block.get_submodule("layers.0.linear1"), "weight")
+    block.get_submodule("layers.1.linear2").weight = block.get_submodule("layers.0.linear2").weight
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(e, 2), block(e, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_only_a_submodules_hook_renews_is_refused():
+    block, e = make()
+    nn.utils.weight_norm(block.get_submodule("layers.0.linear1"), "weight")
+    with pytest.raises(ShiftInputError, match=r"layers\.0\.linear1\.weight"):
+        block(e, 1)
