@@ -103,10 +103,11 @@ class LoopedBlock(nn.Module):
         Args:
             layer: ``torch.nn.TransformerEncoderLayer``; dropout must be 0 or the layer in eval mode.
             causal: what the layer was called with (``is_causal``, its mask); the layer does not know.
-            options: further fields of :class:`BlockSpec`, such as ``injection="add"``.
+            options: further fields of :class:`BlockSpec`, such as ``injection="add"``, but none for which
+                the layer has no weights.
 
         Raises:
-            ShiftInputError: dropout, or an activation that is neither relu nor gelu.
+            ShiftInputError: dropout, an activation that is neither relu nor gelu, or such an option.
         """
         me = "LoopedBlock.from_torch"
         if not isinstance(layer, nn.TransformerEncoderLayer):
@@ -137,6 +138,12 @@ class LoopedBlock(nn.Module):
             causal=causal,
             **options,
         )
+        own = {f"layers.0.{name}": tuple(w.shape) for name, w in layer.state_dict().items()}
+        if {name: shape for name, shape in spec.weight_shapes().items() if "loop_norm" not in name} != own:
+            raise input_error(
+                me, "options", options, "fields that ask for no other weights than the layer's",
+                "Leave out n_layers, n_kv_heads and head_dim.",
+            )  # fmt: skip
         weight = layer.linear1.weight
         block = cls(spec, device=weight.device, dtype=weight.dtype)
         block.layers.get_submodule("0").load_state_dict(layer.state_dict())  # type: ignore[union-attr]

@@ -154,6 +154,12 @@ CASES = [
         False,
     ),
     (
+        "from_torch with layers that it would have to invent",
+        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0), causal=True, n_layers=2),
+        "options",
+        False,
+    ),
+    (
         "to_torch of what torch lacks",
         lambda: LoopedBlock(BlockSpec(8, 2, norm="rmsnorm")).to_torch(),
         "spec",
