@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from shift_kernels import dispatch, reference, triton_backend
 from shift_kernels import ops as _register_operators  # noqa: F401
@@ -70,6 +71,8 @@ def looped_block(
         n_loops = n_loops.expand(e.shape[0])
     asked = Asked(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
+    if chosen.backend != "torch" and not torch.compiler.is_compiling():
+        _refuse_transforms(chosen.backend, (e, *ordered.values()))
     with torch.autocast(e.device.type, enabled=False):
         if torch.compiler.is_compiling():
             h, used = _as_operator(e, ordered, spec, asked, grad, chosen.backend)
@@ -84,6 +87,20 @@ def looped_block(
     if cu_seqlens is not None:
         h = h[..., taken, :]
     return h if halt_threshold is None else (h, used)
+
+
+def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:
+    """Kernels know reverse mode alone: a tangent would be lost without a word."""
+    level = forward_ad._current_level  # asked first, for what it spares every other call
+    tangents = level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    if tangents or torch._C._are_functorch_transforms_active():
+        raise input_error(
+            _ME,
+            "backend",
+            backend,
+            "'torch' under torch.func and in forward-mode differentiation",
+            "Call looped_block(..., backend='torch').",
+        )
 
 
 def _as_operator(

@@ -13,6 +13,7 @@ from any_problem import problems
 from hypothesis import HealthCheck, given, settings
 from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
 from shift_kernels import (
     BlockSpec,
@@ -384,6 +385,20 @@ def test_public_call_gives_the_same_as_the_backend(call):
         assert torch.equal(a, b)
     with torch.no_grad():
         assert torch.equal(block(e, **call, backend="cpu"), h)
+
+
+@needs_library
+def test_forward_mode_and_transforms_say_what_to_do():
+    block, e = make()
+    block.requires_grad_(False)
+    with forward_ad.dual_level():
+        assert block(e, 1).isfinite().all()  # no tangent goes in: nothing is lost
+        with pytest.raises(ShiftInputError, match="backend='torch'"):
+            block(forward_ad.make_dual(e, e), 1)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(ShiftInputError, match="backend='torch'"):
+            transform(lambda x: block(x, 1).sum())(e)
+        assert transform(lambda x: block(x, 1, backend="torch").sum())(e).isfinite().all()
 
 
 @needs_library
