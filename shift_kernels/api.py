@@ -141,16 +141,14 @@ def _padded(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None) -> tuple[Ten
             "Drop cu_seqlens for a padded e.",
         )
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise type_error(
-            _ME, "cu_seqlens", type(cu_seqlens).__name__, "an int32 or int64 tensor", "Use torch.tensor(...)."
-        )
-    lens = cu_seqlens.diff().to(e.device)
+        given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise type_error(_ME, "cu_seqlens", given, "an int32 or int64 tensor", "Use torch.tensor(...).")
     if (
         cu_seqlens.ndim != 1
-        or len(lens) < 1
+        or len(cu_seqlens) < 2
         or cu_seqlens[0] != 0
         or cu_seqlens[-1] != len(e)
-        or lens.min() < 0
+        or cu_seqlens.diff().min() < 0
     ):
         raise input_error(
             _ME,
@@ -159,6 +157,7 @@ def _padded(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None) -> tuple[Ten
             f"offsets rising from 0 to {len(e)}, the rows of e",
             "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).",
         )
+    lens = cu_seqlens.diff().to(e.device)
     taken = torch.arange(max(int(lens.max()), 1), device=e.device) < lens[:, None]
     return e.new_zeros(*taken.shape, e.shape[1]).index_put((taken,), e), lens, taken
 

@@ -128,6 +128,7 @@ CASES = [
         False,
     ),
     ("offsets of floats", call(e=E[0], cu_seqlens=torch.tensor([0.0, 5.0])), "cu_seqlens", True),
+    ("offsets without a dimension", call(e=E[0], cu_seqlens=torch.tensor(5)), "cu_seqlens", False),
     ("offsets that end early", call(e=E[0], cu_seqlens=torch.tensor([0, 4])), "cu_seqlens", False),
     ("offsets that fall", call(e=E[0], cu_seqlens=torch.tensor([0, 4, 3, 5])), "cu_seqlens", False),
     ("q of rank 3", attend(q=Q[0]), "q", False),
