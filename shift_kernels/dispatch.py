@@ -12,7 +12,7 @@ import torch
 from shift_kernels import cpu_backend, cuda_backend, torch_backend, triton_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import DTYPES, BlockSpec
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
 # unavailable, meant_for, refusal, how (in a phrase), saved_bytes,
@@ -155,11 +155,23 @@ def explain(
         grad: whether a backward pass follows.
         n_loops: T, for the memory figures.
         backend: as for ``looped_block``.
+
+    Raises:
+        ShiftInputError: no such block can be called, or the named backend does not serve it.
     """
     if not isinstance(spec, BlockSpec):
         raise type_error(
             "shift_kernels.explain", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
         )
+    for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("n_loops", n_loops, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise type_error("shift_kernels.explain", name, value, f"an int >= {least}", "Pass an int.")
+        if value < least:
+            raise input_error(
+                "shift_kernels.explain", name, value, f"an int >= {least}", "Choose a larger one."
+            )
+    if dtype not in DTYPES:
+        raise type_error("shift_kernels.explain", "dtype", dtype, f"one of {DTYPES}", "Pass e.dtype.")
     problem = Problem(spec, batch, seq_len, dtype, dtype, torch.device(device), grad)
     chosen = plan(problem, backend)
     lines = [

@@ -140,6 +140,10 @@ CASES = [
     ("attention length too long", attend(seq_lens=torch.tensor([7, 1])), "seq_lens", False),
     ("attention on an unknown backend", attend(backend="cuda"), "backend", False),
     ("explain without a spec", lambda: explain("gpt2", 1, 1), "spec", True),
+    ("explain of an empty batch", lambda: explain(SPEC, 0, 1), "batch", False),
+    ("explain of half a token", lambda: explain(SPEC, 1, 0.5), "seq_len", True),
+    ("explain of a dtype's name", lambda: explain(SPEC, 1, 1, dtype="float32"), "dtype", True),
+    ("explain of negative loops", lambda: explain(SPEC, 1, 1, n_loops=-1), "n_loops", False),
     ("module without a spec", lambda: LoopedBlock({"d_model": 8}), "spec", True),
     (
         "from_torch of something else",
