@@ -85,7 +85,7 @@ def looped_block(
         h = torch.stack(history) if history else e.new_empty(0, *e.shape)
     if valid is not None:
         h = _zero_where_not(valid[..., None], h)
-    return h, used
+    return (h.clone() if h is e else h), used  # after no loops: what is done to h must not change e
 
 
 def loop_body(

@@ -134,6 +134,13 @@ def test_t_loops_are_t_single_loops(options):
     torch.testing.assert_close(block(e, 3), h, atol=1e-12, rtol=1e-12)
 
 
+def test_no_loops_return_memory_of_their_own():
+    block, e = make(injection="none")
+    with torch.no_grad():
+        block(e, 0, backend="torch").fill_(7)
+    assert not (e == 7).any()
+
+
 @pytest.mark.parametrize("injection", ["none", "add"])
 def test_zero_loops_return_the_initial_state(injection):
     block, e = make(injection=injection)
