@@ -11,6 +11,7 @@ from shift.model import LoopedTransformer
 from shift.schedule import LoopSchedule, make_schedule
 from shift.tasks import make_task
 from shift.tasks.base import Task
+from shift_kernels.errors import input_error
 
 
 def build_task(config: TrainConfig) -> Task:
@@ -50,4 +51,14 @@ def find_device(name: str) -> torch.device:
     """``auto``: this process's GPU where there is one (torchrun gives each process of a machine its own)."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    n_cuda = torch.cuda.device_count()
+    if device is None or (device.type == "cuda" and (device.index or 0) >= n_cuda):
+        raise input_error(
+            "TrainConfig", "device", name, f"auto, cpu, or one of this machine's {n_cuda} CUDA devices",
+            "Choose one that is here.",
+        )  # fmt: skip
+    return device

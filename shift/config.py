@@ -7,6 +7,7 @@ makes sure that it continues what it thinks it continues.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -161,6 +162,8 @@ class TrainConfig:
         _check_least("landscape.every", self.landscape.every, 0)
         _check_least("landscape.burst", self.landscape.burst, 1)
         _check_least("optimiser.warmup", self.optimiser.warmup, 0)
+        if self.n_grad_loops is not None:
+            _check_least("n_grad_loops", self.n_grad_loops, 1)
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("optimiser.lr_schedule", self.optimiser.lr_schedule, ("constant", "cosine", "wsd"))
         if self.min_flops and (self.landscape.every or self.optimiser.lr_schedule != "constant"):
@@ -175,6 +178,17 @@ class TrainConfig:
                     "TrainConfig", f"optimiser.{name}", getattr(self.optimiser, name), "a float > 0",
                     "Choose a positive number; clip = inf never clips.",
                 )  # fmt: skip
+
+        if not all(0 <= beta < 1 for beta in self.optimiser.betas):
+            raise input_error(
+                "TrainConfig", "optimiser.betas", self.optimiser.betas, "two floats from 0 to below 1",
+                "Choose others.",
+            )  # fmt: skip
+        if not 0 <= self.optimiser.weight_decay < math.inf:
+            raise input_error(
+                "TrainConfig", "optimiser.weight_decay", self.optimiser.weight_decay, "a finite float >= 0",
+                "Choose another.",
+            )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values; what is None is left out, as TOML has no null."""

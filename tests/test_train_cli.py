@@ -85,12 +85,22 @@ def test_a_mistake_in_a_file_is_named_with_what_is_allowed(tmp_path, text, argum
         ({"optimiser": {"lr": 0.0}}, "optimiser.lr"),
         ({"optimiser": {"clip": float("nan")}}, "optimiser.clip"),
         ({"optimiser": {"warmup": -1}}, "optimiser.warmup"),
+        ({"optimiser": {"betas": [0.9, 1.0]}}, "optimiser.betas"),
+        ({"optimiser": {"weight_decay": -0.1}}, "optimiser.weight_decay"),
+        ({"n_grad_loops": 0}, "n_grad_loops"),
         ({"model": {"n_loops": 0}}, "model.n_loops"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(changes, argument):
     with pytest.raises(ShiftInputError, match=f"'{argument}'"):
         TrainConfig.from_dict(changes)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_unusable_input(tiny_toml, tmp_path, device, capsys):
+    run = ["--run-dir", str(tmp_path / "run"), "--config", str(tiny_toml), "--device", device]
+    assert main(run) == 2
+    assert f"'device' = '{device}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
