@@ -64,7 +64,8 @@ class RunDirectory:
         self.checkpoint = self._find_checkpoint() if resume else None
         if not writes:
             return
-        if not resume and (path / METRICS).exists():
+        metrics = path / METRICS  # empty: a run that was refused, or ended, before it had done anything
+        if not resume and metrics.exists() and metrics.stat().st_size > 0:
             raise input_error(
                 "shift.Trainer", "run_dir", str(path), "a directory without a run in it",
                 "Resume that run (resume=True, --resume auto), or choose another directory.",

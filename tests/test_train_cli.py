@@ -103,6 +103,13 @@ def test_a_device_that_is_not_here_is_unusable_input(tiny_toml, tmp_path, device
     assert f"'device' = '{device}'" in capsys.readouterr().err
 
 
+def test_a_start_that_was_refused_does_not_take_the_directory(tiny_toml, tmp_path):
+    run = ["--run-dir", str(tmp_path / "run"), "--config", str(tiny_toml)]
+    assert main([*run, "--backend", "nosuch"]) == 2
+    assert main([*run, "--steps", "1"]) == 0
+    assert main([*run, "--steps", "1"]) == 2
+
+
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_every_preset_describes_a_model_that_runs_on_its_task(name):
     config = load_config(name)
