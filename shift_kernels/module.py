@@ -98,7 +98,7 @@ class LoopedBlock(nn.Module):
 
     @classmethod
     def from_torch(cls, layer: nn.TransformerEncoderLayer, *, causal: bool, **options) -> LoopedBlock:
-        """A looped block with a copy of this layer's weights: one loop gives the layer's output.
+        """A looped block with a copy of this layer's weights, frozen where those are: one loop does the same.
 
         Args:
             layer: ``torch.nn.TransformerEncoderLayer``; dropout must be 0 or the layer in eval mode.
@@ -146,7 +146,10 @@ class LoopedBlock(nn.Module):
             )  # fmt: skip
         weight = layer.linear1.weight
         block = cls(spec, device=weight.device, dtype=weight.dtype)
-        block.layers.get_submodule("0").load_state_dict(layer.state_dict())  # type: ignore[union-attr]
+        own_layer = block.get_submodule("layers.0")
+        own_layer.load_state_dict(layer.state_dict())
+        for name, p in layer.named_parameters():
+            own_layer.get_parameter(name).requires_grad_(p.requires_grad)
         return block
 
     def to_torch(self) -> nn.TransformerEncoderLayer:

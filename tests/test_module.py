@@ -53,3 +53,11 @@ def test_a_weight_that_only_a_submodules_hook_renews_is_refused():
     nn.utils.weight_norm(block.get_submodule("layers.0.linear1"), "weight")
     with pytest.raises(ShiftInputError, match=r"layers\.0\.linear1\.weight"):
         block(e, 1)
+
+
+def test_what_was_frozen_in_torchs_layer_stays_frozen():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layer.linear1.weight.requires_grad_(False)
+    block = LoopedBlock.from_torch(layer, causal=False)
+    frozen = [name for name, p in block.named_parameters() if not p.requires_grad]
+    assert frozen == ["layers.0.linear1.weight"]
