@@ -128,7 +128,7 @@ def compare_arms(
     """
     arms = {name: make_arm(name, base) for name in dict.fromkeys(names) if name not in DERIVED}
     _check(seeds, jobs, base, target, overtime, arms)
-    plan = _write_plan(out, target, command_line)
+    plan = _write_plan(out, target, command_line) | {"overtime": overtime}
     comparison = Comparison(out, seeds, jobs)
 
     # Two loops are tried in any case: at once, as the workers take seconds to start.

@@ -198,6 +198,11 @@ def _rules(results: Mapping[str, Any]) -> list[str]:
         f"Constant T tried: {', '.join(map(str, smallest['tried']))}; {found} enough on all seeds.",
         "Wall time: taken with several runs side by side on the machine.",
     ]
+    if results["plan"].get("overtime"):
+        rules.append(
+            "A run that was not at the target after its steps went on until it had spent as much compute as "
+            "Looped of its seed in all; the end is then that."
+        )
     if stopped and stopped["valid"]:
         rules.append(
             "Looped, stopped: read off Looped's own evaluations, at the compute that SHIFT used in all on "

@@ -323,6 +323,7 @@ def test_runs_that_miss_the_target_get_loopeds_compute(tmp_path):
     assert (out / "looped" / "seed-5" / "metrics.jsonl").read_text() == looped
     arms = json.loads((out / "results.json").read_text())["arms"]
     spent = {name: arm["seeds"][0]["flops_total"] for name, arm in arms.items()}
+    assert "went on until it had spent" in (out / "report.md").read_text()
     steps = after.count('"kind": "train"')
     assert spent["looped"] <= spent["single"] < spent["looped"] * steps / (steps - 1)
     checks = json.loads((out / "results.json").read_text())["fairness"]
