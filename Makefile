@@ -16,9 +16,9 @@ install: $(VENV)/train.stamp
 demo: install
 	$(BIN)/shift-compare --preset demo --out runs/demo
 
-# One process a core, each with one thread.
+# One process a core, each with one thread; whoever is done takes over from the others.
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
