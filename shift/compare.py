@@ -164,7 +164,12 @@ def matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
     path = out / PLAN
     plan = json.loads(path.read_text(encoding="utf-8"))
     if MATCHED not in plan:
-        steps = [row["n_loops"] for run in shift.values() for row in run.of_kind("train")]
+        steps = [
+            row["n_loops"]
+            for run in shift.values()
+            for row in run.of_kind("train")
+            if row["step"] <= run.config["steps"]
+        ]
         plan[MATCHED] = round(statistics.mean(steps), 2)
         replace_atomically(path, json.dumps(plan, indent=1).encode())
     return plan[MATCHED]

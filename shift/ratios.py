@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from shift.arms import AGAIN
+
 CI_PAIRS = 5
 """Fewer pairs of seeds than this have no interval worth printing."""
 
@@ -81,7 +83,9 @@ def smallest_sufficient(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     Returns:
         ``tried`` (all constant numbers of loops among the arms), ``n_loops`` and ``arm`` (None: none did).
     """
-    constant = {arm["n_loops"]: name for name, arm in arms.items() if arm["n_loops"] is not None}
+    constant = {
+        arm["n_loops"]: name for name, arm in arms.items() if arm["n_loops"] is not None and name != AGAIN
+    }
     enough = [t for t, name in constant.items() if reached_on_all(arms[name]["seeds"])]
     best = min(enough, default=None)
     return {"tried": sorted(constant), "n_loops": best, "arm": None if best is None else constant[best]}

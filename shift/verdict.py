@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shift.arms import AGAIN
 from shift.ratios import reached_on_all
 from shift.words import count, each, goal, listing, percent
 
@@ -114,7 +115,9 @@ def _cheaper(arms: Mapping[str, Any]) -> str:
     rivals = {
         arm["label"]: arm["against_looped"]["mean"]
         for name, arm in arms.items()
-        if name not in ("shift", "looped") and reached_on_all(arm["seeds"]) and arm["against_looped"]["mean"]
+        if name not in ("shift", "looped", AGAIN)
+        and reached_on_all(arm["seeds"])
+        and arm["against_looped"]["mean"]
     }
     cheaper = sorted((ratio, label) for label, ratio in rivals.items() if ratio < limit)
     if cheaper:

@@ -25,6 +25,7 @@ from shift.fairness import fairness
 from shift.pool import Display
 from shift.ratios import against_looped
 from shift.results import first_crossing, share_of_looped
+from shift.verdict import verdict
 from shift_kernels import ShiftInputError
 
 SEEDS = [0, 1]
@@ -211,6 +212,25 @@ def test_the_smallest_sufficient_t_must_reach_the_target_on_all_seeds(out):
     write_arm(out, "looped:3", {0: reaches(70), 1: reaches(200)}, always(3))
     smallest = collected(out, ["single", "looped", "looped:3"], SEEDS)["smallest_sufficient"]
     assert smallest == {"tried": [1, 3, 4], "n_loops": 4, "arm": "looped"}
+
+
+def test_looped_again_is_a_measure_of_chance_and_no_way_to_train(out):
+    write_arm(out, "again", {0: reaches(40), 1: reaches(200)}, always(4))
+    results = collected(out, ["single", "looped", "again"], SEEDS)
+    assert results["smallest_sufficient"] == {"tried": [1, 4], "n_loops": 4, "arm": "looped"}
+
+
+def test_looped_again_is_not_praised_as_cheaper(out):
+    write_arm(out, "again", {0: reaches(20), 1: reaches(20)}, always(4))
+    assert "other data" not in " ".join(verdict(collected(out, [*NAMES, "again"], SEEDS)))
+
+
+def test_what_is_reached_after_the_steps_is_late(out):
+    for seed, late in ((0, True), (1, False)):
+        path = out / "shift" / f"seed-{seed}" / "config.toml"
+        assert collected(out, NAMES, SEEDS)["arms"]["shift"]["seeds"][seed]["late"] is False
+        path.write_text(path.read_text().replace("steps = 100", "steps = 50"))
+        assert collected(out, NAMES, SEEDS)["arms"]["shift"]["seeds"][seed]["late"] is late
 
 
 # --- fairness --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.overall import overall
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
-from shift.arms import SMALLEST
+from shift.arms import AGAIN, SMALLEST
 from shift.document import (
     Block,
     Cell,
@@ -34,7 +34,8 @@ from shift.words import count, duration, flops, percent
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"
 OURS = ("shift", "climb")
-SUMMED = (*OURS, "again")
+SUMMED = (*OURS, AGAIN)
+"""Arms that get a sentence over all tasks."""
 DECIDE = (*OURS, "ladder")
 """Arms that choose from what they see when to loop more."""
 
