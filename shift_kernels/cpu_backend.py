@@ -5,6 +5,7 @@ Keeps what the matrix products need again in the backward; of very large batches
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import weakref
@@ -36,6 +37,8 @@ MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
 MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
+LINE = 64
+"""Bytes of a cache line."""
 DTYPES = (
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),  # autocast
@@ -204,11 +207,17 @@ _FREE: list[np.ndarray] = []  # at most one buffer that no step uses
 def _buffer(shape: tuple[int, ...]) -> Tensor:
     """An uninitialised float32 tensor, in the memory that an earlier step has given back if that is enough.
 
-    Fresh memory of this size comes from the system page by page, which took as long as the forward itself.
+    Fresh memory of this size comes from the system page by page, which took as long as the forward itself. It
+    begins on a cache line: numpy's does not, and a vector that lies on two lines costs twice.
     """
     n = math.prod(shape)
-    memory = _FREE.pop() if _FREE and len(_FREE[0]) >= n else np.empty(n, dtype=np.float32)
-    part = memory[:n]
+    memory = np.empty(0, dtype=np.float32)
+    with contextlib.suppress(IndexError):  # another thread may have taken it
+        memory = _FREE.pop()
+    if len(memory) < n + LINE // 4:
+        memory = np.empty(n + LINE // 4, dtype=np.float32)
+    start = -memory.ctypes.data % LINE // 4
+    part = memory[start : start + n]
     weakref.finalize(part, _give_back, memory)
     return torch.from_numpy(part).view(shape)
 
