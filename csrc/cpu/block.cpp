@@ -83,10 +83,10 @@ LayerWeights<P> take_weights(Memory& m, const Shape& s, bool backward) {
 template <class Memory>
 LayerGrads take_grads(Memory& m, const Shape& s) {
     LayerGrads g;
-    g.qkv = m.take(int64_t(s.qkv) * s.dp), g.qkv_bias = m.take(s.qp);
-    g.out = m.take(int64_t(s.d) * s.ap), g.out_bias = m.take(s.dp);
+    g.qkv = m.take(int64_t(s.qp) * s.dp), g.qkv_bias = m.take(s.qp);
+    g.out = m.take(int64_t(s.dp) * s.ap), g.out_bias = m.take(s.dp);
     g.up = m.take(int64_t(s.up) * s.dp), g.up_bias = m.take(s.up);
-    g.down = m.take(int64_t(s.d) * s.fp), g.down_bias = m.take(s.dp);
+    g.down_t = m.take(int64_t(s.fp) * s.dp), g.down_bias = m.take(s.dp);
     for (NormGrads* n : {&g.n1, &g.n1_post, &g.n2, &g.n2_post}) n->gain = m.take(s.dp), n->shift = m.take(s.dp);
     return g;
 }
@@ -177,7 +177,7 @@ struct Workspace {
         const int64_t n = c.seq_len, np = padded(n);
         const int64_t widest = std::max({s.dp, s.qp, s.ap, s.fp, s.up});
         room.rows = m.take(rows * widest);
-        if (backward) room.stacked = m.take((rows + 1) * widest), room.panels = m.take((rows + 1) * widest);
+        if (backward) room.columns = m.take((rows + 1) * 16), room.panels = m.take((rows + 1) * std::max(s.dp, s.ap));
         room.attention = m.take(16 * (c.head_dim + n) + (backward ? 2 * n * np : 0));  // 16: the widest vector
         if (backward) {
             t = take_temporaries(m, s, rows);
@@ -375,7 +375,9 @@ void add_layer_grads(const Shape& s, const LayerGrads& g, float* const* to) {
         add_padded(g.up + int64_t(up_row(s, i)) * s.dp, 1, s.d, s.dp, to[UP_W] + int64_t(i) * s.d);
         if (to[UP_B]) to[UP_B][i] += g.up_bias[up_row(s, i)];
     }
-    add_padded(g.down, s.d, s.f, s.fp, to[DOWN_W]), add_padded(g.down_bias, 1, s.d, s.dp, to[DOWN_B]);
+    for (int i = 0; i < s.d; i++)
+        for (int j = 0; j < s.f; j++) to[DOWN_W][int64_t(i) * s.f + j] += g.down_t[int64_t(j) * s.dp + i];
+    add_padded(g.down_bias, 1, s.d, s.dp, to[DOWN_B]);
     const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post};
     const int names[] = {N1_W, N1P_W, N2_W, N2P_W};
     for (int i = 0; i < 4; i++) {

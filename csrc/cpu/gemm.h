@@ -88,12 +88,12 @@ inline void gemm(int m, int n, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     for (; j < n; j += VL) rows<P, 1>(m, j, k, a, from(j), epilogue);
 }
 
-// C[m, n] += A[k, m]^T B[k, n] for few k and many m, both stacked in panels: one of A's stays in L1 while B
-// passes by.
-template <class P>
-inline void gemm_outer(int m, int n, int k, MatB<P> a, MatB<P> b, float* c, int64_t ldc) {
-    for (int i = 0; i < m; i += VL)
-        gemm<P>(m - i < VL ? m - i : VL, n, k, {a.p + i / VL * a.panel, 1, VL}, b, Add{c + i * ldc, ldc});
+// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `room` for as many numbers.
+inline MatA<F32> columns(F32, int, const float* x, int64_t ld, float*) { return {x, 1, ld}; }
+inline MatA<BF16> columns(BF16, int rows, const float* x, int64_t ld, float* room) {
+    auto* cells = reinterpret_cast<uint32_t*>(room);
+    stack<BF16>(rows, VL, x, ld, cells);
+    return {cells, 1, VL};
 }
 
 }  // namespace

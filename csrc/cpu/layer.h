@@ -40,7 +40,7 @@ struct LayerWeights {
 };
 
 struct LayerGrads {  // row-major, padded
-    float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;
+    float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down_t, *down_bias;  // down_t: [inputs, outputs]
     NormGrads n1, n1_post, n2, n2_post;
 };
 
@@ -54,11 +54,6 @@ struct Rows {  // the sequences of a tile
     int count;
     const int* lengths;
 };
-
-inline void add_columns(int rows, int width, const float* x, float* total) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < width; j += VL) store(total + j, load(total + j) + load(x + i * width + j));
-}
 
 inline void axpy(int64_t n, float factor, const float* x, const float* y, float* out) {
     for (int64_t i = 0; i < n; i += VL) store(out + i, load(y + i) + factor * load(x + i));
@@ -181,7 +176,7 @@ inline void close_branch_backward(const Shape& s, int rows, const float* x, cons
 
 // Room for products' operands and for attention, of one thread.
 struct Room {
-    float *rows, *stacked, *panels, *attention;
+    float *rows, *columns, *panels, *attention;
 };
 
 // A of x W^T: rows of x, whose first k numbers count.
@@ -218,22 +213,28 @@ struct Temporaries {  // [rows, width] each
     float *dz, *dy, *d_o, *d_qkv, *du;
 };
 
-// x[rows, width] in panels, rows being the summed index.
-template <class P>
-inline MatB<P> stacked(int rows, int width, const float* x, float* room) {
-    auto* cells = reinterpret_cast<typename P::cell*>(room);
-    const int k = cells_of<P>(rows);
-    stack<P>(rows, width, x, VL, int64_t(k) * VL, cells);
-    return panels<P>(cells, k);
+// The sums of VL columns of x.
+inline vf column_sums(int rows, const float* x, int64_t ld) {
+    vf even = all(0), odd = all(0);  // two additions under way at a time
+    int i = 0;
+    for (; i + 2 <= rows; i += 2) even += load(x + i * ld), odd += load(x + (i + 1) * ld);
+    return i < rows ? even + odd + load(x + i * ld) : even + odd;
 }
 
-// weight += dy^T x, bias += column sums of dy
+// weight[wide, narrow] += x^T y of x[rows, wide], y[rows, narrow]: y in panels stays in L1 while x's columns pass
+// by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is a gradient.
 template <class P>
-inline void weight_grads(int rows, int outs, int ldy, const float* dy, int ldx, const float* x, float* weight,
-                         float* bias, Room room) {
-    gemm_outer<P>(outs, ldx, cells_of<P>(rows), stacked<P>(rows, ldy, dy, room.stacked),
-                  stacked<P>(rows, ldx, x, room.panels), weight, ldx);
-    add_columns(rows, ldy, dy, bias);
+inline void weight_grads(int rows, int wide, const float* x, float* x_sums, int narrow, const float* y, float* y_sums,
+                         float* weight, Room room) {
+    const int k = cells_of<P>(rows);
+    auto* stacked = reinterpret_cast<typename P::cell*>(room.panels);
+    stack<P>(rows, narrow, y, narrow, stacked);
+    for (int i = 0; i < wide; i += VL) {
+        gemm<P>(VL, narrow, k, columns(P{}, rows, x + i, wide, room.columns), panels<P>(stacked, k),
+                Add{weight + int64_t(i) * narrow, narrow});
+        if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
+    }
+    for (int j = 0; y_sums && j < narrow; j += VL) store(y_sums + j, load(y_sums + j) + column_sums(rows, y + j, narrow));
 }
 
 template <class P>
@@ -246,13 +247,13 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
         gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, s.d, t.dz, room),
                                             panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp);
-        weight_grads<P>(rows, s.d, s.dp, t.dz, s.fp, k.act, g.down, g.down_bias, room);
-        weight_grads<P>(rows, s.up, s.up, t.du, s.dp, y2, g.up, g.up_bias, room);
+        weight_grads<P>(rows, s.fp, k.act, nullptr, s.dp, t.dz, g.down_bias, g.down_t, room);
+        weight_grads<P>(rows, s.up, t.du, g.up_bias, s.dp, y2, nullptr, g.up, room);
         gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, s.up, t.du, room), panels<P>(w.up_t, up), Store{t.dy, s.dp});
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
     open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads<P>(rows, s.d, s.dp, t.dz, s.ap, k.o, g.out, g.out_bias, room);
+    weight_grads<P>(rows, s.dp, t.dz, g.out_bias, s.ap, k.o, nullptr, g.out, room);
     gemm<P>(rows, s.ap, d, operand<P>(rows, s.dp, s.d, t.dz, room), panels<P>(w.out_t, d), Store{t.d_o, s.ap});
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
@@ -261,7 +262,7 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
                         room.attention);
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
     }
-    weight_grads<P>(rows, s.qkv, s.qp, t.d_qkv, s.dp, y1, g.qkv, g.qkv_bias, room);
+    weight_grads<P>(rows, s.qp, t.d_qkv, g.qkv_bias, s.dp, y1, nullptr, g.qkv, room);
     gemm<P>(rows, s.dp, qkv, operand<P>(rows, s.qp, s.qkv, t.d_qkv, room), panels<P>(w.qkv_t, qkv), Store{t.dy, s.dp});
     close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
 }

@@ -6,7 +6,6 @@
 //
 //   rows     [n, width]                 as they are; a cell is a float, or two neighbours of a row
 //   panels   [width / VL][cells][VL]    B of a product: VL columns side by side
-//   stacked  [cells][width]             A of a weight gradient, whose summed index is the row
 #pragma once
 #include "vec.h"
 
@@ -97,14 +96,13 @@ inline void pack_rows(const float* w, int64_t ldw, int k, int n, int n_padded, i
             }
 }
 
-// x[rows, width] (width a multiple of VL) stacked to cells, with `row` and `panel` cells from one cell's row and
-// from one VL of columns to the next: both layouts of a weight gradient's operands.
+// x[rows, width] (width a multiple of VL) stacked to cells in panels: both operands of a weight gradient.
 template <class P>
-inline void stack(int rows, int width, const float* x, int64_t row, int64_t panel, typename P::cell* out) {
-    for (int t = 0; t < rows; t += P::NUMBERS, out += row)
-        for (int j = 0; j < width; j += VL) {
-            const float* from = x + int64_t(t) * width + j;
-            store_cells(out + j / VL * panel, P::pack(load(from), t + 1 < rows ? load(from + width) : all(0)));
+inline void stack(int rows, int width, const float* x, int64_t ld, typename P::cell* out) {
+    for (int j = 0; j < width; j += VL)
+        for (int t = 0; t < rows; t += P::NUMBERS, out += VL) {
+            const float* from = x + t * ld + j;
+            store_cells(out, P::pack(load(from), t + 1 < rows ? load(from + ld) : all(0)));
         }
 }
 
