@@ -13,35 +13,46 @@ struct NormGrads {
     float *gain, *shift;
 };
 
-inline float row_sum(const float* x, int d) {
-    vf s = all(0);
-    int j = 0;
-    for (; j + VL <= d; j += VL) s += load(x + j);
-    float total = sum(s);
-    for (; j < d; j++) total += x[j];
-    return total;
-}
-
+// Of up to VL rows at a time, whose sums are then taken together.
 struct Moments {
-    float mean, inverse_root;
+    float mean[VL], inverse_root[VL];
 };
 
-inline Moments moments(int kind, const float* x, int d, float eps) {
-    const float mean = kind == LAYERNORM ? row_sum(x, d) / d : 0.0f;
-    vf s = all(0);
-    int j = 0;
-    for (; j + VL <= d; j += VL) s += (load(x + j) - mean) * (load(x + j) - mean);
-    float squares = sum(s);
-    for (; j < d; j++) squares += (x[j] - mean) * (x[j] - mean);
-    return {mean, 1.0f / std::sqrt(squares / d + eps)};
+inline Moments moments(int kind, int rows, int d, const float* x, float eps) {
+    const int dp = padded(d), whole = d / VL * VL;
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    Moments m{};
+    vf part[VL] = {};
+    if (kind == LAYERNORM) {
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < dp; j += VL) part[i] += load(x + i * dp + j);
+        store(m.mean, sums(part) / float(d));
+    }
+    for (int i = 0; i < rows; i++) {
+        vf squares = all(0);
+        int j = 0;
+        for (; j < whole; j += VL) squares += (load(x + i * dp + j) - m.mean[i]) * (load(x + i * dp + j) - m.mean[i]);
+        if (j < d) {
+            const vf rest = pick(lane < d - j, load(x + i * dp + j) - m.mean[i], all(0));
+            squares += rest * rest;
+        }
+        part[i] = squares;
+    }
+    const vf variance = sums(part) / float(d) + eps;
+    for (int i = 0; i < VL; i++) m.inverse_root[i] = 1.0f / std::sqrt(variance[i]);
+    return m;
 }
 
 inline void norm(int kind, int rows, int d, const float* x, NormWeights w, float eps, float* y) {
     const int dp = padded(d);
-    for (int i = 0; i < rows; i++, x += dp, y += dp) {
-        const Moments m = moments(kind, x, d, eps);
-        for (int j = 0; j < dp; j += VL)
-            store(y + j, (load(x + j) - m.mean) * m.inverse_root * load(w.gain + j) + load(w.shift + j));
+    for (; rows > 0; rows -= VL, x += VL * dp, y += VL * dp) {
+        const int some = rows < VL ? rows : VL;
+        const Moments m = moments(kind, some, d, x, eps);
+        for (int i = 0; i < some; i++)
+            for (int j = 0; j < dp; j += VL)
+                store(y + i * dp + j,
+                      (load(x + i * dp + j) - m.mean[i]) * m.inverse_root[i] * load(w.gain + j) + load(w.shift + j));
     }
 }
 
@@ -49,23 +60,29 @@ inline void norm(int kind, int rows, int d, const float* x, NormWeights w, float
 inline void norm_backward(int kind, int rows, int d, const float* x, const float* dy, NormWeights w, float eps,
                           NormGrads grads, float* dx, bool add) {
     const int dp = padded(d);
-    for (int i = 0; i < rows; i++, x += dp, dy += dp, dx += dp) {
-        const Moments m = moments(kind, x, d, eps);
-        vf along = all(0), total = all(0);
-        for (int j = 0; j < dp; j += VL) {
-            const vf xhat = (load(x + j) - m.mean) * m.inverse_root, g = load(dy + j) * load(w.gain + j);
-            along += g * xhat;
-            total += g;
-            store(grads.gain + j, load(grads.gain + j) + load(dy + j) * xhat);
-            store(grads.shift + j, load(grads.shift + j) + load(dy + j));
+    for (; rows > 0; rows -= VL, x += VL * dp, dy += VL * dp, dx += VL * dp) {
+        const int some = rows < VL ? rows : VL;
+        const Moments m = moments(kind, some, d, x, eps);
+        vf along[VL] = {}, total[VL] = {};
+        for (int i = 0; i < some; i++)
+            for (int j = 0; j < dp; j += VL) {
+                const vf dyj = load(dy + i * dp + j), g = dyj * load(w.gain + j);
+                const vf xhat = (load(x + i * dp + j) - m.mean[i]) * m.inverse_root[i];
+                along[i] += g * xhat;
+                total[i] += g;
+                store(grads.gain + j, load(grads.gain + j) + dyj * xhat);
+                store(grads.shift + j, load(grads.shift + j) + dyj);
+            }
+        const vf mean_along = sums(along) / float(d), mean_g = kind == LAYERNORM ? sums(total) / float(d) : all(0);
+        for (int i = 0; i < some; i++) {
+            for (int j = 0; j < dp; j += VL) {
+                const vf xhat = (load(x + i * dp + j) - m.mean[i]) * m.inverse_root[i];
+                const vf g = load(dy + i * dp + j) * load(w.gain + j);
+                const vf step = (g - mean_g[i] - xhat * mean_along[i]) * m.inverse_root[i];
+                store(dx + i * dp + j, add ? load(dx + i * dp + j) + step : step);
+            }
+            for (int j = d; j < dp; j++) dx[i * dp + j] = 0;
         }
-        const float mean_along = sum(along) / d, mean_g = kind == LAYERNORM ? sum(total) / d : 0.0f;
-        for (int j = 0; j < dp; j += VL) {
-            const vf xhat = (load(x + j) - m.mean) * m.inverse_root, g = load(dy + j) * load(w.gain + j);
-            const vf step = (g - mean_g - xhat * mean_along) * m.inverse_root;
-            store(dx + j, add ? load(dx + j) + step : step);
-        }
-        for (int j = d; j < dp; j++) dx[j] = 0;
     }
 }
 

@@ -44,27 +44,37 @@ inline vf max(vf a, vf b) { return pick(a > b, a, b); }
 inline vf min(vf a, vf b) { return pick(a < b, a, b); }
 #endif
 
-// The sum of N numbers by halves: four dependent steps for 16 instead of fifteen.
-template <int N>
-inline float sum_of(const float* x) {
-    if constexpr (N == 1) {
-        return x[0];
-    } else {
-        typedef float half __attribute__((vector_size(N / 2 * 4)));
-        half low, high;
-        std::memcpy(&low, x, sizeof low);
-        std::memcpy(&high, x + N / 2, sizeof high);
-        low += high;
-        float both[N / 2];
-        std::memcpy(both, &low, sizeof low);
-        return sum_of<N / 2>(both);
+// The sum of each of VL vectors.
+inline vf sums(const vf* x) {
+#if defined(__AVX512F__)
+    // By halves: of two vectors that are added to one, each has half of the lanes, in the end one of sixteen.
+    __m512 halves[8], quarters[4], eighths[2];
+    for (int i = 0; i < 8; i++) {  // i + 4: so that the lanes end up in order
+        const __m512 a = (__m512)x[i < 4 ? i : i + 4], b = (__m512)x[i < 4 ? i + 4 : i + 8];
+        halves[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
     }
-}
-
-inline float sum(vf x) {
-    float numbers[VL];
-    std::memcpy(numbers, &x, sizeof x);
-    return sum_of<VL>(numbers);
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = halves[i], b = halves[i + 4];
+        quarters[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m512d a = (__m512d)quarters[2 * i], b = (__m512d)quarters[2 * i + 1];
+        eighths[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+    return (vf)(_mm512_shuffle_ps(eighths[0], eighths[1], 0x88) + _mm512_shuffle_ps(eighths[0], eighths[1], 0xdd));
+#else
+    vf result;
+    for (int i = 0; i < VL; i++) {
+        typedef float half __attribute__((vector_size(VL * 2)));
+        half low, high;
+        std::memcpy(&low, &x[i], sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&x[i]) + sizeof low, sizeof high);
+        low += high;
+        result[i] = low[0] + low[1];
+        if (VL == 8) result[i] += low[2] + low[3];
+    }
+    return result;
+#endif
 }
 
 // x 2^n for whole n in [-126, 127]
