@@ -29,10 +29,10 @@ ONLY_BY_NAME = None
 
 ROWS_PER_TILE = 64
 """Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""
-MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 384
+MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 1024
 """Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many
 there are follows from the problem, not from the threads: the result has the same bits for any number.
-Zeroing and adding a slice costs about as much as 20 rows in one loop."""
+Few, since each has to be zeroed and added."""
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""

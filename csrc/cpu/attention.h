@@ -28,11 +28,7 @@ struct Head {
     void ahead(int, int) const {}
     void take(int i, int j, vf sum) const {
         float* to = c + i * ld + j;
-        if (j + VL <= width) {
-            store(to, add ? load(to) + sum : sum);
-        } else {
-            for (int x = 0; j + x < width; x++) to[x] = add ? to[x] + sum[x] : sum[x];
-        }
+        store_first(to, add ? load(to) + sum : sum, width - j);
     }
 };
 

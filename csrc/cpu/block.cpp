@@ -5,8 +5,8 @@
 // the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
 // weights are read T times from there too. The backward walks the loops down from what the forward kept of
 // each (about 40 d_model bytes a row and loop), or from the boundaries alone, computing each again. Weight
-// gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices in order: the
-// same bits for any number of threads. All code is there twice: matrix products with weights in float32, or
+// gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices in order, each
+// as soon as those before it are: the same bits for any number of threads. All code is there twice: matrix products with weights in float32, or
 // with operands rounded to bfloat16 (P in operand.h); what is not such a product is float32 in both.
 #include <algorithm>
 #include <cstdlib>
@@ -440,37 +440,37 @@ int backward(const Call& c, const Plan* plan) {
     Counter per_slice;
     SliceGrads(c, s, per_slice);
     const int64_t slices = c.n_slices, floats = workspace_floats(c, s, plan->most_rows, true);
-    Arena gradients(slices * per_slice.floats, false);
-    if (!gradients.ok()) return 1;
-    float* first = gradients.take(0);
+    Arena sums(per_slice.floats);
+    if (!sums.ok()) return 1;
+    float* total = sums.take(0);
     int failed = 0;
 #pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
     {
-        Arena memory(floats), room(2 * plan->most_samples + 1);
-        failed |= !memory.ok() || !room.ok();
-        if (memory.ok() && room.ok()) {
-            Workspace ws(c, s, plan->most_rows, memory, true);
-            int* tile_room = reinterpret_cast<int*>(room.take(0));
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t slice = 0; slice < slices; slice++) {
-                Cursor cursor{first + slice * per_slice.floats};
-                std::memset(cursor.at, 0, per_slice.floats * sizeof(float));
-                SliceGrads grads(c, s, cursor);
-                for (int64_t i = slice; i < plan->n_tiles; i += slices)
-                    backward_tile(c, model, Tile(c, *plan, i, tile_room), ws, grads.layers, grads.loop_norm);
-            }
+        Arena memory(floats), room(2 * plan->most_samples + 1), gradients(per_slice.floats, false);
+        const bool ok = memory.ok() && room.ok() && gradients.ok();
+        failed |= !ok;
+        Workspace ws(c, s, plan->most_rows, memory, true);
+        Cursor cursor{gradients.take(0)};
+        float* const slice_total = cursor.at;
+        SliceGrads grads(c, s, cursor);
+        int* tile_room = reinterpret_cast<int*>(room.take(0));
+#pragma omp for ordered schedule(dynamic, 1) nowait
+        for (int64_t slice = 0; slice < slices; slice++) {
+            if (ok) std::memset(slice_total, 0, per_slice.floats * sizeof(float));
+            for (int64_t i = slice; ok && i < plan->n_tiles; i += slices)
+                backward_tile(c, model, Tile(c, *plan, i, tile_room), ws, grads.layers, grads.loop_norm);
+#pragma omp ordered
+            for (int64_t i = 0; ok && i < per_slice.floats; i += VL)
+                store(total + i, load(total + i) + load(slice_total + i));
         }
     }
     if (failed) return 1;
-    for (int64_t slice = 1; slice < slices; slice++)
-        for (int64_t i = 0; i < per_slice.floats; i += VL)
-            store(first + i, load(first + i) + load(first + slice * per_slice.floats + i));
-    Cursor cursor{first};
-    SliceGrads total(c, s, cursor);
-    for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, total.layers[l], c.grad_weights + l * WEIGHTS);
+    Cursor cursor{total};
+    const SliceGrads grads(c, s, cursor);
+    for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, grads.layers[l], c.grad_weights + l * WEIGHTS);
     float* const* last = c.grad_weights + c.n_layers * WEIGHTS;
-    add_padded(total.loop_norm.gain, 1, s.d, s.dp, last[0]);
-    add_padded(total.loop_norm.shift, 1, s.d, s.dp, last[1]);
+    add_padded(grads.loop_norm.gain, 1, s.d, s.dp, last[0]);
+    add_padded(grads.loop_norm.shift, 1, s.d, s.dp, last[1]);
     return 0;
 }
 

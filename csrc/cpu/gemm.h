@@ -51,21 +51,27 @@ struct Bias {
     void take(int i, int j, vf sum) const { store(c + i * ld + j, sum + load(bias + j)); }
 };
 
+// Unrolled, so that the sums are registers and not an array in memory.
 template <class P, int MR, int NV, class Epilogue>
 inline void micro(int i0, int j0, int k, MatA<P> a, MatB<P> b, const Epilogue& epilogue) {
     vf acc[MR][NV];
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) epilogue.ahead(i0 + i, j0 + j * VL), acc[i][j] = all(0);
+    UNROLLED for (int i = 0; i < MR; i++)
+        UNROLLED for (int j = 0; j < NV; j++) epilogue.ahead(i0 + i, j0 + j * VL), acc[i][j] = all(0);
+    constexpr int THIRDS = (MR + 2) / 3;
+    const typename P::cell *third[THIRDS], *column = b.p;
+    UNROLLED for (int i = 0; i < THIRDS; i++) third[i] = a.p + 3 * i * a.row;
     for (int t = 0; t < k; t++) {
         typename P::cells row[NV];
-        for (int j = 0; j < NV; j++) row[j] = load_cells(b.p + t * b.row + j * b.panel);
-        for (int i = 0; i < MR; i++) {
-            const typename P::cell x = a.p[i * a.row + t * a.col];
-            for (int j = 0; j < NV; j++) acc[i][j] = P::multiply_add(x, row[j], acc[i][j]);
+        UNROLLED for (int j = 0; j < NV; j++) row[j] = load_cells(column + j * b.panel);
+        UNROLLED for (int i = 0; i < MR; i++) {
+            const typename P::cell x = third[i / 3][i % 3 * a.row];
+            UNROLLED for (int j = 0; j < NV; j++) acc[i][j] = P::multiply_add(x, row[j], acc[i][j]);
         }
+        UNROLLED for (int i = 0; i < THIRDS; i++) third[i] += a.col;
+        column += b.row;
     }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) epilogue.take(i0 + i, j0 + j * VL, acc[i][j]);
+    UNROLLED for (int i = 0; i < MR; i++)
+        UNROLLED for (int j = 0; j < NV; j++) epilogue.take(i0 + i, j0 + j * VL, acc[i][j]);
 }
 
 template <class P, int NV, class Epilogue>

@@ -3,6 +3,7 @@
 // All buffers have leading dimensions padded to 16 with zeros in the padding. Rows are the valid tokens of the
 // tile's sequences, one sequence behind the other: pads and finished samples are never computed.
 #pragma once
+#include "activation.h"
 #include "attention.h"
 #include "norm.h"
 

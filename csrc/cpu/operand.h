@@ -15,7 +15,6 @@ struct F32 {
     typedef float cell;
     typedef vf cells;
     static constexpr int NUMBERS = 1;  // to a cell
-    static cell pack(float x, float) { return x; }
     static cells pack(vf x, vf) { return x; }
     static vf multiply_add(cell a, cells b, vf sum) { return sum + a * b; }
 };
@@ -43,7 +42,6 @@ struct BF16 {
         return (rounded_bits(low) >> 16) | (rounded_bits(high) & 0xffff0000u);
 #endif
     }
-    static cell pack(float low, float high) { return pack(all(low), all(high))[0]; }
     static vf multiply_add(cell a, cells b, vf sum) {
 #if defined(__AVX512BF16__)
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -76,24 +74,25 @@ inline void store_cells(uint32_t* p, vu x) { std::memcpy(p, &x, sizeof x); }
 template <class P>
 inline void pack_transposed(const float* w, int64_t ldw, int n, int k, int n_padded, typename P::cell* out) {
     for (int j = 0; j < n_padded; j += VL)
-        for (int t = 0; t < k; t += P::NUMBERS)
-            for (int i = 0; i < VL; i++) {
-                const float* from = w + (j + i) * ldw + t;
-                const bool inside = j + i < n, two = inside && t + 1 < k;
-                *out++ = P::pack(inside ? from[0] : 0.0f, two ? from[1] : 0.0f);
-            }
+        for (int t = 0; t < k; t += VL) {
+            vf block[VL + 1] = {};
+            for (int i = 0; i < VL; i++)
+                if (j + i < n) block[i] = load_first(w + (j + i) * ldw + t, k - t);
+            transpose(block);
+            for (int i = 0; i < VL && t + i < k; i += P::NUMBERS, out += VL)
+                store_cells(out, P::pack(block[i], block[i + 1]));
+        }
 }
 
 // B = row-major W[k, n] in panels of `k_total` rows; columns n .. n_padded are zero.
 template <class P>
 inline void pack_rows(const float* w, int64_t ldw, int k, int n, int n_padded, int k_total, typename P::cell* out) {
     for (int j = 0; j < n_padded; j += VL, out += int64_t(cells_of<P>(k_total)) * VL)
-        for (int t = 0; t < k; t += P::NUMBERS)
-            for (int i = 0; i < VL; i++) {
-                const float* from = w + t * ldw + j + i;
-                const bool inside = j + i < n, two = inside && t + 1 < k;
-                out[t / P::NUMBERS * VL + i] = P::pack(inside ? from[0] : 0.0f, two ? from[ldw] : 0.0f);
-            }
+        for (int t = 0; t < k; t += P::NUMBERS) {
+            const float* from = w + t * ldw + j;
+            store_cells(out + t / P::NUMBERS * VL,
+                        P::pack(load_first(from, n - j), t + 1 < k ? load_first(from + ldw, n - j) : all(0)));
+        }
 }
 
 // x[rows, width] (width a multiple of VL) stacked to cells in panels: both operands of a weight gradient.

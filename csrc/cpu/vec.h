@@ -19,6 +19,13 @@
 #define VL 4
 #endif
 
+// Before a loop over an array of vectors, which is to live in registers.
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
@@ -31,6 +38,20 @@ constexpr int padded(int n) { return round_up(n, 16); }  // leading dimensions, 
 
 inline vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
+// Of the first n numbers alone (none, or more than there are, too); what is not loaded is zero.
+#if defined(__AVX512F__)
+inline __mmask16 first(int n) { return n <= 0 ? 0 : n < VL ? (1u << n) - 1 : 0xffff; }
+inline vf load_first(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
+inline void store_first(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
+#else
+inline size_t bytes_of(int n) { return (n <= 0 ? 0 : n < VL ? n : VL) * sizeof(float); }
+inline vf load_first(const float* p, int n) {
+    vf x = {};
+    std::memcpy(&x, p, bytes_of(n));
+    return x;
+}
+inline void store_first(float* p, vf x, int n) { std::memcpy(p, &x, bytes_of(n)); }
+#endif
 inline void prefetch(const float* p) { __builtin_prefetch(p, 0); }
 inline void prefetch_to_write(const float* p) { __builtin_prefetch(p, 1); }
 inline vf all(float x) { return x - (vf){}; }
@@ -49,15 +70,15 @@ inline vf sums(const vf* x) {
 #if defined(__AVX512F__)
     // By halves: of two vectors that are added to one, each has half of the lanes, in the end one of sixteen.
     __m512 halves[8], quarters[4], eighths[2];
-    for (int i = 0; i < 8; i++) {  // i + 4: so that the lanes end up in order
+    UNROLLED for (int i = 0; i < 8; i++) {  // i + 4: so that the lanes end up in order
         const __m512 a = (__m512)x[i < 4 ? i : i + 4], b = (__m512)x[i < 4 ? i + 4 : i + 8];
         halves[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
     }
-    for (int i = 0; i < 4; i++) {
+    UNROLLED for (int i = 0; i < 4; i++) {
         const __m512 a = halves[i], b = halves[i + 4];
         quarters[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
     }
-    for (int i = 0; i < 2; i++) {
+    UNROLLED for (int i = 0; i < 2; i++) {
         const __m512d a = (__m512d)quarters[2 * i], b = (__m512d)quarters[2 * i + 1];
         eighths[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
     }
@@ -74,6 +95,38 @@ inline vf sums(const vf* x) {
         if (VL == 8) result[i] += low[2] + low[3];
     }
     return result;
+#endif
+}
+
+// VL rows of VL numbers become columns.
+inline void transpose(vf* x) {
+#if defined(__AVX512F__)
+    __m512 pairs[16], fours[16];  // of rows, of which a quarter of the lanes has four columns
+    UNROLLED for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+    }
+    UNROLLED for (int i = 0; i < 16; i += 4)
+        UNROLLED for (int j = 0; j < 2; j++) {
+            const __m512d a = (__m512d)pairs[i + j], b = (__m512d)pairs[i + j + 2];
+            fours[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+            fours[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+        }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const __m512 a = fours[i], b = fours[i + 4], c = fours[i + 8], d = fours[i + 12];
+        const __m512 even = _mm512_shuffle_f32x4(a, b, 0x88), odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+        const __m512 even_too = _mm512_shuffle_f32x4(c, d, 0x88), odd_too = _mm512_shuffle_f32x4(c, d, 0xdd);
+        x[i] = (vf)_mm512_shuffle_f32x4(even, even_too, 0x88);
+        x[i + 4] = (vf)_mm512_shuffle_f32x4(odd, odd_too, 0x88);
+        x[i + 8] = (vf)_mm512_shuffle_f32x4(even, even_too, 0xdd);
+        x[i + 12] = (vf)_mm512_shuffle_f32x4(odd, odd_too, 0xdd);
+    }
+#else
+    for (int i = 0; i < VL; i++)
+        for (int j = 0; j < i; j++) {
+            const float above = x[j][i];
+            x[j][i] = x[i][j], x[i][j] = above;
+        }
 #endif
 }
 
@@ -101,40 +154,5 @@ inline vf exp(vf x) {
 }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
-
-enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
-
-// P(X > |x|) of a normal X, given exp(-x^2 / 2). The rest of it, Mills' ratio, is a polynomial of ours, fitted
-// so that the result's absolute error is below 7e-8 everywhere.
-inline vf normal_tail(vf x, vf bell) {
-    const vf a = min(max(x, -x), all(5.5f));
-    vf ratio = all(1.631720624e-06f);
-    for (float c : {-3.520834492e-05f, 3.397427622e-04f, -1.974645624e-03f, 7.939437004e-03f, -2.431400313e-02f,
-                    6.115495721e-02f, -1.325138389e-01f, 2.499168060e-01f, -3.989365166e-01f, 4.999999342e-01f})
-        ratio = ratio * a + c;
-    return bell * ratio;
-}
-
-constexpr float TANH_A = 0.7978845608f, TANH_B = 0.044715f;  // sqrt(2 / pi), and the cubic's share
-
-// Half of 1 + tanh(y), which is the logistic function of 2 y.
-inline vf half_tanh(vf x) { return sigmoid(2 * TANH_A * (x + TANH_B * x * x * x)); }
-
-struct ValueSlope {
-    vf value, slope;
-};
-
-// The activation and its derivative, which share what is expensive. (SWIGLU's is not of this form.)
-template <Activation A>
-inline ValueSlope activation(vf x) {
-    if (A == RELU) return {max(x, all(0)), pick(x > 0.0f, all(1), all(0))};
-    if (A == GELU) {
-        const vf bell = exp(-0.5f * x * x), below = normal_tail(x, bell);
-        const vf cdf = pick(x < 0.0f, below, 1.0f - below);
-        return {x * cdf, cdf + x * 0.39894228f * bell};
-    }
-    const vf s = half_tanh(x);
-    return {x * s, s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x)};
-}
 
 }  // namespace

@@ -1,0 +1,31 @@
+// The MLP's activations and their derivatives.
+#pragma once
+#include "normal.h"
+
+namespace {
+
+enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
+
+constexpr float TANH_A = 0.7978845608f, TANH_B = 0.044715f;  // sqrt(2 / pi), and the cubic's share
+
+// Half of 1 + tanh(y), which is the logistic function of 2 y.
+inline vf half_tanh(vf x) { return sigmoid(2 * TANH_A * (x + TANH_B * x * x * x)); }
+
+struct ValueSlope {
+    vf value, slope;
+};
+
+// The activation and its derivative, which share what is expensive. (SWIGLU's is not of this form.)
+template <Activation A>
+inline ValueSlope activation(vf x) {
+    if (A == RELU) return {max(x, all(0)), pick(x > 0.0f, all(1), all(0))};
+    if (A == GELU) {
+        const Normal n = normal(x);
+        const vf cdf = pick(x < 0.0f, n.tail, 1.0f - n.tail);
+        return {x * cdf, cdf + x * n.density};
+    }
+    const vf s = half_tanh(x);
+    return {x * s, s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x)};
+}
+
+}  // namespace
