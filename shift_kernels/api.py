@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -60,7 +61,8 @@ def looped_block(
         e, seq_lens, taken = _padded(e, cu_seqlens, seq_lens)
     check_call(_ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold)
     compute_dtype = e.dtype
-    if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
+    can_autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
+    if can_autocast and torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     grad = torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values()))
     problem = Problem(
@@ -73,7 +75,7 @@ def looped_block(
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, (e, *ordered.values()))
-    with torch.autocast(e.device.type, enabled=False):
+    with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
         if torch.compiler.is_compiling():
             h, used = _as_operator(e, ordered, spec, asked, grad, chosen.backend)
         elif chosen.backend == "torch":

@@ -28,6 +28,17 @@ def test_a_parametrized_weight_is_used_by_its_value():
     assert linear.parametrizations.weight.original0.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_shapes_alone_pass_through_on_the_meta_device(autocast):
+    block = LoopedBlock(BlockSpec(d_model=8, n_heads=2), device="meta")
+    e = torch.randn(2, 3, 8, device="meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        h = block(e, 2, return_all_loops=True)
+        h.sum().backward()
+    assert (h.shape, h.dtype, h.device) == ((2, 2, 3, 8), e.dtype, e.device)
+    assert all(p.grad.is_meta for p in block.parameters())
+
+
 def test_layers_may_share_a_weight():
     block, e = make()
     first, second = (block.get_submodule(f"layers.{i}.linear1") for i in range(2))
