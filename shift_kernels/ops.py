@@ -42,11 +42,9 @@ def _asked(e, compute_dtype, n_loops, sample_loops, *options) -> Asked:
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
 def _forward(e, weights, spec, *options):
     *asked, compute_dtype, for_backward, backend = options
-    h, used, saved = dispatch.module_of(backend).forward(
+    return dispatch.module_of(backend).forward(
         e, _named(weights, spec), spec_from_key(spec), _asked(e, compute_dtype, *asked), for_backward
     )
-    # An operator's outputs may not alias its inputs: zero loops without injection would return e itself.
-    return (h.clone() if h is e else h), used, saved
 
 
 @torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")

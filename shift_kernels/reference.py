@@ -85,7 +85,10 @@ def looped_block(
         h = torch.stack(history) if history else e.new_empty(0, *e.shape)
     if valid is not None:
         h = _zero_where_not(valid[..., None], h)
-    return (h.clone() if h is e else h), used  # after no loops: what is done to h must not change e
+    if not history or n_grad_loops is not None:
+        # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
+        h = h + torch.cat([x.flatten()[:0] for x in (e, *weights.values())]).sum()
+    return h, used
 
 
 def loop_body(

@@ -59,13 +59,11 @@ def test_operator_equals_the_reference_with_all_gradients(block, e, call):
     expected = block(e, **call_by_name, backend="torch")
     out = LOOPED_BLOCK(*arguments(e, block, **call))[0]
     assert torch.equal(out, expected)
-    if expected.requires_grad:
-        cotangent = torch.randn_like(expected)
-        inputs = [e, *block.parameters()]
-        ours = torch.autograd.grad(out, inputs, cotangent)
-        theirs = torch.autograd.grad(expected, inputs, cotangent, materialize_grads=True, allow_unused=True)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b)
+    cotangent = torch.randn_like(expected)
+    inputs = [e, *block.parameters()]
+    ours = torch.autograd.grad(out, inputs, cotangent)
+    for a, b in zip(ours, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_halting_operator_returns_loops_used(block, e):

@@ -141,6 +141,27 @@ def test_no_loops_return_memory_of_their_own():
     assert not (e == 7).any()
 
 
+@pytest.mark.parametrize("n_loops", [0, torch.zeros(3, dtype=torch.int64)], ids=["int", "own"])
+@pytest.mark.parametrize("call", [{}, {"return_all_loops": True}], ids=["last", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("injection", ["none", "add"])
+def test_no_loops_give_weights_a_gradient_of_zero(injection, dtype, call, n_loops):
+    block, e = make(injection=injection)  # in float32 the cpu backend's, where there is one
+    block, e = block.to(dtype), e.detach().to(dtype)
+    for p in block.parameters():
+        nn.init.constant_(p, torch.nan)
+    block(e, n_loops, **call).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_last_loops_give_the_input_a_gradient_of_zero(dtype):
+    block, e = make()
+    block, e = block.to(dtype).requires_grad_(False), e.detach().to(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(block(e, 3, n_grad_loops=1).sum(), e)
+    assert torch.equal(grad, torch.zeros_like(e))
+
+
 @pytest.mark.parametrize("injection", ["none", "add"])
 def test_zero_loops_return_the_initial_state(injection):
     block, e = make(injection=injection)
