@@ -2,12 +2,12 @@
 
 import json
 import math
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_runs import processes
 
 from shift.criterion import SCP, SCPConfig, Signals
 from shift_kernels import ShiftInputError
@@ -281,7 +281,7 @@ def as_rank(rank, file, answers):
 
 
 def test_ranks_with_different_losses_decide_alike_and_on_their_mean(tmp_path):
-    context = multiprocessing.get_context("forkserver")
+    context = processes()
     answers = context.Queue()
     ranks = [context.Process(target=as_rank, args=(rank, tmp_path / "store", answers)) for rank in (0, 1)]
     for process in ranks:
