@@ -346,6 +346,25 @@ def test_an_access_outside_a_tensor_is_reported(kind):
         kernel[(1,)](inner, kind == "store", 5)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU doesn't tell")
+@pytest.mark.parametrize(("op", "first"), [("add", 2**31 - 8), ("mul", 2**30), ("sub", 8 - 2**31)])
+def test_an_integer_that_overflows_is_reported(op, first):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(X, first, OP: tl.constexpr):
+        i = tl.arange(0, 8)
+        y = first + i if OP == "add" else first - i if OP == "sub" else first * i
+        tl.store(X + i, y)
+
+    x = torch.zeros(8, dtype=torch.int32)
+    kernel[(1,)](x, 1, op)
+    kernel[(1,)](x, first // 8 if op == "mul" else first, op)
+    with pytest.raises(Exception, match=f"int32 overflows in {op}"):
+        kernel[(1,)](x, first + (1 if op == "add" else -2), op)
+
+
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "none"])
 @settings(max_examples=67, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

@@ -2,13 +2,17 @@
 
 Without this, arithmetic and matmuls on bf16 work on the bit patterns and casts truncate. Reductions are not
 patched: kernels reduce in fp32 anyway. Also watches every load and store: an address outside the tensors of
-its launch is an error, as a guard band around every buffer would show it for stores alone.
+its launch is an error, as a guard band around every buffer would show it for stores alone. So is an integer
+that overflows.
 
 Import this before any kernel: whether Triton interprets or compiles is decided where a kernel is defined.
 With a GPU the tests run compiled, on it.
 """
 
+import functools
+import operator
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +22,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.language as tl  # noqa: E402
+from triton.language import core  # noqa: E402
+from triton.language.semantic import TritonSemantic  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle  # noqa: E402
 
@@ -142,7 +148,55 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang = _patch_lang
 
 
+def check_overflow_at_once() -> None:
+    """The interpreter computes whether integers overflow, in ten operations, and tells nobody.
+
+    That was two fifths of all time.
+    """
+
+    def binary_op_sanitize_overflow_impl(self, a, b, op):
+        kind = a.type.scalar
+        if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        y = getattr(operator, op.__name__)(*(x.handle.data.astype(np.int64) for x in (a, b)))
+        if y.size and not kind.get_int_min_value() <= y.min() <= y.max() <= kind.get_int_max_value():
+            raise OverflowError(f"{kind} overflows in {op.__name__}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = binary_op_sanitize_overflow_impl
+
+
+def name_types_when_asked() -> None:
+    """The interpreter derives a type for every tuple, of shapes most often, that nobody asks for."""
+
+    def __init__(self, args, type=None):
+        self.values = list(args)
+        if type is not None:
+            self.type = type if isinstance(type, tl.tuple_type) else tl.tuple_type(type)
+
+    tl.tuple.__init__ = __init__
+    tl.tuple.type = functools.cached_property(lambda self: core._type_for_tuple_values(self.values))
+    tl.tuple.type.__set_name__(tl.tuple, "type")
+
+
+def run_on_a_stack_of_its_own() -> None:
+    """Python maps and unmaps memory at each call that crosses the end of a 16 KiB chunk of its stack.
+
+    A launch deep in pytest and hypothesis crosses it at every operation, which took over half of all time; in
+    a new thread it does not get so deep.
+    """
+    call = GridExecutor.__call__
+
+    def __call__(self, *args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call, self, *args, **kwargs).result()
+
+    GridExecutor.__call__ = __call__
+
+
 if DEVICE == "cpu":
     install()
     watch_addresses()
     patch_once_a_launch()
+    check_overflow_at_once()
+    name_types_when_asked()
+    run_on_a_stack_of_its_own()
