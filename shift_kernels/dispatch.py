@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -125,14 +126,25 @@ def _say_slow(problem: Problem, chosen: Plan) -> None:
             f"problems that a fast backend serves while SHIFT_KERNELS_STRICT=1 ({reasons})",
             "Change the block, or unset SHIFT_KERNELS_STRICT.",
         )
-    if reasons not in _SAID:
-        _SAID.add(reasons)
-        warnings.warn(
-            f"shift_kernels.looped_block: slow path, running on '{chosen.backend}' because {reasons}. "
-            "shift_kernels.explain(...) tells more; pass backend= to choose and silence this.",
-            BackendFallbackWarning,
-            stacklevel=5,
-        )
+    _say_once(
+        f"shift_kernels.looped_block: slow path, running on '{chosen.backend}' because {reasons}. "
+        "shift_kernels.explain(...) tells more; pass backend= to choose and silence this."
+    )
+
+
+def _say_once(text: str) -> None:
+    """Warn where the user's code called torch or us."""
+    if text in _SAID:
+        return
+    _SAID.add(text)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("shift_kernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, BackendFallbackWarning, stacklevel=level)
+
+
+# torch.compile calls it where it traces; as in cuda_backend.
+_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(

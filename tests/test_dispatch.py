@@ -76,8 +76,9 @@ def test_a_named_backend_never_falls_back(with_fast, how):
 def test_a_slow_path_is_told_once(with_fast):
     with_fast(refuses="d_model > 4")
     block, e = LoopedBlock(SPEC), torch.randn(2, 3, 8)
-    with pytest.warns(BackendFallbackWarning, match="d_model > 4"):
+    with pytest.warns(BackendFallbackWarning, match="d_model > 4") as told:
         block(e, 1)
+    assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         block(e, 1)

@@ -6,7 +6,14 @@ from operator_arguments import ops_arguments as arguments
 from torch import nn
 from torch._dynamo.utils import counters
 
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError
+from shift_kernels import (
+    BackendFallbackWarning,
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    backends,
+    dispatch,
+)
 
 LOOPED_BLOCK = torch.ops.shift_kernels.looped_block
 
@@ -136,6 +143,14 @@ def test_compiled_model_takes_own_loops_lengths_and_truncation(compiled, e):
     compare(*compiled, e, own, seq_lens=lens, n_grad_loops=1)
     compare(*compiled, e, own.flip(0), seq_lens=lens.flip(0), n_grad_loops=1)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(backends()["cpu"] != "available", reason="torch would be the first choice")
+def test_a_slow_path_is_told_while_compiling(monkeypatch, compiled):
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    with pytest.warns(BackendFallbackWarning, match="1025") as told:
+        compiled[1](torch.randn(1, 1025, 8), 1)
+    assert told[0].filename == __file__
 
 
 def test_inductor_compiles_it(block, e):
