@@ -36,13 +36,13 @@ def train_step_flops(
     batch_size: int,
     seq_len: int,
     n_loops: float,
-    n_grad_loops: int | None = None,
+    grad_loops: float | None = None,
 ) -> int:
     """Forward plus backward FLOPs of a training step.
 
-    The backward costs twice the forward of what carries gradient: all loops or, truncated, the last
-    ``n_grad_loops``; the read-out always.
+    The backward costs twice the forward of what carries gradient: ``grad_loops`` loops (default: all), the
+    mean over the samples as ``n_loops`` is, and the read-out.
     """
-    grad_loops = n_loops if n_grad_loops is None else min(n_loops, n_grad_loops)
+    grad_loops = n_loops if grad_loops is None else grad_loops
     backward = 2 * forward_flops(model, batch_size, seq_len, grad_loops)
     return forward_flops(model, batch_size, seq_len, n_loops) + backward

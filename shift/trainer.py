@@ -217,13 +217,17 @@ class Trainer:
     def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
         c, p = self.config, self.progress
+        most = c.n_grad_loops or c.model.n_loops
+        mean_loops: float
+        grad_loops: float
         if isinstance(loops, int):
-            mean_loops: float = loops
+            mean_loops, grad_loops = loops, min(loops, most)
         else:  # on the CPU, where the processes of torchrun talk by gloo: nothing waits for the device
-            mean_loops = self._mean_over_ranks(loops.double().mean()).item()
+            both = torch.stack([loops, loops.clamp(max=most)]).double().mean(1)
+            mean_loops, grad_loops = self._mean_over_ranks(both).tolist()
         p.block_applications += mean_loops
         batch_size, seq_len = batch.tokens.shape
-        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, c.n_grad_loops)
+        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, grad_loops)
         p.flops += self.world_size * flops
         self._tokens = self.world_size * batch.tokens.numel()
 

@@ -50,7 +50,7 @@ def test_truncated_training_formula_equals_torchs_counter():
     spec = BlockSpec(d_model=32, n_heads=2, injection="add")
     model = LoopedTransformer(spec, vocab_size=5, n_classes=5, max_seq_len=8)
     tokens = torch.randint(5, (2, 8))
-    assert train_step_flops(model, 2, 8, n_loops=6, n_grad_loops=2) == pytest.approx(
+    assert train_step_flops(model, 2, 8, n_loops=6, grad_loops=2) == pytest.approx(
         counted(lambda: model(tokens, 6, n_grad_loops=2, backend="torch").sum().backward()), rel=0.01
     )
 

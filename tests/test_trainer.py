@@ -38,6 +38,15 @@ def test_rows_say_what_happened_at_every_step(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
+def test_each_sample_counts_with_the_loops_that_carry_its_gradient(tmp_path):
+    own = torch.tensor([1, 3, 3, 1, 2, 3, 1, 1])  # the mean of all is 1.875, of the last two of each 1.5
+    config = tiny(schedule=ScheduleConfig("constant", {"n_loops": 3}), n_grad_loops=2, steps=1)
+    trainer = Trainer(config, tmp_path)
+    trainer.task = Replaced(trainer.task, lambda batch: dataclasses.replace(batch, n_loops=own))
+    alone = [train_step_flops(trainer.model, 1, 6, n, min(n, 2)) for n in own.tolist()]
+    assert trainer.fit()["flops_total"] == sum(alone)
+
+
 def test_a_schedule_without_a_switch_has_no_switch_step(tmp_path):
     for n_loops in (1, 3):
         config = tiny(schedule=ScheduleConfig("constant", {"n_loops": n_loops}), steps=2)
