@@ -12,6 +12,9 @@ from shift_kernels.api import looped_block
 from shift_kernels.errors import input_error, type_error
 from shift_kernels.spec import BlockSpec
 
+RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+"""Torch's functions for one and the same thing."""
+
 
 class LoopedBlock(nn.Module):
     """A transformer block that is applied ``n_loops`` times with the same weights.
@@ -191,7 +194,7 @@ class LoopedBlock(nn.Module):
 
 def _activation_name(function: str, layer: nn.TransformerEncoderLayer) -> str:
     activation = layer.activation
-    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+    if activation in RELUS or isinstance(activation, nn.ReLU):
         return "relu"
     if activation is nn.functional.gelu or (
         isinstance(activation, nn.GELU) and activation.approximate == "none"

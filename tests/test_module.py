@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, looped_block
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, looped_block, module
 
 
 def make():
@@ -64,6 +64,13 @@ def test_a_weight_that_only_a_submodules_hook_renews_is_refused():
     nn.utils.weight_norm(block.get_submodule("layers.0.linear1"), "weight")
     with pytest.raises(ShiftInputError, match=r"layers\.0\.linear1\.weight"):
         block(e, 1)
+
+
+@pytest.mark.parametrize("relu", ["relu", nn.ReLU(), *module.RELUS], ids=str)
+def test_torchs_relu_is_known_by_any_of_its_names(relu):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=relu, batch_first=True)
+    e = torch.randn(2, 3, 8)
+    torch.testing.assert_close(LoopedBlock.from_torch(layer, causal=False)(e, 1), layer(e))
 
 
 def test_what_was_frozen_in_torchs_layer_stays_frozen():
