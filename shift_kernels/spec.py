@@ -26,6 +26,9 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class BlockSpec:
     """One loop body: ``n_layers`` transformer layers that are applied together T times.
 
+    Sizes left out are known from then on, so ``dataclasses.replace`` keeps them; None lets them follow again:
+    ``replace(spec, n_heads=8, n_kv_heads=None, head_dim=None)``.
+
     Args:
         d_model: width of the residual stream.
         n_heads: query heads.
