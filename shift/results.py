@@ -51,11 +51,16 @@ def read_run(path: Path) -> Run:
     def text(name: str) -> str:
         return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
 
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [
+            json.loads(line) for line in text(name).split("\n")[:-1]
+        ]  # a full disk may cut the last short
+
     result = json.loads(text("result.json") or "{}")
     return Run(
         config=tomllib.loads(text("config.toml")),
-        rows=[json.loads(line) for line in text("metrics.jsonl").splitlines()],
-        timing=[json.loads(line) for line in text("timing.jsonl").splitlines()],
+        rows=rows("metrics.jsonl"),
+        timing=rows("timing.jsonl"),
         result=result,
         failure=None if result else text(FAILURE).strip() or "not finished",
     )

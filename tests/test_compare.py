@@ -110,6 +110,14 @@ def test_facts_of_a_run_are_read_off_its_rows(out):
     assert facts["loops"] == [[1, 1], [41, 4]]
 
 
+def test_a_row_that_a_full_disk_cut_short_is_no_row(out):
+    results = collected(out, NAMES, SEEDS)
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(out / "looped" / "seed-0" / name, "a") as file:
+            file.write('{"kind": "tra')
+    assert collected(out, NAMES, SEEDS) == results
+
+
 def test_results_can_be_written_as_strict_json(out):
     results = collected(out, NAMES, SEEDS)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
