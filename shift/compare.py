@@ -30,7 +30,7 @@ import tyro
 from shift.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, seeded
 from shift.build import build_schedule, build_task
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
-from shift.files import replace_atomically
+from shift.files import make_directory, replace_atomically
 from shift.pool import default_jobs, train_all
 from shift.ratios import reached_on_all
 from shift.report import write_report
@@ -128,6 +128,7 @@ def compare_arms(
     """
     arms = {name: make_arm(name, base) for name in dict.fromkeys(names) if name not in DERIVED}
     _check(seeds, jobs, base, target, overtime, arms)
+    make_directory(out, "shift-compare", "out")
     plan = _write_plan(out, target, command_line) | {"overtime": overtime}
     comparison = Comparison(out, seeds, jobs)
 
@@ -279,7 +280,6 @@ def _write_plan(out: Path, target: float | None, command_line: str) -> dict[str,
     if path.is_file():
         first = json.loads(path.read_text(encoding="utf-8"))
     else:
-        out.mkdir(parents=True, exist_ok=True)
         first = {
             "first_target_rule": rule,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

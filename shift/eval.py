@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 
 from shift.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
-from shift.files import replace_atomically
+from shift.files import make_directory, replace_atomically
 from shift.heat_map import heat_map
 from shift.run_dir import short_names
 from shift.sweep import RULES, SweepConfig, sweep
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = tyro.cli(Command, args=argv, prog="shift-eval")
     try:
         names = short_names("shift-eval", command.runs)
+        make_directory(command.out, "shift-eval", "out")
         print(write({name: sweep(run, command.sweep) for name, run in names.items()}, command.out))
     except ShiftInputError as error:
         print(f"shift-eval: {error}", file=sys.stderr)
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(sweeps: Mapping[str, Mapping[str, Any]], out: Path) -> Path:
-    """Write sweeps, by name, into the directory ``out``; returns the path of ``eval.md``."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write sweeps, by name, into the directory ``out``, which is there; returns the path of ``eval.md``."""
     replace_atomically(out / "eval.json", json.dumps(sweeps, indent=1, allow_nan=False).encode())
     rules = Items([f"{rule}: {meaning}" for rule, meaning in RULES.items()])
     blocks: list[Block] = [Paragraph(WORDS), rules, Picture(heat_map(sweeps, out / "heat_map.png"), CAPTION)]

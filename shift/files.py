@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from shift_kernels.errors import input_error
+
+
+def make_directory(path: Path, function: str, argument: str) -> None:
+    """Make the directory that ``argument`` of ``function`` names, if need be.
+
+    Raises:
+        ShiftInputError: it can't be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise input_error(
+            function, argument, str(path), "a directory that can be written to",
+            f"Choose another ({error.strerror}).",
+        ) from error  # fmt: skip
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from shift import checkpoint
 from shift.config import TrainConfig, differing_key
-from shift.files import replace_atomically
+from shift.files import make_directory, replace_atomically
 from shift.metrics import RowFile
 from shift.snapshots import SNAPSHOTS
 from shift_kernels.errors import input_error
@@ -75,7 +75,7 @@ class RunDirectory:
             lengths[SNAPSHOTS] = 0
         if self.checkpoint is not None:
             lengths |= self.checkpoint.state["lengths"]
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path, "shift.Trainer", "run_dir")
         replace_atomically(path / "config.toml", tomli_w.dumps(config.to_dict()).encode())
         self._files = {name: RowFile(path / name, length) for name, length in lengths.items()}
 

@@ -9,9 +9,11 @@ import pytest
 import tomli_w
 from tiny_runs import TINY, processes, tiny
 
+from shift import compare, eval
 from shift.build import build_model, build_schedule, build_task
 from shift.checkpoint import checkpoints
 from shift.config import PRESETS, TrainConfig, load_config
+from shift.landscape import cli as landscape
 from shift.train import INTERRUPTED, main, parse
 from shift_kernels import ShiftInputError
 
@@ -108,6 +110,26 @@ def test_a_start_that_was_refused_does_not_take_the_directory(tiny_toml, tmp_pat
     assert main([*run, "--backend", "nosuch"]) == 2
     assert main([*run, "--steps", "1"]) == 0
     assert main([*run, "--steps", "1"]) == 2
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        ((main, "--config", "demo", "--run-dir"), "run_dir"),
+        ((main, "--config", "demo", "--resume", "auto", "--run-dir"), "run_dir"),
+        ((compare.main, "--preset", "demo", "--out"), "out"),
+        ((eval.main, "runs/first", "--out"), "out"),
+        ((landscape.main, "runs/first", "--out"), "out"),
+    ],
+    ids=["train", "resume", "compare", "eval", "landscape"],
+)
+def test_a_file_where_a_directory_should_be_is_unusable_input(tmp_path, capsys, command, argument, below):
+    (tmp_path / "file").write_bytes(b"")
+    main_of, *arguments = command
+    assert main_of([*arguments, str(tmp_path / "file" / below)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"'{argument}' = '{tmp_path / 'file' / below}'" in line
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)

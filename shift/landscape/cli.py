@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 
 from shift.document import Block, Cell, Heading, Paragraph, Picture, Table, web_page
-from shift.files import replace_atomically
+from shift.files import make_directory, replace_atomically
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
 from shift.landscape.survey import SurveyConfig, survey
@@ -68,15 +68,15 @@ def report(runs: Sequence[Path], out: Path, look: SurveyConfig) -> Path:
     """Survey the runs and write everything; returns the path of the HTML file.
 
     Raises:
-        ShiftInputError: no runs, two of one name, or a run without snapshots.
+        ShiftInputError: no runs, two of one name, a run without snapshots, or no such directory to write to.
     """
     named = short_names("shift-landscape", runs)
+    make_directory(out, "shift-landscape", "out")
     surveys = {label: survey(path, look) for label, path in named.items()}
     planes = {}
     for label, path in named.items():
         last = surveys[label]["points"][-1]
         planes[label] = plane(path, surveys[label]["switch_step"] or 0, last["n_loops"], look.samples)
-    out.mkdir(parents=True, exist_ok=True)
     replace_atomically(out / "surveys.json", json.dumps(surveys, indent=1).encode())
     pictures = draw(surveys, planes, out / "figures")
     blocks: list[Block] = [
