@@ -39,7 +39,10 @@ def _asked(e, compute_dtype, n_loops, sample_loops, *options) -> Asked:
     return Asked(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *options)
 
 
+# torch.compile leaves an operator whose outputs' sizes depend on data outside its graph, unless told to take it
+# in, and would then look for something to compile inside.
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
+@torch._disable_dynamo
 def _forward(e, weights, spec, *options):
     *asked, compute_dtype, for_backward, backend = options
     return dispatch.module_of(backend).forward(
@@ -48,6 +51,7 @@ def _forward(e, weights, spec, *options):
 
 
 @torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")
+@torch._disable_dynamo
 def _backward(grad_h, e, weights, saved, spec, *options):
     *asked, compute_dtype, backend = options
     return dispatch.module_of(backend).backward(

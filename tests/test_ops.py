@@ -145,6 +145,14 @@ def test_compiled_model_takes_own_loops_lengths_and_truncation(compiled, e):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_graph_that_may_break_at_the_operator_is_not_traced_inside_it(block, e):
+    torch._dynamo.reset()
+    model = Model(block)
+    compiled = torch.compile(model, backend="aot_eager")
+    for n_loops in (2, 3, 2):
+        compare(model, compiled, e, torch.tensor(n_loops))
+
+
 @pytest.mark.skipif(backends()["cpu"] != "available", reason="torch would be the first choice")
 def test_a_slow_path_is_told_while_compiling(monkeypatch, compiled):
     monkeypatch.setattr(dispatch, "_SAID", set())
