@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from shift_kernels import dispatch, reference, triton_backend
@@ -73,16 +73,17 @@ def looped_block(
         n_loops = n_loops.expand(e.shape[0])
     asked = Asked(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
+    inputs = (e, *ordered.values())
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
-        _refuse_transforms(chosen.backend, (e, *ordered.values()))
+        _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (chosen.backend != "torch" and _are_watched(inputs)):
             h, used = _as_operator(e, ordered, spec, asked, grad, chosen.backend)
         elif chosen.backend == "torch":
             h, used = reference.looped_block(e, ordered, spec, **vars(asked))
         elif grad:
             module = dispatch.module_of(chosen.backend)
-            h, used = EagerLoopedBlock.apply(module, spec, asked, e, *ordered.values())
+            h, used = EagerLoopedBlock.apply(module, spec, asked, *inputs)
         else:
             module = dispatch.module_of(chosen.backend)
             h, used, _ = module.forward(e, ordered, spec, asked, for_backward=False)
@@ -103,6 +104,19 @@ def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:
             "'torch' under torch.func and in forward-mode differentiation",
             "Call looped_block(..., backend='torch').",
         )
+
+
+def _are_watched(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether someone must see what is done to them: a tracer, a mode, fake tensors or another subclass.
+
+    Kernels read memory by its address, which these do not notice, or do not have.
+    """
+    plain = (Tensor, nn.Parameter)
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in plain for x in inputs)
+    )
 
 
 def _as_operator(

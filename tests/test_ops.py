@@ -5,6 +5,9 @@ import torch
 from operator_arguments import ops_arguments as arguments
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from shift_kernels import (
     BackendFallbackWarning,
@@ -71,6 +74,31 @@ def test_operator_equals_the_reference_with_all_gradients(block, e, call):
     ours = torch.autograd.grad(out, inputs, cotangent)
     for a, b in zip(ours, torch.autograd.grad(expected, inputs, cotangent), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [lambda f, e: make_fx(f)(e), torch.jit.trace], ids=["fx", "jit"])
+def test_tracers_see_the_operator(block, e, trace):
+    block.requires_grad_(False)
+    traced = trace(lambda e: block(e, 2), e.detach())
+    other = torch.randn(3, 5, 8)
+    assert torch.equal(traced(other), block(other, 2))
+
+
+def test_fake_tensors_have_shapes_and_no_memory_to_read():
+    with FakeTensorMode():
+        block, e = LoopedBlock(BlockSpec(d_model=8, n_heads=2)), torch.randn(3, 5, 8)
+        h = block(e, 2, seq_lens=torch.tensor([5, 1, 3]))
+        h.sum().backward()
+    assert h.shape == e.shape
+    assert all(p.grad.shape == p.shape for p in block.parameters())
+
+
+def test_a_wrapped_tensor_is_unwrapped_before_its_memory_is_read(block, e):
+    e = e.detach()
+    h = block(TwoTensor(e, 2 * e), 2)
+    assert torch.equal(h.a, block(e, 2))
+    assert torch.equal(h.b, block(2 * e, 2))
 
 
 def test_halting_operator_returns_loops_used(block, e):
