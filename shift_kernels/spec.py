@@ -250,6 +250,9 @@ def check_floating(function: str, name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise type_error(function, name, x.dtype, f"a tensor of dtype {allowed}", f"Cast it: {name}.float().")
+    if x.is_nested or x.layout != torch.strided:
+        given = "a nested tensor" if x.is_nested else x.layout
+        raise type_error(function, name, given, "a dense tensor", "Pad it, and give its seq_lens.")
 
 
 def _check_weights(

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nested import nested_tensor as nested
 
 from shift_kernels import (
     BlockSpec,
@@ -75,6 +76,8 @@ CASES = [
     ("e not a tensor", call(e=[[1.0]]), "e", True),
     ("e of ints", call(e=torch.ones(3, 5, 8, dtype=torch.int64)), "e", True),
     ("e complex", call(e=torch.ones(3, 5, 8, dtype=torch.complex64)), "e", True),
+    ("e sparse", call(e=E.to_sparse()), "e", True),
+    ("e nested", call(e=nested([E[0], E[1, :2]], layout=torch.jagged)), "e", True),
     ("e of rank 2", call(e=E[0]), "e", False),
     ("e of rank 4", call(e=E[None]), "e", False),
     ("e of other width", call(e=E[..., :7]), "e", False),
