@@ -39,8 +39,8 @@ def _asked(e, compute_dtype, n_loops, sample_loops, *options) -> Asked:
     return Asked(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *options)
 
 
-# An operator whose outputs' sizes depend on data torch.compile may leave outside its graph, and would then look
-# for something to compile inside.
+# Where outputs' sizes depend on data, torch.compile may leave the operator outside its graph, and would then
+# look for something to compile inside.
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def _forward(e, weights, spec, *options):
