@@ -7,7 +7,7 @@ For each seed all arms start from the same weights and see the same data in the 
 one run directory for each arm and seed, ``results.json``, ``report.md``, ``report.html`` and ``figures/``.
 The same command again goes on where an interrupted one stopped, and reuses what is finished.
 
-Exit codes: 0 done; 2 unusable input; 75 interrupted, start again to go on.
+Exit codes: 0 done; 1 failed; 2 unusable input; 75 interrupted. After 1 and 75 start again to go on.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShiftInputError as error:
         print(f"shift-compare: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full, say
+        print(f"shift-compare: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("shift-compare: interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED

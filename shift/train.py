@@ -152,7 +152,7 @@ def _train(command: Command) -> int:
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
-    except TrainingDiverged as error:
+    except (TrainingDiverged, OSError) as error:  # OSError: the disk is full, say
         print(f"shift-train: {error}", file=sys.stderr)
         return 1
     finally:

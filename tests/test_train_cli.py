@@ -1,6 +1,7 @@
 """The command line and its configuration: what wins, what is refused, what the exit codes mean."""
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ import pytest
 import tomli_w
 from tiny_runs import TINY, processes, tiny
 
-from shift import compare, eval
+from shift import checkpoint, compare, eval
 from shift.build import build_model, build_schedule, build_task
 from shift.checkpoint import checkpoints
 from shift.config import PRESETS, TrainConfig, load_config
@@ -130,6 +131,26 @@ def test_a_file_where_a_directory_should_be_is_unusable_input(tmp_path, capsys, 
     assert main_of([*arguments, str(tmp_path / "file" / below)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"'{argument}' = '{tmp_path / 'file' / below}'" in line
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_a_run_with_one_line(tiny_toml, tmp_path, capsys, monkeypatch):
+    run = ["--run-dir", str(tmp_path / "run"), "--config", str(tiny_toml)]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_synced", full)
+        assert main(run) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("shift-train: [Errno 28] No space left on device")
+    assert main([*run, "--resume", "auto"]) == 0
+
+
+def test_a_full_disk_ends_a_comparison_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "train_all", full)
+    assert compare.main(["--preset", "demo", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "shift-compare: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
