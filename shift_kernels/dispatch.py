@@ -184,7 +184,17 @@ def explain(
             )
     if dtype not in DTYPES:
         raise type_error("shift_kernels.explain", "dtype", dtype, f"one of {DTYPES}", "Pass e.dtype.")
-    problem = Problem(spec, batch, seq_len, dtype, dtype, torch.device(device), grad)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise input_error(
+            "shift_kernels.explain",
+            "device",
+            device,
+            "a device's name, such as 'cpu' or 'cuda:0'",
+            "Change it.",
+        ) from error
+    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad)
     chosen = plan(problem, backend)
     lines = [
         f"looped_block [{batch}, {seq_len}, {spec.d_model}] {str(dtype).removeprefix('torch.')} on {device}, "

@@ -146,6 +146,7 @@ CASES = [
     ("explain of an empty batch", lambda: explain(SPEC, 0, 1), "batch", False),
     ("explain of half a token", lambda: explain(SPEC, 1, 0.5), "seq_len", True),
     ("explain of a dtype's name", lambda: explain(SPEC, 1, 1, dtype="float32"), "dtype", True),
+    ("explain of no device", lambda: explain(SPEC, 1, 1, device="gpu"), "device", False),
     ("explain of negative loops", lambda: explain(SPEC, 1, 1, n_loops=-1), "n_loops", False),
     ("module without a spec", lambda: LoopedBlock({"d_model": 8}), "spec", True),
     (
