@@ -11,6 +11,7 @@ was left alone (same machine, thread count and versions).
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,14 +218,15 @@ class Trainer:
     def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
         c, p = self.config, self.progress
-        most = c.n_grad_loops or c.model.n_loops
+        most = c.n_grad_loops or math.inf
         mean_loops: float
         grad_loops: float
         if isinstance(loops, int):
             mean_loops, grad_loops = loops, min(loops, most)
         else:  # on the CPU, where the processes of torchrun talk by gloo: nothing waits for the device
-            both = torch.stack([loops, loops.clamp(max=most)]).double().mean(1)
-            mean_loops, grad_loops = self._mean_over_ranks(both).tolist()
+            own = loops.double()
+            means = torch.stack([own.mean(), own.clamp(max=most).mean()])
+            mean_loops, grad_loops = self._mean_over_ranks(means).tolist()
         p.block_applications += mean_loops
         batch_size, seq_len = batch.tokens.shape
         flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, grad_loops)

@@ -47,6 +47,12 @@ def test_each_sample_counts_with_the_loops_that_carry_its_gradient(tmp_path):
     assert trainer.fit()["flops_total"] == sum(alone)
 
 
+def test_more_loops_than_the_models_own_count_in_full(tmp_path):
+    config = tiny(schedule=ScheduleConfig("constant", {"n_loops": 5}), steps=1)
+    trainer = Trainer(config, tmp_path)
+    assert trainer.fit()["flops_total"] == train_step_flops(trainer.model, 8, 6, 5)
+
+
 def test_a_schedule_without_a_switch_has_no_switch_step(tmp_path):
     for n_loops in (1, 3):
         config = tiny(schedule=ScheduleConfig("constant", {"n_loops": n_loops}), steps=2)
