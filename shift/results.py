@@ -52,9 +52,8 @@ def read_run(path: Path) -> Run:
         return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
 
     def rows(name: str) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in text(name).split("\n")[:-1]
-        ]  # a full disk may cut the last short
+        whole, _, _ = text(name).rpartition("\n")  # a full disk may have cut the last row short
+        return [json.loads(line) for line in whole.splitlines()]
 
     result = json.loads(text("result.json") or "{}")
     return Run(

@@ -137,8 +137,8 @@ def _say_once(text: str) -> None:
     if text in _SAID:
         return
     _SAID.add(text)
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("shift_kernels", "torch"):
+    frame, level, ours = sys._getframe(), 1, ("shift_kernels", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, BackendFallbackWarning, stacklevel=level)
 
