@@ -1,5 +1,7 @@
 """The module's weights, where they are no plain parameters of its own."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,12 @@ def test_shapes_alone_pass_through_on_the_meta_device(autocast):
         h.sum().backward()
     assert (h.shape, h.dtype, h.device) == ((2, 2, 3, 8), e.dtype, e.device)
     assert all(p.grad.is_meta for p in block.parameters())
+
+
+def test_sizes_that_are_replaced_by_none_follow_the_others_again():
+    spec = BlockSpec(d_model=16, n_heads=2)
+    replaced = dataclasses.replace(spec, d_model=32, n_heads=8, n_kv_heads=None, head_dim=None, d_ff=None)
+    assert replaced == BlockSpec(d_model=32, n_heads=8)
 
 
 def test_layers_may_share_a_weight():
