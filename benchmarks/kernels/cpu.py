@@ -4,8 +4,8 @@
 
 Forward and backward of one causal pre-norm block with injection, in float32 and in bfloat16. All take turns
 in one process, so that a busy machine hurts them alike; each size, dtype and number of threads has a process
-of its own, because torch.compile decides by them. Beside the times: the share of the best rate that large
-library products of that dtype reach in the same process.
+of its own, because torch.compile decides by them. Beside the times: the share of what the cores can do at
+most, multiply-adds of registers (peak.cpp), measured right after.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.baseline import PlainBlock
+from build_native import compiler
 from shift_kernels import BlockSpec, LoopedBlock, info
 
 WARM_UP, ROUNDS = 2, 9
@@ -76,10 +78,17 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_gflops(dtype: torch.dtype) -> float:
-    """Best of many products that fit the caches."""
-    a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
-    return 2 * 768**3 / min(milliseconds(lambda: a @ b) for _ in range(30)) / 1e6
+def peak_gflops(dtype: str, threads: int) -> float:
+    """Of peak.cpp on that many cores; 0 without a compiler, or where there are no such instructions."""
+    cxx = compiler()
+    if cxx is None:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/peak"
+        flags = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-Wno-psabi"]
+        subprocess.run([*cxx, *flags, str(Path(__file__).with_name("peak.cpp")), "-o", program], check=True)
+        rates = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return threads * float(rates[DTYPES.index(dtype)])
 
 
 def measure(size: Size, threads: int, dtype: str) -> dict:
@@ -111,7 +120,7 @@ def measure(size: Size, threads: int, dtype: str) -> dict:
         dtype=dtype,
         ms=times,
         gflops=size.flops / statistics.median(times["cpu"]) / 1e6,
-        peak_gflops=peak_gflops(kind),
+        peak_gflops=peak_gflops(dtype, threads),
     )
 
 
@@ -124,7 +133,7 @@ def table(rows: list[dict]) -> str:
         for values in r["ms"].values():
             low, middle, high = statistics.quantiles(values, n=4)
             cells.append(f"{middle:.1f} ({low:.1f}-{high:.1f})")
-        cells += [f"{speedup(r):.2f}x", f"{r['gflops'] / r['peak_gflops']:.0%}"]
+        cells += [f"{speedup(r):.2f}x", f"{r['gflops'] / r['peak_gflops']:.0%}" if r["peak_gflops"] else "-"]
         lines.append(f"| {r['name']} | {r['dtype']} | {r['threads']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
