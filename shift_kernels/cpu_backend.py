@@ -79,41 +79,41 @@ def refusal(problem: Problem) -> str | None:
 
 def how(problem: Problem) -> str:
     """In a phrase, with what the backward reads."""
-    kept = _keeps(problem.batch * problem.seq_len, problem.spec)
+    kept = _keeps(problem.batch * problem.seq_len, _kept_width(problem.spec, problem.compute_dtype))
     backward = f"; the backward {'reads kept activations' if kept else 'recomputes each loop'}"
     return f"one C++ call for all loops{backward if problem.grad else ''}"
 
 
 def saved_bytes(problem: Problem) -> int:
     """Bytes kept for the backward pass, per loop."""
-    rows = problem.batch * problem.seq_len
-    return 4 * rows * (_kept_width(problem.spec) if _keeps(rows, problem.spec) else problem.spec.d_model)
+    rows, spec = problem.batch * problem.seq_len, problem.spec
+    width = _kept_width(spec, problem.compute_dtype)
+    return 4 * rows * (width if _keeps(rows, width) else spec.d_model)
 
 
 def saved_like(
     e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Empty tensors shaped as what :func:`forward` saves."""
-    return [e.new_empty(_saved_shape(e, spec, n_loops), dtype=torch.float32)]
+    return [e.new_empty(_saved_shape(e, spec, n_loops, compute_dtype or e.dtype), dtype=torch.float32)]
 
 
-def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int) -> tuple[int, ...]:
+def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> tuple[int, ...]:
     """Activations, or loop boundaries where those are many. 16 numbers are slack for vector loads."""
-    rows = e.shape[0] * e.shape[1]
-    if _keeps(rows, spec):
-        return (n_loops, rows * _kept_width(spec) + 16)
-    return (n_loops, *e.shape)
+    rows, width = e.shape[0] * e.shape[1], _kept_width(spec, compute_dtype)
+    return (n_loops, rows * width + 16) if _keeps(rows, width) else (n_loops, *e.shape)
 
 
-def _keeps(rows: int, spec: BlockSpec) -> bool:
-    return 4 * rows * _kept_width(spec) <= MOST_KEPT_BYTES
+def _keeps(rows: int, width: int) -> bool:
+    return 4 * rows * width <= MOST_KEPT_BYTES
 
 
-def _kept_width(spec: BlockSpec) -> int:
-    """``kept_width`` of csrc/cpu/block.cpp: numbers kept of a token in a loop."""
+def _kept_width(spec: BlockSpec, compute_dtype: torch.dtype) -> int:
+    """``kept_width`` of csrc/cpu/block.cpp: floats kept of a token in a loop, two bfloat16 being one."""
     d, up = _padded(spec.d_model), _padded(spec.d_ff) * (2 if spec.activation == "swiglu" else 1)
     sums = 0 if spec.norm_placement == "pre" else 2 * d
-    layer = 2 * d + _padded(spec.qkv_dim) + _padded(spec.n_heads * spec.head_dim) + up + sums
+    numbers = _padded(spec.qkv_dim) + _padded(spec.n_heads * spec.head_dim) + up
+    layer = 2 * d + sums + _padded(numbers // (2 if compute_dtype == torch.bfloat16 else 1))
     return spec.n_layers * layer + (d if spec.loop_norm else 0)
 
 
@@ -134,7 +134,8 @@ def forward(
     shape = (call.most_loops, *e.shape) if asked.return_all_loops else e.shape
     new = torch.empty if asked.seq_lens is None else torch.zeros  # pads are never written
     out, used = new(shape, **_HERE), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
-    saved = [_buffer(_saved_shape(e, spec, call.most_loops))] if for_backward else []
+    to_save = _saved_shape(e, spec, call.most_loops, asked.compute_dtype)
+    saved = [_buffer(to_save)] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
     _set_saved(call, saved)
     native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)

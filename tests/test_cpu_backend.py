@@ -134,6 +134,31 @@ def test_library_is_there_wherever_it_can_be_built():
         assert available, backends()["cpu"]
 
 
+def skip_without(isa):
+    library, _ = native.load()
+    if native.ISAS.index(isa) > library.shift_best_isa():
+        pytest.skip(f"this processor has no {isa}")
+
+
+@needs_library
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_gelu_is_right_everywhere(isa):
+    """A block of which only x + gelu(x) is left."""
+    skip_without(isa)
+    spec = BlockSpec(d_model=16, n_heads=1, d_ff=16, norm="none", bias=False)
+    weights = {name: torch.zeros(w.shape) for name, w in LoopedBlock(spec).weights().items()}
+    weights["layers.0.linear1.weight"] = weights["layers.0.linear2.weight"] = torch.eye(16)
+    x = torch.linspace(-12, 12, 64 * 1024).view(64, 64, 16)
+    asked = Asked(n_loops=1, compute_dtype=torch.float32)
+    h, _, saved = cpu_backend.forward(x, weights, spec, asked, for_backward=True, isa=isa)
+    slope, _ = cpu_backend.backward(torch.ones_like(h), x, weights, spec, asked, saved, isa=isa)
+    exact = x.double().requires_grad_()
+    value = exact + torch.nn.functional.gelu(exact)
+    (exact_slope,) = torch.autograd.grad(value.sum(), exact)
+    assert ((h - value).abs() < 2e-7 + 1.2e-7 * value.abs()).all()
+    assert ((slope - exact_slope).abs() < 5e-7).all()
+
+
 @needs_library
 @every_option
 @every_call
@@ -151,10 +176,11 @@ def test_bfloat16_is_as_right_as_plain_bfloat16(options, dtypes):
 
 @needs_library
 @every_option
-def test_boundaries_alone_give_the_same_gradients(options, monkeypatch):
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_boundaries_alone_give_the_same_gradients(options, dtypes, monkeypatch):
     monkeypatch.setattr(cpu_backend, "MOST_KEPT_BYTES", 0)
     for call in CALLS.values():
-        check(*make(**options), call)
+        check(*make(**options), call, dtypes=dtypes)
 
 
 @needs_library
@@ -162,9 +188,7 @@ def test_boundaries_alone_give_the_same_gradients(options, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "position": "rope", "norm": "rmsnorm"}])
 @pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 def test_every_instruction_set_is_right(isa, options, dtypes):
-    library, _ = native.load()
-    if native.ISAS.index(isa) > library.shift_best_isa():
-        pytest.skip(f"this processor has no {isa}")
+    skip_without(isa)
     check(*make(**options), CALLS["ragged, own loops"], isa, dtypes=dtypes)
 
 
@@ -468,8 +492,21 @@ def test_auto_takes_it_for_float32_and_bfloat16_and_leaves_the_rest():
 
 
 @needs_library
-def test_explain_counts_what_is_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_explain_counts_what_is_kept(dtype):
+    block, e = make(batch=40, seq_len=33)
+    kept = cpu_backend.saved_like(e.to(dtype), block.spec, 3)[0]
+    text = explain(block.spec, *e.shape[:2], n_loops=3, dtype=dtype)
+    assert f"{kept.nbytes / 2**20:.1f} MiB" in text
+
+
+@needs_library
+def test_what_is_kept_begins_on_a_cache_line_and_takes_less_in_bfloat16():
     block, e = make()
-    problem_bytes = cpu_backend.saved_like(e, block.spec, 3)[0].nbytes
-    text = explain(block.spec, *e.shape[:2], n_loops=3)
-    assert f"{problem_bytes / 2**20:.1f} MiB" in text
+    kept = {}
+    for dtypes in (FLOAT32, AUTOCAST):
+        weights = {name: w.detach() for name, w in block.weights().items()}
+        asked = Asked(n_loops=2, compute_dtype=dtypes[1])
+        *_, (kept[dtypes[1]],) = cpu_backend.forward(e, weights, block.spec, asked, for_backward=True)
+    assert all(x.data_ptr() % 64 == 0 for x in kept.values())
+    assert kept[torch.bfloat16].nbytes < 0.75 * kept[torch.float32].nbytes

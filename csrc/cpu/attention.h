@@ -25,6 +25,7 @@ struct Head {
     int64_t ld;
     int width;
     bool add;
+    void soon(int, int) const {}
     void ahead(int, int) const {}
     void take(int i, int j, vf sum) const {
         float* to = c + i * ld + j;

@@ -4,7 +4,7 @@
 // running are always the first ones. A thread takes a tile through all its loops before it takes the next:
 // the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
 // weights are read T times from there too. The backward walks the loops down from what the forward kept of
-// each (about 40 d_model bytes a row and loop), or from the boundaries alone, computing each again. Weight
+// each (about 40 d_model bytes a row and loop, in bfloat16 24), or from the boundaries alone, computing each again. Weight
 // gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices in order, each
 // as soon as those before it are: the same bits for any number of threads. All code is there twice: matrix products with weights in float32, or
 // with operands rounded to bfloat16 (P in operand.h); what is not such a product is float32 in both.
@@ -91,12 +91,24 @@ LayerGrads take_grads(Memory& m, const Shape& s) {
     return g;
 }
 
-template <class Memory>
-Kept take_kept(Memory& m, const Shape& s, int64_t rows) {
-    Kept k;
+// Memory for n numbers as the operands of products are.
+template <class P, class Memory>
+typename P::number* take_numbers(Memory& m, int64_t n) {
+    return reinterpret_cast<typename P::number*>(m.take(n / P::NUMBERS));
+}
+
+template <class P, class Memory>
+Kept<P> take_kept(Memory& m, const Shape& s, int64_t rows, bool backward) {
+    Kept<P> k{};
     k.in = m.take(rows * s.dp), k.y1 = m.take(rows * s.dp), k.qkv = m.take(rows * s.qp), k.o = m.take(rows * s.ap);
-    k.z1 = m.take(rows * s.dp), k.mid = m.take(rows * s.dp), k.y2 = m.take(rows * s.dp);
-    k.u = m.take(rows * s.up), k.act = m.take(rows * s.fp), k.z2 = m.take(rows * s.dp);
+    k.z1 = m.take(rows * s.dp), k.mid = m.take(rows * s.dp), k.y2 = m.take(rows * s.dp), k.z2 = m.take(rows * s.dp);
+    k.u = take_numbers<P>(m, rows * s.up), k.act = take_numbers<P>(m, rows * s.fp);
+    if constexpr (P::NUMBERS == 1) {
+        k.kept_qkv = k.qkv, k.kept_o = k.o;
+    } else {
+        if (backward) k.kept_qkv = take_numbers<P>(m, rows * s.qp);
+        k.kept_o = take_numbers<P>(m, rows * s.ap);
+    }
     return k;
 }
 
@@ -163,21 +175,26 @@ struct Model {
 };
 
 // What one thread needs for the largest tile.
+template <class P>
 struct Workspace {
-    Kept own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
+    Kept<P> own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
     float *e, *h, *own_u, *u;                    // u: what the last layer left, before the loop norm
-    Room room;
+    Room<P> room;
     Temporaries t;
     float *dh, *de, *dx;
 
     template <class Memory>
     Workspace(const Call& c, const Shape& s, int64_t rows, Memory& m, bool backward) {
-        for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = take_kept(m, s, rows);
+        for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = take_kept<P>(m, s, rows, backward);
         e = m.take(rows * s.dp), h = m.take(rows * s.dp), own_u = u = m.take(rows * s.dp);
         const int64_t n = c.seq_len, np = padded(n);
         const int64_t widest = std::max({s.dp, s.qp, s.ap, s.fp, s.up});
-        room.rows = m.take(rows * widest);
-        if (backward) room.columns = m.take((rows + 1) * 16), room.panels = m.take((rows + 1) * std::max(s.dp, s.ap));
+        room.rows = take_numbers<P>(m, rows * widest);
+        if (backward) {
+            const auto take = [&](int64_t n) { return reinterpret_cast<typename P::cell*>(m.take(n)); };
+            const int64_t k = cells_of<P>(rows);
+            room.columns = take(k * VL), room.panels = take(k * std::max(s.dp, s.ap));
+        }
         room.attention = m.take(16 * (c.head_dim + n) + (backward ? 2 * n * np : 0));  // 16: the widest vector
         if (backward) {
             t = take_temporaries(m, s, rows);
@@ -186,10 +203,11 @@ struct Workspace {
     }
 };
 
-// Numbers that are kept of a row in a loop; what is cheap to compute again is not.
+// Floats that are kept of a row in a loop; what is cheap to compute again is not.
+template <class P>
 int64_t kept_width(const Call& c, const Shape& s) {
-    const int sums = s.placement == PRE ? 0 : 2 * s.dp;
-    return c.n_layers * int64_t(2 * s.dp + s.qp + s.ap + s.up + sums) + (c.loop_norm ? s.dp : 0);
+    const int sums = s.placement == PRE ? 0 : 2 * s.dp, numbers = padded((s.qp + s.ap + s.up) / P::NUMBERS);
+    return c.n_layers * int64_t(2 * s.dp + sums + numbers) + (c.loop_norm ? s.dp : 0);
 }
 
 void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
@@ -251,26 +269,33 @@ struct Tile {
 };
 
 // Let ws.layers and ws.u point at what is kept of loop t, from the tile's row `from` on.
-void bind(const Call& c, const Shape& s, const Tile& tile, int64_t t, int64_t from, Workspace& ws) {
+template <class P>
+void bind(const Call& c, const Shape& s, const Tile& tile, int64_t t, int64_t from, Workspace<P>& ws) {
     if (!c.kept) return;
-    float* at = c.kept + (tile.rows_before * c.most_loops + (t - 1) * tile.rows) * kept_width(c, s);
+    float* at = c.kept + (tile.rows_before * c.most_loops + (t - 1) * tile.rows) * kept_width<P>(c, s);
     const auto take = [&](int width) {
         float* piece = at + from * width;
         at += int64_t(tile.rows) * width;
         return piece;
     };
     for (int l = 0; l < c.n_layers; l++) {
-        Kept& k = ws.layers[l];
+        Kept<P>& k = ws.layers[l];
         k = ws.own[l];
-        k.in = take(s.dp), k.mid = take(s.dp), k.qkv = take(s.qp), k.o = take(s.ap), k.u = take(s.up);
+        k.in = take(s.dp), k.mid = take(s.dp);
         if (s.placement != PRE) k.z1 = take(s.dp), k.z2 = take(s.dp);
+        auto* numbers = reinterpret_cast<typename P::number*>(at);
+        k.kept_qkv = numbers + from * s.qp, numbers += int64_t(tile.rows) * s.qp;
+        k.kept_o = numbers + from * s.ap, numbers += int64_t(tile.rows) * s.ap;
+        k.u = numbers + from * s.up;
+        if constexpr (P::NUMBERS == 1) k.qkv = k.kept_qkv, k.o = k.kept_o;
+        at += int64_t(tile.rows) * padded((s.qp + s.ap + s.up) / P::NUMBERS);
     }
     ws.u = c.loop_norm ? take(s.dp) : ws.own_u;
 }
 
 // One loop on `rows` rows of h (and e): from h_{t-1} to h_t in `out`.
 template <class P>
-void one_loop(const Call& c, const Model<P>& m, Workspace& ws, Rows seqs, int rows, const float* h, const float* e,
+void one_loop(const Call& c, const Model<P>& m, Workspace<P>& ws, Rows seqs, int rows, const float* h, const float* e,
               float* out) {
     const Shape& s = m.shape;
     const int64_t n = int64_t(rows) * s.dp;
@@ -296,7 +321,7 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
 }
 
 template <class P>
-void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace& ws) {
+void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     tile.gather(c.e, 0, tile.count, ws.e);
     if (c.injection)
@@ -325,7 +350,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace&
 }
 
 template <class P>
-void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace& ws, LayerGrads* grads,
+void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws, LayerGrads* grads,
                    NormGrads loop_norm_grads) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
@@ -396,9 +421,10 @@ struct SliceGrads {
     }
 };
 
+template <class P>
 int64_t workspace_floats(const Call& c, const Shape& s, int64_t rows, bool backward) {
     Counter count;
-    Workspace(c, s, rows, count, backward);
+    Workspace<P>(c, s, rows, count, backward);
     return count.floats;
 }
 
@@ -411,14 +437,14 @@ int forward(const Call& c, const Plan* plan) {
     if (!weights.ok()) return 1;
     Model<P> model(c, weights, false);
     model.fill(c, false);
-    const int64_t floats = workspace_floats(c, model.shape, plan->most_rows, false);
+    const int64_t floats = workspace_floats<P>(c, model.shape, plan->most_rows, false);
     int failed = 0;
 #pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
     {
         Arena memory(floats), room(2 * plan->most_samples + 1);
         failed |= !memory.ok() || !room.ok();
         if (memory.ok() && room.ok()) {
-            Workspace ws(c, model.shape, plan->most_rows, memory, false);
+            Workspace<P> ws(c, model.shape, plan->most_rows, memory, false);
             int* tile_room = reinterpret_cast<int*>(room.take(0));
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < plan->n_tiles; i++)
@@ -439,7 +465,7 @@ int backward(const Call& c, const Plan* plan) {
     const Shape& s = model.shape;
     Counter per_slice;
     SliceGrads(c, s, per_slice);
-    const int64_t slices = c.n_slices, floats = workspace_floats(c, s, plan->most_rows, true);
+    const int64_t slices = c.n_slices, floats = workspace_floats<P>(c, s, plan->most_rows, true);
     Arena sums(per_slice.floats);
     if (!sums.ok()) return 1;
     float* total = sums.take(0);
@@ -449,7 +475,7 @@ int backward(const Call& c, const Plan* plan) {
         Arena memory(floats), room(2 * plan->most_samples + 1), gradients(per_slice.floats, false);
         const bool ok = memory.ok() && room.ok() && gradients.ok();
         failed |= !ok;
-        Workspace ws(c, s, plan->most_rows, memory, true);
+        Workspace<P> ws(c, s, plan->most_rows, memory, true);
         Cursor cursor{gradients.take(0)};
         float* const slice_total = cursor.at;
         SliceGrads grads(c, s, cursor);

@@ -27,11 +27,13 @@ inline MatB<P> panels(const typename P::cell* p, int64_t k) {
     return {p, VL, k * VL};
 }
 
-// Epilogues. take(i, j, sum) gets VL columns of row i from column j on; ahead(i, j) is told before the product is
-// computed, so that memory that is not in a near cache is on its way meanwhile.
+// Epilogues. take(i, j, sum) gets VL columns of row i from column j on. Memory that is not in a near cache is asked
+// for in time: ahead(i, j) is told before the product is computed, and soon(i, j), for what is needed after it, at
+// one of its steps each, for many requests at once would hold it up.
 struct Store {
     float* c;
     int64_t ld;
+    void soon(int, int) const {}
     void ahead(int, int) const {}
     void take(int i, int j, vf sum) const { store(c + i * ld + j, sum); }
 };
@@ -39,6 +41,7 @@ struct Store {
 struct Add {
     float* c;
     int64_t ld;
+    void soon(int, int) const {}
     void ahead(int i, int j) const { prefetch_to_write(c + i * ld + j); }
     void take(int i, int j, vf sum) const { store(c + i * ld + j, load(c + i * ld + j) + sum); }
 };
@@ -47,6 +50,7 @@ struct Bias {
     float* c;
     int64_t ld;
     const float* bias;
+    void soon(int, int) const {}
     void ahead(int i, int j) const { prefetch_to_write(c + i * ld + j); }
     void take(int i, int j, vf sum) const { store(c + i * ld + j, sum + load(bias + j)); }
 };
@@ -61,6 +65,7 @@ inline void micro(int i0, int j0, int k, MatA<P> a, MatB<P> b, const Epilogue& e
     const typename P::cell *third[THIRDS], *column = b.p;
     UNROLLED for (int i = 0; i < THIRDS; i++) third[i] = a.p + 3 * i * a.row;
     for (int t = 0; t < k; t++) {
+        if (t < MR * NV) epilogue.soon(i0 + t / NV, j0 + t % NV * VL);
         typename P::cells row[NV];
         UNROLLED for (int j = 0; j < NV; j++) row[j] = load_cells(column + j * b.panel);
         UNROLLED for (int i = 0; i < MR; i++) {
@@ -94,12 +99,18 @@ inline void gemm(int m, int n, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     for (; j < n; j += VL) rows<P, 1>(m, j, k, a, from(j), epilogue);
 }
 
-// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `room` for as many numbers.
-inline MatA<F32> columns(F32, int, const float* x, int64_t ld, float*) { return {x, 1, ld}; }
-inline MatA<BF16> columns(BF16, int rows, const float* x, int64_t ld, float* room) {
-    auto* cells = reinterpret_cast<uint32_t*>(room);
-    stack<BF16>(rows, VL, x, ld, cells);
-    return {cells, 1, VL};
+// A = the rows of x[m, width], of which k cells count.
+template <class P>
+inline MatA<P> row_operand(const typename P::number* x, int width) {
+    return {reinterpret_cast<const typename P::cell*>(x), width / P::NUMBERS, 1};
+}
+
+// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `room` for as many cells.
+template <class P, class Number>
+inline MatA<P> column_operand(int rows, const Number* x, int64_t ld, typename P::cell* room) {
+    if constexpr (P::NUMBERS == 1) return {x, 1, ld};
+    stack<P>(rows, VL, x, ld, room);
+    return {room, 1, VL};
 }
 
 }  // namespace

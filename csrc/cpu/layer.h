@@ -46,9 +46,13 @@ struct LayerGrads {  // row-major, padded
 };
 
 // Of one layer, [rows, width]: y1, y2 normed inputs, z1, z2 branch outputs (with post-norm: the sums). The
-// backward computes y1, y2 and act again, for they are cheap.
+// backward computes y1, y2 and act again, for they are cheap. What only products read again is rounded as their
+// operands are; attention works on qkv and o as they are: in single precision the same memory as what is kept.
+template <class P>
 struct Kept {
-    float *in, *y1, *qkv, *o, *z1, *mid, *y2, *u, *act, *z2;
+    typedef typename P::number Number;
+    float *in, *y1, *qkv, *o, *z1, *mid, *y2, *z2;
+    Number *kept_qkv, *kept_o, *u, *act;
 };
 
 struct Rows {  // the sequences of a tile
@@ -68,6 +72,7 @@ struct Residual {
     int64_t ld;
     const float *bias, *x;
     float scale;
+    void soon(int, int) const {}
     void ahead(int i, int j) const {
         prefetch(x + i * ld + j);
         prefetch_to_write(out + i * ld + j);
@@ -78,11 +83,12 @@ struct Residual {
 };
 
 // u = sum + bias, act = the activation of it (of swiglu, when the values come in: the gate is there by then)
-template <Activation A>
+template <Activation A, class Number>
 struct Activate {
-    float *u, *act;
+    Number *u, *act;
     const float* bias;
     int64_t up, fp;
+    void soon(int, int) const {}
     void ahead(int i, int j) const { prefetch_to_write(u + i * up + j); }
     void take(int i, int j, vf sum) const {
         const vf x = sum + load(bias + j);
@@ -97,11 +103,14 @@ struct Activate {
 };
 
 // From the activation's gradient, the sum, that of u; act again, for it is cheap.
-template <Activation A>
+template <Activation A, class Number>
 struct ActivateBackward {
-    const float* u;
-    float *act, *du;
+    const Number* u;
+    Number* act;
+    float* du;
     int64_t up, fp;
+    const Number* next;  // [rows, fp]: what is read after this
+    void soon(int i, int j) const { prefetch(next + i * fp + j); }
     void ahead(int i, int j) const {
         prefetch(u + i * up + j);
         if (A == SWIGLU) prefetch(u + i * up + fp + j);
@@ -121,13 +130,14 @@ struct ActivateBackward {
     }
 };
 
-template <template <Activation> class Epilogue, class P, class... Fields>
+template <template <Activation, class> class Epilogue, class P, class... Fields>
 inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<P> b, Fields... fields) {
+    typedef typename P::number Number;
     switch (s.activation) {
-        case RELU: return gemm<P>(m, n, k, a, b, Epilogue<RELU>{fields...});
-        case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU>{fields...});
-        case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH>{fields...});
-        default: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU>{fields...});
+        case RELU: return gemm<P>(m, n, k, a, b, Epilogue<RELU, Number>{fields...});
+        case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU, Number>{fields...});
+        case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH, Number>{fields...});
+        default: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU, Number>{fields...});
     }
 }
 
@@ -176,37 +186,41 @@ inline void close_branch_backward(const Shape& s, int rows, const float* x, cons
 }
 
 // Room for products' operands and for attention, of one thread.
+template <class P>
 struct Room {
-    float *rows, *columns, *panels, *attention;
+    typename P::number* rows;
+    typename P::cell *columns, *panels;
+    float* attention;
 };
 
-// A of x W^T: rows of x, whose first k numbers count.
+// A of x W^T.
 template <class P>
-inline MatA<P> operand(int rows, int width, int k, const float* x, Room room) {
-    return {as_rows(P{}, rows, width, k, x, room.rows), width / P::NUMBERS, 1};
+inline MatA<P> operand(int rows, int width, const float* x, typename P::number* room) {
+    return row_operand<P>(rounded(int64_t(rows) * width, x, room), width);
 }
 
 template <class P>
-inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows, Kept k,
-                          float* out, Room room) {
+inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows,
+                          Kept<P> k, float* out, Room<P> room) {
     const int d = cells_of<P>(s.d), a = cells_of<P>(s.a), f = cells_of<P>(s.f);
     const float* y = branch_input(s, rows, k.in, w.n1, k.y1);
-    gemm<P>(rows, s.qp, d, operand<P>(rows, s.dp, s.d, y, room), panels<P>(w.qkv, d), Bias{k.qkv, s.qp, w.qkv_bias});
+    gemm<P>(rows, s.qp, d, operand<P>(rows, s.dp, y, room.rows), panels<P>(w.qkv, d), Bias{k.qkv, s.qp, w.qkv_bias});
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
         float* qkv = k.qkv + int64_t(at) * s.qp;
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, 1.0f, qkv);
         attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.ap, room.attention);
     }
+    if (k.kept_qkv) rounded(int64_t(rows) * s.qp, k.qkv, k.kept_qkv);
     float* mid = s.f ? k.mid : out;
-    close_branch<P>(s, rows, a, operand<P>(rows, s.ap, s.a, k.o, room), panels<P>(w.out, a), w.out_bias, k.in, k.z1,
+    close_branch<P>(s, rows, a, operand<P>(rows, s.ap, k.o, k.kept_o), panels<P>(w.out, a), w.out_bias, k.in, k.z1,
                     w.n1, w.n1_post, mid);
     if (!s.f) return;
 
     y = branch_input(s, rows, mid, w.n2, k.y2);
-    gemm_activated<Activate, P>(s, rows, s.up, d, operand<P>(rows, s.dp, s.d, y, room), panels<P>(w.up, d), k.u, k.act,
+    gemm_activated<Activate, P>(s, rows, s.up, d, operand<P>(rows, s.dp, y, room.rows), panels<P>(w.up, d), k.u, k.act,
                                 w.up_bias, s.up, s.fp);
-    close_branch<P>(s, rows, f, operand<P>(rows, s.fp, s.f, k.act, room), panels<P>(w.down, f), w.down_bias, mid, k.z2,
+    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.fp), panels<P>(w.down, f), w.down_bias, mid, k.z2,
                     w.n2, w.n2_post, out);
 }
 
@@ -215,7 +229,8 @@ struct Temporaries {  // [rows, width] each
 };
 
 // The sums of VL columns of x.
-inline vf column_sums(int rows, const float* x, int64_t ld) {
+template <class Number>
+inline vf column_sums(int rows, const Number* x, int64_t ld) {
     vf even = all(0), odd = all(0);  // two additions under way at a time
     int i = 0;
     for (; i + 2 <= rows; i += 2) even += load(x + i * ld), odd += load(x + (i + 1) * ld);
@@ -224,14 +239,13 @@ inline vf column_sums(int rows, const float* x, int64_t ld) {
 
 // weight[wide, narrow] += x^T y of x[rows, wide], y[rows, narrow]: y in panels stays in L1 while x's columns pass
 // by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is a gradient.
-template <class P>
-inline void weight_grads(int rows, int wide, const float* x, float* x_sums, int narrow, const float* y, float* y_sums,
-                         float* weight, Room room) {
+template <class P, class X, class Y>
+inline void weight_grads(int rows, int wide, const X* x, float* x_sums, int narrow, const Y* y, float* y_sums,
+                         float* weight, Room<P> room) {
     const int k = cells_of<P>(rows);
-    auto* stacked = reinterpret_cast<typename P::cell*>(room.panels);
-    stack<P>(rows, narrow, y, narrow, stacked);
+    stack<P>(rows, narrow, y, narrow, room.panels);
     for (int i = 0; i < wide; i += VL) {
-        gemm<P>(VL, narrow, k, columns(P{}, rows, x + i, wide, room.columns), panels<P>(stacked, k),
+        gemm<P>(VL, narrow, k, column_operand<P>(rows, x + i, wide, room.columns), panels<P>(room.panels, k),
                 Add{weight + int64_t(i) * narrow, narrow});
         if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
     }
@@ -240,22 +254,23 @@ inline void weight_grads(int rows, int wide, const float* x, float* x_sums, int 
 
 template <class P>
 inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows,
-                           Kept k, LayerGrads g, Temporaries t, float* dx, Room room) {
+                           Kept<P> k, LayerGrads g, Temporaries t, float* dx, Room<P> room) {
     const int d = cells_of<P>(s.d), qkv = cells_of<P>(s.qkv), up = cells_of<P>(s.up);
     const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
     if (s.f) {
         const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
-        gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, s.d, t.dz, room),
-                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp);
+        gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, t.dz, room.rows),
+                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp, k.kept_qkv);
         weight_grads<P>(rows, s.fp, k.act, nullptr, s.dp, t.dz, g.down_bias, g.down_t, room);
         weight_grads<P>(rows, s.up, t.du, g.up_bias, s.dp, y2, nullptr, g.up, room);
-        gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, s.up, t.du, room), panels<P>(w.up_t, up), Store{t.dy, s.dp});
+        gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, t.du, room.rows), panels<P>(w.up_t, up), Store{t.dy, s.dp});
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
     open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads<P>(rows, s.dp, t.dz, g.out_bias, s.ap, k.o, nullptr, g.out, room);
-    gemm<P>(rows, s.ap, d, operand<P>(rows, s.dp, s.d, t.dz, room), panels<P>(w.out_t, d), Store{t.d_o, s.ap});
+    weight_grads<P>(rows, s.dp, t.dz, g.out_bias, s.ap, k.kept_o, nullptr, g.out, room);
+    gemm<P>(rows, s.ap, d, operand<P>(rows, s.dp, t.dz, room.rows), panels<P>(w.out_t, d), Store{t.d_o, s.ap});
+    widen(int64_t(rows) * s.qp, k.kept_qkv, k.qkv);
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
         float* d_qkv = t.d_qkv + int64_t(at) * s.qp;
@@ -264,7 +279,7 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
     }
     weight_grads<P>(rows, s.qp, t.d_qkv, g.qkv_bias, s.dp, y1, nullptr, g.qkv, room);
-    gemm<P>(rows, s.dp, qkv, operand<P>(rows, s.qp, s.qkv, t.d_qkv, room), panels<P>(w.qkv_t, qkv), Store{t.dy, s.dp});
+    gemm<P>(rows, s.dp, qkv, operand<P>(rows, s.qp, t.d_qkv, room.rows), panels<P>(w.qkv_t, qkv), Store{t.dy, s.dp});
     close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
 }
 

@@ -12,6 +12,7 @@
 namespace {
 
 struct F32 {
+    typedef float number;
     typedef float cell;
     typedef vf cells;
     static constexpr int NUMBERS = 1;  // to a cell
@@ -28,6 +29,7 @@ inline vu rounded_bits(vf x) {
 }
 
 struct BF16 {
+    typedef uint16_t number;
     typedef uint32_t cell;
     typedef vu cells;
     static constexpr int NUMBERS = 2;
@@ -55,6 +57,25 @@ struct BF16 {
 #endif
     }
 };
+
+// Vectors of bfloat16 in memory, beside those of vec.h.
+typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+inline vf load(const uint16_t* p) {
+    halves x;
+    std::memcpy(&x, p, sizeof x);
+    const vu bits = __builtin_convertvector(x, vu) << 16;
+    vf wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+inline void store(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const halves narrow = __builtin_convertvector(rounded_bits(x) >> 16, halves);
+#endif
+    std::memcpy(p, &narrow, sizeof narrow);
+}
 
 template <class P>
 constexpr int cells_of(int numbers) {
@@ -96,28 +117,26 @@ inline void pack_rows(const float* w, int64_t ldw, int k, int n, int n_padded, i
 }
 
 // x[rows, width] (width a multiple of VL) stacked to cells in panels: both operands of a weight gradient.
-template <class P>
-inline void stack(int rows, int width, const float* x, int64_t ld, typename P::cell* out) {
+template <class P, class Number>
+inline void stack(int rows, int width, const Number* x, int64_t ld, typename P::cell* out) {
     for (int j = 0; j < width; j += VL)
         for (int t = 0; t < rows; t += P::NUMBERS, out += VL) {
-            const float* from = x + t * ld + j;
+            const Number* from = x + t * ld + j;
             store_cells(out, P::pack(load(from), t + 1 < rows ? load(from + ld) : all(0)));
         }
 }
 
-// x[rows, width] as an operand's rows, of which `k` numbers count; `room` for as many floats as x has.
-inline const float* as_rows(F32, int, int, int, const float* x, float*) { return x; }
-inline const uint32_t* as_rows(BF16, int rows, int width, int k, const float* x, float* room) {
-    uint16_t* out = reinterpret_cast<uint16_t*>(room);
-    for (int i = 0; i < rows; i++, x += width, out += width) {
-        for (int j = 0; j < k; j += VL) {
-            typedef uint16_t halves __attribute__((vector_size(VL * 2)));
-            const halves narrow = __builtin_convertvector(BF16::pack(load(x + j), all(0)), halves);
-            std::memcpy(out + j, &narrow, sizeof narrow);
-        }
-        if (k % 2) out[k] = 0;  // the other half of the last cell
-    }
-    return reinterpret_cast<const uint32_t*>(room);
+// x rounded to numbers of an operand in `room`; in single precision x itself.
+inline const float* rounded(int64_t, const float* x, float*) { return x; }
+inline const uint16_t* rounded(int64_t n, const float* x, uint16_t* room) {
+    for (int64_t i = 0; i < n; i += VL) store(room + i, load(x + i));
+    return room;
+}
+
+// Back to single precision; in single precision the two are one.
+inline void widen(int64_t, const float*, float*) {}
+inline void widen(int64_t n, const uint16_t* x, float* out) {
+    for (int64_t i = 0; i < n; i += VL) store(out + i, load(x + i));
 }
 
 }  // namespace

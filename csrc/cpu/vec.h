@@ -20,7 +20,9 @@
 #endif
 
 // Before a loop over an array of vectors, which is to live in registers.
-#if defined(__clang__)
+#if defined(__SANITIZE_ADDRESS__)
+#define UNROLLED  // every access is checked: the compiler would take very long
+#elif defined(__clang__)
 #define UNROLLED _Pragma("unroll")
 #else
 #define UNROLLED _Pragma("GCC unroll 16")
@@ -52,8 +54,8 @@ inline vf load_first(const float* p, int n) {
 }
 inline void store_first(float* p, vf x, int n) { std::memcpy(p, &x, bytes_of(n)); }
 #endif
-inline void prefetch(const float* p) { __builtin_prefetch(p, 0); }
-inline void prefetch_to_write(const float* p) { __builtin_prefetch(p, 1); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 inline vf all(float x) { return x - (vf){}; }
 inline vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
 // b where the two do not compare.
