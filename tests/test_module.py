@@ -74,7 +74,7 @@ def test_a_weight_that_only_a_submodules_hook_renews_is_refused():
         block(e, 1)
 
 
-@pytest.mark.parametrize("relu", ["relu", nn.ReLU(), *module.RELUS], ids=str)
+@pytest.mark.parametrize("relu", ["relu", nn.ReLU(), *module.RELUS], ids=range(2 + len(module.RELUS)))
 def test_torchs_relu_is_known_by_any_of_its_names(relu):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=relu, batch_first=True)
     e = torch.randn(2, 3, 8)
