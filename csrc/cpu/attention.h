@@ -45,7 +45,8 @@ inline void turn(const Heads& heads, Queries some, const float* x, int64_t ld, f
 }
 
 // Probabilities p[keys][ld] of some queries, zero where a query may not look.
-inline void probabilities(const Heads& heads, Queries some, const float* turned_q, const float* k, float* p, int64_t ld) {
+inline void probabilities(const Heads& heads, Queries some, const float* turned_q, const float* k, float* p,
+                          int64_t ld) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(heads.head_dim));
     gemm<F32>(some.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(turned_q, heads.head_dim), Store{p, ld});
     if (heads.causal) {

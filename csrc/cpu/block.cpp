@@ -4,10 +4,11 @@
 // running are always the first ones. A thread takes a tile through all its loops before it takes the next:
 // the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
 // weights are read T times from there too. The backward walks the loops down from what the forward kept of
-// each (about 40 d_model bytes a row and loop, in bfloat16 24), or from the boundaries alone, computing each again. Weight
-// gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices in order, each
-// as soon as those before it are: the same bits for any number of threads. All code is there twice: matrix products with weights in float32, or
-// with operands rounded to bfloat16 (P in operand.h); what is not such a product is float32 in both.
+// each (about 40 d_model bytes a row and loop, in bfloat16 24), or from the boundaries alone, computing each
+// again. Weight gradients are summed within a slice (a fixed share of the tiles) in order, and over the slices
+// in order, each as soon as those before it are: the same bits for any number of threads. All code is there
+// twice: matrix products with weights in float32, or with operands rounded to bfloat16 (P in operand.h); what is
+// not such a product is float32 in both.
 #include <algorithm>
 #include <cstdlib>
 

@@ -61,7 +61,7 @@ inline void micro(int i0, int j0, int k, MatA<P> a, MatB<P> b, const Epilogue& e
     vf acc[MR][NV];
     UNROLLED for (int i = 0; i < MR; i++)
         UNROLLED for (int j = 0; j < NV; j++) epilogue.ahead(i0 + i, j0 + j * VL), acc[i][j] = all(0);
-    constexpr int THIRDS = (MR + 2) / 3;
+    constexpr int THIRDS = (MR + 2) / 3;  // three rows share a pointer: there are not registers for one each
     const typename P::cell *third[THIRDS], *column = b.p;
     UNROLLED for (int i = 0; i < THIRDS; i++) third[i] = a.p + 3 * i * a.row;
     for (int t = 0; t < k; t++) {

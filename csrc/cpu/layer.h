@@ -249,7 +249,8 @@ inline void weight_grads(int rows, int wide, const X* x, float* x_sums, int narr
                 Add{weight + int64_t(i) * narrow, narrow});
         if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
     }
-    for (int j = 0; y_sums && j < narrow; j += VL) store(y_sums + j, load(y_sums + j) + column_sums(rows, y + j, narrow));
+    for (int j = 0; y_sums && j < narrow; j += VL)
+        store(y_sums + j, load(y_sums + j) + column_sums(rows, y + j, narrow));
 }
 
 template <class P>
