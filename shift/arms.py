@@ -40,7 +40,7 @@ class Family:
 FAMILIES = {
     "single": Family("constant", "Single (never looped)", "#767676", {"n_loops": 1}),
     "looped": Family("constant", "Looped, T = {T}", "#0072B2", {}, "n_loops", "Looped, T = {value}"),
-    "shift": Family("shift", "SHIFT", "#D55E00"),
+    "shift": Family("shift", "SHIFT", "#D55E00", {}, "keep", "SHIFT, keep = {value}"),
     "ramp": Family("linear", "Linear ramp", "#009E73"),
     "sqrt_ramp": Family("sqrt", "Square-root ramp", "#117733"),
     "staged_ramp": Family("staged", "Staged ramp", "#8C6D1F"),

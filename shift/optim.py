@@ -79,6 +79,19 @@ class FlatAdamW(torch.optim.AdamW):
         self.found_inf = skipped.float()
         self.step()
 
+    @torch.no_grad()
+    def go_back(self, to: Tensor, keep: float) -> None:
+        """Move the weights towards ``to``, as flat as :attr:`weights`, and forget both moments.
+
+        Args:
+            to: where ``keep`` = 0 would end.
+            keep: the share of the way from there that is kept, in [0, 1].
+        """
+        self.weights.lerp_(to, 1 - keep)
+        for _, _, first, second, step in self._parts:
+            for state in (first, second, step):
+                state.zero_()
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Reset all gradients, which stay views."""
         self.gradients.zero_()

@@ -2,7 +2,7 @@
 
 constant   T always                         fixed    1, then T from a given step on
 shift      1, then T when SCP fires         ladder   1, 2, 4, .., T: SCP at each rung
-climb      1, T // 2, T: each in its time, or longer while the loss is low
+climb      1, T // 2, T: each in its time, or longer while the loss is low; at a switch half is undone
 linear, sqrt, staged   rise from 1 to T over the first part of the run
 random     drawn anew at every step
 """
@@ -33,6 +33,10 @@ class LoopSchedule(ABC):
 
     switch_step: int | None = None
     """The step (0-based) at which the last switch happened; None before, and where nothing switches."""
+
+    keep: float = 1.0
+    """At a switch, the share that is kept of all that training has changed in the weights. Below 1 Adam's
+    moments, which belong to the weights that are left, are forgotten too."""
 
     def __init__(self, max_loops: int, total_steps: int) -> None:
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
@@ -104,6 +108,7 @@ class Ladder(LoopSchedule):
         max_loops, total_steps: see :class:`LoopSchedule`.
         rungs: rising loop counts that end at ``max_loops``; default 1, 2, 4, .., ``max_loops``.
         shares: of all steps, at most, on each rung but the last; default: SCP alone decides.
+        keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
         scp: options of :class:`shift.criterion.SCPConfig`; its steps count from the start of each rung.
     """
 
@@ -113,9 +118,12 @@ class Ladder(LoopSchedule):
         total_steps: int,
         rungs: list[int] | tuple[int, ...] | None = None,
         shares: list[float] | tuple[float, ...] | None = None,
+        keep: float = 1.0,
         **scp: Any,
     ) -> None:
         super().__init__(max_loops, total_steps)
+        _check(is_number(keep) and 0 <= keep <= 1, "keep", keep, "a number in [0, 1]")
+        self.keep = keep
         rungs = _doublings(max_loops) if rungs is None else rungs
         good = isinstance(rungs, (list, tuple)) and all(map(is_int, rungs)) and max_loops in rungs[-1:]
         good = good and list(rungs) == sorted(set(rungs)) and rungs[0] >= 1
@@ -170,16 +178,18 @@ class ShiftSchedule(Ladder):
 
 
 class Climb(Ladder):
-    """Our own: one loop for a tenth of the run, T // 2 up to three tenths, then T = ``max_loops``.
+    """Our own: one loop for a twentieth of the run, T // 2 until half of it, then T = ``max_loops``.
 
-    The cheap stages are short, so that a task that needs its loops has most of the run for them. A stage that
-    has taken most of the loss away goes on until SCP fires: there fewer loops may be enough. Why so, and how
-    it compares with other schedules: ``benchmarks/savings/NOTES.md``.
+    A stage that has taken half of the loss away in its time goes on until SCP fires: there fewer loops may be
+    enough. What a stage has learnt with too few loops is as often in the way of what comes as it is of use,
+    so at a switch the weights go half the way back to where they began. Why so, and how it compares with
+    other schedules: ``benchmarks/savings/NOTES.md``.
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
         shares: of all steps, with one loop and with T // 2.
         enough: a stage goes on while the loss is at most this share of what it was when the stage began.
+        keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
         scp: options of :class:`shift.criterion.SCPConfig`.
     """
 
@@ -187,15 +197,17 @@ class Climb(Ladder):
         self,
         max_loops: int,
         total_steps: int,
-        shares: list[float] | tuple[float, ...] = (0.1, 0.2),
-        enough: float = 0.25,
+        shares: list[float] | tuple[float, ...] = (0.05, 0.45),
+        enough: float = 0.5,
+        keep: float = 0.5,
         **scp: Any,
     ) -> None:
         _check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
         good = isinstance(shares, (list, tuple)) and len(shares) == 2
         _check(good, "shares", shares, "a list of two numbers in (0, 1]")
         rungs = sorted({1, max(1, max_loops // 2), max_loops})
-        super().__init__(max_loops, total_steps, rungs, list(shares)[: len(rungs) - 1], enough=enough, **scp)
+        shares = list(shares)[: len(rungs) - 1]
+        super().__init__(max_loops, total_steps, rungs, shares, keep, enough=enough, **scp)
 
     def _fresh_criterion(self) -> SCP:
         """A criterion that has no say before the rung's time is up."""

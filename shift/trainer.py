@@ -1,7 +1,8 @@
 """The training loop: one run, from a config to a run directory.
 
-    for each step:  ask the schedule for the number of loops -> batch -> loss at the read positions
-                    -> gradients -> clip -> AdamW, which the device skips by itself if anything is not finite
+    for each step:  ask the schedule for the number of loops; at a switch go back as far as it says
+                    -> batch -> loss at the read positions -> gradients -> clip
+                    -> AdamW, which the device skips by itself if anything is not finite
 
 Nothing waits for the device but the reads of the metrics, once per ``log_every`` steps. A run that was
 killed and resumed writes the same metrics, weights, optimiser and schedule state, byte for byte, as one that
@@ -98,6 +99,7 @@ class Trainer:
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimiser)
+        self._initial = self.optimizer.weights.clone() if self.schedule.keep < 1 else None
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
         self.run = RunDirectory(
@@ -107,6 +109,8 @@ class Trainer:
             self._restore(self.run.checkpoint)
         if self.world_size > 1:  # equal by their seed, if the machines are
             dist.broadcast(self.optimizer.weights, src=0)
+            if self._initial is not None:
+                dist.broadcast(self._initial, src=0)
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
@@ -139,6 +143,8 @@ class Trainer:
             n_loops = self.schedule.n_loops(p.step, self.signals)
             for look in self.schedule.drain_looks():
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
+            if self._initial is not None and self.schedule.switch_step == p.step:
+                self.optimizer.go_back(self._initial, self.schedule.keep)
             if p.step == 0:
                 self._evaluate(n_loops)
             self._snapshots.take(p.step)

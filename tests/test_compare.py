@@ -80,7 +80,7 @@ def test_looped_again_has_the_same_weights_and_other_data():
     assert dataclasses.replace(again, task=looped.task) == looped
 
 
-@pytest.mark.parametrize("name", ["loop", "single:2", "looped:", "shift:0.5"])
+@pytest.mark.parametrize("name", ["loop", "single:2", "looped:", "climb:0.5"])
 def test_an_unknown_arm_is_refused_by_name(name):
     with pytest.raises(ShiftInputError, match=f"argument 'arms' = '{name}'.*allowed: single, looped"):
         make_arm(name, TrainConfig())

@@ -69,6 +69,18 @@ def test_a_skipped_step_changes_nothing():
     assert all(map(torch.equal, after, before))
 
 
+def test_going_back_keeps_a_share_of_the_way_and_no_moments():
+    flat, optimizer, plain, _ = models()
+    start = optimizer.weights.clone()
+    give_gradients(flat, seed=0)
+    flat_step(optimizer, 1.0)
+    there = {name: p.detach().clone() for name, p in flat.named_parameters()}
+    optimizer.go_back(start, 0.25)
+    for (name, p), first in zip(flat.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, first + 0.25 * (there[name] - first), msg=name)
+        assert not any(x.any() for x in optimizer.state[p].values())
+
+
 def test_a_loaded_state_goes_on_as_the_one_that_was_saved():
     flat, optimizer, _, _ = models()
     other, loaded, _, _ = models()

@@ -23,7 +23,9 @@ STEPS, SWITCH = 60, 24
 CONFIG = tiny(
     steps=STEPS,
     # The first look is at step 4, and every look is a hit: SCP fires at the fifth hit.
-    schedule=ScheduleConfig("shift", {"interval": 4, "patience": 5, "delta_1": 1e3, "delta_2": 1e3}),
+    schedule=ScheduleConfig(
+        "shift", {"interval": 4, "patience": 5, "delta_1": 1e3, "delta_2": 1e3, "keep": 0.5}
+    ),
     eval_every=5,
     log_every=4,
     checkpoint_every=3,

@@ -84,14 +84,14 @@ def test_a_rung_of_the_ladder_is_left_at_its_share_of_the_steps_at_the_latest():
 
 def test_climb_leaves_each_rung_in_its_time_and_not_before():
     standing_still = loops(make("climb", max_loops=8), 800, flat=1)
-    assert [standing_still.count(n) for n in (1, 4, 8)] == [80, 160, 560]
+    assert [standing_still.count(n) for n in (1, 4, 8)] == [40, 360, 400]
     learning_a_little = loops(make("climb", max_loops=8), 800, flat=20)
     assert learning_a_little == standing_still
-    assert [loops(make("climb", max_loops=3), 800, flat=1).count(n) for n in (1, 3)] == [80, 720]
-    not_a_multiple_of_20 = loops(make("climb", max_loops=2, total_steps=450), 450, flat=1)
-    assert [not_a_multiple_of_20.count(n) for n in (1, 2)] == [45, 405]
-    no_longer_than_a_look = loops(make("climb", max_loops=2, total_steps=200), 200, flat=1)
-    assert [no_longer_than_a_look.count(n) for n in (1, 2)] == [20, 180]
+    assert [loops(make("climb", max_loops=3), 800, flat=1).count(n) for n in (1, 3)] == [40, 760]
+    not_a_multiple_of_20 = loops(make("climb", max_loops=2, total_steps=900), 900, flat=1)
+    assert [not_a_multiple_of_20.count(n) for n in (1, 2)] == [45, 855]
+    no_longer_than_a_look = loops(make("climb", max_loops=2, total_steps=400), 400, flat=1)
+    assert [no_longer_than_a_look.count(n) for n in (1, 2)] == [20, 380]
     assert set(loops(make("climb", max_loops=1), 800, flat=1)) == {1}
 
 
@@ -186,6 +186,8 @@ def test_one_loop_is_a_schedule_too(kind):
         ("climb", {"shares": [0.1, 0]}, "shares"),
         ("climb", {"enough": 1.0}, "enough"),
         ("climb", {"max_loops": 0}, "max_loops"),
+        ("climb", {"keep": 1.5}, "keep"),
+        ("shift", {"keep": -0.1}, "keep"),
         ("ladder", {"shares": [0.1]}, "shares"),
         ("ladder", {"shares": [0.1, 0.0]}, "shares"),
         ("constant", {"max_loops": 0}, "max_loops"),

@@ -291,6 +291,19 @@ def test_norms_biases_and_embeddings_are_not_decayed(tmp_path):
     }
 
 
+def test_at_a_switch_the_weights_go_back_as_far_as_the_schedule_says(tmp_path):
+    # A look every 2 steps, of which the third is a hit: the two before have nothing to compare.
+    scp = {"interval": 2, "patience": 1, "delta_1": 1e3, "delta_2": 1e3, "keep": 0.0}
+    trainer = Trainer(tiny(schedule=ScheduleConfig("shift", scp)), tmp_path / "back")
+    assert trainer.fit()["switch_step"] == 6
+
+    untouched = Trainer(tiny(steps=1, schedule=ScheduleConfig("constant")), tmp_path / "untouched")
+    batch = trainer.task.batch(8, 6)
+    logits = untouched.model(batch.tokens, 3, context=batch.context).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE)
+    assert rows(tmp_path / "back", "train")[6]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("lr_schedule", "rates"),
     [("constant", [0.5, 1, 1, 1, 1]), ("cosine", [0.5, 1, 1, 0.5, 0]), ("wsd", [0.5, 1, 1, 1, 0])],

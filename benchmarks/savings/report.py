@@ -33,7 +33,7 @@ from shift.words import count, duration, flops, percent
 
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"
-OURS = ("shift", "climb")
+OURS = ("shift", "shift:0.5", "climb")
 SUMMED = (*OURS, AGAIN)
 """Arms that get a sentence over all tasks."""
 DECIDE = (*OURS, "ladder")
