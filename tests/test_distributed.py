@@ -22,8 +22,8 @@ TASKS = {
     "markov": {"vocab": 4, "length": 8},
     "parity": {"max_length": 3, "curriculum_interval": 2},
 }
-# Every look after the first is a hit, so SCP fires at step 6.
-SOON = {"interval": 3, "patience": 1, "delta_1": 1e3, "delta_2": 1e3}
+# Every look after the first is a hit, so SCP fires at step 6; all ranks must go back to the same weights.
+SOON = {"interval": 3, "patience": 1, "delta_1": 1e3, "delta_2": 1e3, "keep": 0.5}
 
 
 def small(preset):

@@ -6,7 +6,7 @@ import math
 import pytest
 from synthetic_runs import collected, reaches, switches, write_arm
 
-from benchmarks.savings.overall import overall, pooled
+from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
 from benchmarks.savings.report import switch_table, write_suite_report
 from benchmarks.savings.suite import SUITES, load_suite
@@ -95,6 +95,14 @@ def test_the_sum_over_tasks_counts_what_was_lost_and_what_hindsight_would_do(res
     assert "lost 5" in overall(results, "single")
     assert "on 1 of 1 task" in overall(results, "fixed:0.25")
     assert pooled(results, "shift", "looped") == 1 / 2**5
+
+
+def test_hindsight_takes_the_best_arm_of_each_task(results):
+    fixed = results["a_task"]["arms"]["fixed:0.25"]["against_looped"]["mean"]
+    assert f"hindsight: {fixed:.2f} of Looped's compute on 1 task, 0 lost" in hindsight(results)
+    never = {"other": {"arms": {"single": results["a_task"]["arms"]["single"]}}}
+    assert hindsight(results | never) == hindsight(results)
+    assert hindsight(never) == "No arm got there on any task."
 
 
 def test_the_report_says_where_arms_switched_and_that_some_never_did(results):

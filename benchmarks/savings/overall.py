@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.savings.families import Results, arm_of, label
-from benchmarks.savings.paired import best_fixed_switch, costs, dearness, p_cheaper
+from benchmarks.savings.paired import best_fixed_switch, best_of, costs, dearness, p_cheaper
+from shift.arms import AGAIN
 from shift.words import count
 
 
@@ -43,6 +44,23 @@ def overall(results: Results, name: str) -> str:
         f"switch by hindsight: {rival}; at least as good as it on {as_good} of {count(len(pairs), 'task')}. "
         f"Over the seeds of all tasks p = {tests[0]:.2g} for cheaper than Looped, and {tests[1]:.2g} for "
         f"cheaper than each task's best fixed switch."
+    )
+
+
+def hindsight(results: Results) -> str:
+    """What whoever knew each task's best arm of all beforehand would have needed."""
+    means, lost = [], 0
+    for r in results.values():
+        best = best_of((name for name in r["arms"] if name != AGAIN), r["arms"])
+        against = r["arms"][best]["against_looped"] if best else {"mean": None}
+        if against["mean"] is not None:
+            means.append(against["mean"])
+            lost += len(against["seeds_never"])
+    if not means:
+        return "No arm got there on any task."
+    return (
+        f"Each task's best arm of all by hindsight: {statistics.mean(means):.2f} of Looped's compute on "
+        f"{count(len(means), 'task')}, {lost} lost. No rule that gives a task one of these can do better."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,11 @@ def dearness(seeds: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
     return len(seeds) - len(reached), sum(reached) / max(len(reached), 1)
 
 
+def best_of(names: Iterable[str], arms: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Of some arms the one that was best with hindsight: fewest seeds never, then least mean cost."""
+    return min(names, key=lambda name: dearness(arms[name]["seeds"]), default=None)
+
+
 def best_fixed_switch(arms: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The fixed switch that was best with hindsight: fewest seeds never, then least mean cost."""
-    fixed = [name for name in arms if name.startswith("fixed:")]
-    return min(fixed, key=lambda name: dearness(arms[name]["seeds"]), default=None)
+    """:func:`best_of` the fixed switches."""
+    return best_of((name for name in arms if name.startswith("fixed:")), arms)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
-from benchmarks.savings.overall import overall
+from benchmarks.savings.overall import hindsight, overall
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
 from shift.arms import AGAIN, SMALLEST
 from shift.document import (
@@ -68,7 +68,12 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         ),
         Heading("Compute to the target, times Looped's"),
         summary_table(results),
-        Items([overall(results, name) for name in SUMMED if name in arm_names(results)]),
+        Items(
+            [
+                *(overall(results, name) for name in SUMMED if name in arm_names(results)),
+                hindsight(results),
+            ]
+        ),
         Items(
             [
                 "Mean of the seeds on which both got there (95% bootstrap interval from 5 seeds on); in "
