@@ -60,7 +60,7 @@ def hindsight(results: Results) -> str:
         return "No arm got there on any task."
     return (
         f"Each task's best arm of all by hindsight: {statistics.mean(means):.2f} of Looped's compute on "
-        f"{count(len(means), 'task')}, {lost} lost. No rule that gives a task one of these can do better."
+        f"{count(len(means), 'task')}, {lost} lost."
     )
 
 

@@ -82,7 +82,8 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
                 "asked. What it loses and gains against Looped is chance, and no arm can be expected to "
                 "lose less without learning more surely than Looped.",
                 "Smallest T: the smallest constant number of loops that got there on every seed. Best fixed "
-                "switch: the fewest seeds never, then the least compute, known with hindsight alone.",
+                "switch: the fewest seeds never, then the least compute, known with hindsight alone; the "
+                "best arm of all likewise.",
                 "Tuning: tasks on which settings of ours were chosen. Held out: none was. What had been "
                 "seen of them before climb got its present form: benchmarks/savings/NOTES.md. SHIFT "
                 "and the ramps have their defaults everywhere, and a fixed switch is the best of several.",
