@@ -27,15 +27,15 @@ from typing import Any
 
 import tyro
 
-from shift.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, seeded
 from shift.build import build_schedule, build_task
+from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, seeded
+from shift.comparison.pool import default_jobs, train_all
+from shift.comparison.ratios import reached_on_all
+from shift.comparison.report import write_report
+from shift.comparison.results import Run, Runs, collect, read_run, seed_facts, share_of_looped
+from shift.comparison.verdict import caveat, verdict
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
-from shift.files import make_directory, replace_atomically
-from shift.pool import default_jobs, train_all
-from shift.ratios import reached_on_all
-from shift.report import write_report
-from shift.results import Run, Runs, collect, read_run, seed_facts, share_of_looped
-from shift.verdict import caveat, verdict
+from shift.run.files import make_directory, replace_atomically
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
@@ -59,7 +59,7 @@ class Command:
     task: str | None = None
     """A key of shift.tasks.TASKS; with its own defaults where preset or config name another task."""
     arms: tuple[str, ...] = DEFAULT_ARMS
-    """Schedules by the names of shift.arms; looped:smallest tries T = 2, 3, ... in turn."""
+    """Schedules by the names of shift.comparison.arms; looped:smallest tries T = 2, 3, ... in turn."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is a seed of the weights and of the data."""
     out: Path | None = None
@@ -125,7 +125,7 @@ def compare_arms(
 
     Args:
         base: all but the schedule and the seeds.
-        names: of arms (:mod:`shift.arms`).
+        names: of arms (:mod:`shift.comparison.arms`).
         seeds, out, target, overtime, jobs: see :class:`Command`.
         command_line: what the report says to type.
     """

@@ -109,7 +109,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LandscapeConfig:
-    """What to record for ``shift-landscape``; see shift.snapshots."""
+    """What to record for ``shift-landscape``; see shift.run.snapshots."""
 
     every: int = 0
     """Steps from one burst of recorded weights to the next; 0: record nothing."""

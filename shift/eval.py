@@ -4,7 +4,7 @@
     shift-eval runs/first --lengths 10 20 30 40 --max-loops 60
 
 Writes ``eval.json``, ``eval.md`` and ``heat_map.png``. What is measured, and the rules that say how many
-loops count: :mod:`shift.sweep`. Exit codes: 0 done; 2 unusable input.
+loops count: :mod:`shift.length.sweep`. Exit codes: 0 done; 2 unusable input.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import tyro
 
-from shift.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
-from shift.files import make_directory, replace_atomically
-from shift.heat_map import heat_map
-from shift.run_dir import short_names
-from shift.sweep import RULES, SweepConfig, sweep
-from shift.words import count, percent
+from shift.length.heat_map import heat_map
+from shift.length.sweep import RULES, SweepConfig, sweep
+from shift.report.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
+from shift.report.words import count, percent
+from shift.run.directory import short_names
+from shift.run.files import make_directory, replace_atomically
 from shift_kernels import ShiftInputError
 
 WORDS = (

@@ -28,8 +28,8 @@ import torch.distributed as dist
 import tyro
 
 from shift.config import Options, TrainConfig, load_config, tomllib
-from shift.metrics import Console
-from shift.trainer import Trainer, TrainingDiverged, TrainingInterrupted
+from shift.run.metrics import Console
+from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
 INTERRUPTED = 75

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from shift_kernels import dispatch, reference, triton_backend
+from shift_kernels import dispatch, reference
 from shift_kernels import ops as _register_operators  # noqa: F401
 from shift_kernels.asked import Asked
+from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.errors import input_error, type_error
 from shift_kernels.problem import Problem
@@ -232,7 +233,9 @@ def attention(
     if backend == "triton":
         why = triton_backend.unavailable()
         if why is None:
-            from shift_kernels.triton import attention as kernels  # late: Triton only where it is used
+            from shift_kernels.backends.triton import (
+                attention as kernels,
+            )  # late: Triton only where it is used
 
             why = kernels.refusal(q)
         if why is not None:

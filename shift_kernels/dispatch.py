@@ -10,7 +10,10 @@ from types import ModuleType
 
 import torch
 
-from shift_kernels import cpu_backend, cuda_backend, torch_backend, triton_backend
+from shift_kernels.backends import cpu as cpu_backend
+from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.backends import torch as torch_backend
+from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
 from shift_kernels.problem import Problem
 from shift_kernels.spec import DTYPES, BlockSpec

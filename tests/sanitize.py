@@ -33,5 +33,5 @@ with tempfile.TemporaryDirectory() as scratch:
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
     }
-    tests = [sys.executable, "-m", "pytest", "tests/test_cpu_backend.py", *sys.argv[1:]]
+    tests = [sys.executable, "-m", "pytest", "tests/kernels/test_cpu_backend.py", *sys.argv[1:]]
     sys.exit(subprocess.run(tests, env=environment).returncode)

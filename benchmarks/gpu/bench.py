@@ -53,7 +53,7 @@ def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Calla
 
 
 def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tensor]:
-    from shift_kernels.triton import layer
+    from shift_kernels.backends.triton import streamed as layer
 
     names = list(block.spec.weight_shapes())
     asked = Asked(n_loops, e.dtype)

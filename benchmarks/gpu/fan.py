@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.length.report import measure, write
-from shift.arms import make_arm, seeded
+from shift.comparison.arms import make_arm, seeded
+from shift.comparison.results import FAILURE
 from shift.config import TaskConfig, TrainConfig, load_config
-from shift.results import FAILURE
-from shift.sweep import SweepConfig
+from shift.length.sweep import SweepConfig
+from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift.train import INTERRUPTED
-from shift.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 
 SIZES: dict[str, dict[str, Any]] = {
     "parity": dict(n_layers=1, n_heads=64, max_length=20, n_loops=20, curriculum_interval=500),
@@ -54,7 +54,7 @@ def task_config(task: str, backend: str = "auto") -> TrainConfig:
 def train(config: TrainConfig, run_dir: Path, deadline: float) -> bool:
     """Go on with a run until it is done or ``time.monotonic()`` is past the deadline; whether it is done.
 
-    A run that diverges is done, and says why in :data:`shift.results.FAILURE`.
+    A run that diverges is done, and says why in :data:`shift.comparison.results.FAILURE`.
     """
     if time.monotonic() >= deadline:
         return False
@@ -85,7 +85,7 @@ def run(
 
     Args:
         configs: by task; all but schedule and seeds.
-        arms: names of :mod:`shift.arms`.
+        arms: names of :mod:`shift.comparison.arms`.
         seeds: of weights and data.
         out: directory for everything.
         seconds: after which training stops. A measurement under way is finished.

@@ -1,6 +1,6 @@
 """Find the fastest configurations on this device.
 
-    python -m benchmarks.gpu.tune resident     # writes shift_kernels/triton/tuned.json
+    python -m benchmarks.gpu.tune resident     # writes shift_kernels/backends/triton/tuned.json
     python -m benchmarks.gpu.tune              # attention's tiles, the streamed layer's chunks
 
 Prints one JSON line a measurement, fastest first within a case; ``attention.configs`` and
@@ -41,7 +41,7 @@ def chunks(batch: int) -> list[int]:
 
 
 def tune_attention(case: Attention) -> list[dict]:
-    from shift_kernels.triton import attention
+    from shift_kernels.backends.triton import attention
 
     q, k, v = (
         torch.randn(
@@ -65,7 +65,7 @@ def tune_attention(case: Attention) -> list[dict]:
 
 
 def tune_chunks(case: Block) -> list[dict]:
-    from shift_kernels.triton import layer
+    from shift_kernels.backends.triton import streamed as layer
 
     lines = []
     for size in chunks(case.batch):
@@ -78,7 +78,7 @@ def tune_chunks(case: Block) -> list[dict]:
 
 def tune_resident(case: Block) -> list[dict]:
     """Time every configuration of both kernels, forward first, and write the fastest into the table."""
-    from shift_kernels.triton import resident_plan, tuned
+    from shift_kernels.backends.triton import resident_plan, tuned
 
     capability = torch.cuda.get_device_capability()[0]
     spec = BlockSpec(d_model=case.d_model, n_heads=case.n_heads, injection="add")

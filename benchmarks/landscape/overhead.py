@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.landscape.study import config_of, tasks
 from shift.config import LandscapeConfig
-from shift.files import replace_atomically
-from shift.summary import environment
-from shift.trainer import Trainer
+from shift.run.files import replace_atomically
+from shift.run.summary import environment
+from shift.run.trainer import Trainer
 
 
 def ms_per_step(record: bool, every: int, path: Path) -> float:

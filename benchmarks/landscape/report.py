@@ -16,12 +16,12 @@ from benchmarks.landscape.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Claim, 
 from benchmarks.landscape.figures import LABELS, NAMES, Study
 from benchmarks.landscape.seen import Seen, cost, final_accuracy, hopping, late, log_cost_ratio, spectra
 from benchmarks.landscape.study import ARMS, SURVEYS, SWITCHES, arms_of, run_dir, tasks
-from shift.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown, web_page
-from shift.files import replace_atomically
 from shift.landscape.cli import CAPTIONS
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
 from shift.landscape.valley import split, threshold
+from shift.report.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown, web_page
+from shift.run.files import replace_atomically
 
 TITLE = "Does the river-valley picture of looped training hold?"
 

@@ -14,9 +14,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.landscape.study import ARMS, SURVEYS, SWITCHES, arms_of, run_dir
+from shift.comparison.results import Run, first_crossing, read_run
 from shift.landscape.spectrum import Spectrum
 from shift.landscape.valley import exponent, sensitivity, split, threshold
-from shift.results import Run, first_crossing, read_run
 from shift.tasks.markov import Markov
 
 SHARE = 0.98

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from shift.arms import make_arm
+from shift.comparison.arms import make_arm
+from shift.comparison.pool import train_all
 from shift.config import LandscapeConfig, TaskConfig, TrainConfig, load_config
-from shift.files import replace_atomically
 from shift.landscape.hessian import Hessian
 from shift.landscape.recording import open_recording
 from shift.landscape.spectrum import exact_spectrum
 from shift.landscape.survey import SurveyConfig, survey
 from shift.landscape.upstream import stage_one
-from shift.pool import train_all
+from shift.run.files import replace_atomically
 
 ARMS = ("single", "looped", "shift")
 SWITCHES = {"markov": (100, 200, 300, 400), "hop": (50, 100, 200, 300)}
@@ -56,7 +56,7 @@ def tasks() -> dict[str, TrainConfig]:
 
 
 def run_dir(work: Path, task: str, arm: str, seed: int) -> Path:
-    """Where a run lies; ``arm`` as in :mod:`shift.arms`."""
+    """Where a run lies; ``arm`` as in :mod:`shift.comparison.arms`."""
     return work / task / arm.replace(":", "-") / f"seed-{seed}"
 
 

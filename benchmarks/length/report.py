@@ -18,23 +18,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shift.arms import FAMILIES
-from shift.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
+from shift.comparison.arms import FAMILIES
 from shift.eval import CAPTION
-from shift.files import replace_atomically
-from shift.heat_map import heat_map
-from shift.sweep import RULES, SweepConfig, sweep
-from shift.words import each, flops, percent
+from shift.length.heat_map import heat_map
+from shift.length.sweep import RULES, SweepConfig, sweep
+from shift.report.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
+from shift.report.words import each, flops, percent
+from shift.run.files import replace_atomically
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Arm -> seed -> ``sweep`` (:func:`shift.sweep.sweep`) and ``result`` (a run's ``result.json``)."""
+"""Arm -> seed -> ``sweep`` (:func:`shift.length.sweep.sweep`) and ``result`` (a run's ``result.json``)."""
 
 KEPT = ("flops_total", "switch_step", "skipped_steps", "machine", "versions", "commit")
 """What is kept of a run's ``result.json``."""
 
 
 def measure(comparison: Path, config: SweepConfig) -> Results:
-    """Sweep the finished runs of a comparison, arms in the order of :data:`shift.arms.FAMILIES`."""
+    """Sweep the finished runs of a comparison, arms in the order of ``arms.FAMILIES``."""
     order = list(FAMILIES)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     paths = sorted(comparison.glob("*/seed-*/result.json"), key=lambda path: int(path.parts[-2][5:]))

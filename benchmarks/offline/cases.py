@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from shift_kernels import BlockSpec, LoopedBlock, triton_backend
+from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.asked import Asked
-from shift_kernels.triton import resident_plan
+from shift_kernels.backends.triton import backend as triton_backend
+from shift_kernels.backends.triton import resident_plan
 
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
 HEAD_DIM = 32
@@ -60,7 +61,7 @@ def block(
 
 def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:
     """Causal attention over a length that fills every tile, forward and backward."""
-    from shift_kernels.triton import attention as kernels
+    from shift_kernels.backends.triton import attention as kernels
 
     q = torch.zeros(1, 2, 512, head_dim, dtype=dtype)
     lens = torch.tensor([500]) if ragged else None
@@ -70,7 +71,7 @@ def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> Non
 
 def layer(d_model: int, dtype: torch.dtype) -> None:
     """One loop of the streamed layer, forward and backward, with every row kernel."""
-    from shift_kernels.triton import layer as streamed
+    from shift_kernels.backends.triton import streamed
 
     for options in (
         dict(position="rope", injection="add"),

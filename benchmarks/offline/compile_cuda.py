@@ -21,7 +21,8 @@ import torch
 import build_native
 from benchmarks.gpu.cases import BLOCKS
 from benchmarks.offline.limits import SHARED_LIMIT
-from shift_kernels import BlockSpec, cuda_backend
+from shift_kernels import BlockSpec
+from shift_kernels.backends import cuda as cuda_backend
 from shift_kernels.native import cuda
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "cuda.json"

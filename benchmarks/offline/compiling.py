@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.offline.limits import SHARED_LIMIT
-from shift_kernels import triton_backend
+from shift_kernels.backends.triton import backend as triton_backend
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MATMULS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")

@@ -1,6 +1,6 @@
 """Choose warps and hidden columns of the resident kernels by compiling them: fewest bytes spilled.
 
-    python -m benchmarks.offline.tune_triton               # fills shift_kernels/triton/tuned.json
+    python -m benchmarks.offline.tune_triton               # fills shift_kernels/backends/triton/tuned.json
 
 The planner's own choice stays unless it spills a tenth more than the best. An entry that a device has
 measured (``benchmarks/gpu/tune.py``) is left alone. No GPU is needed.
@@ -21,7 +21,7 @@ import triton
 from benchmarks.offline import cases
 from benchmarks.offline.compiling import figures
 from benchmarks.offline.limits import SHARED_LIMIT
-from shift_kernels.triton import resident_plan, tuned
+from shift_kernels.backends.triton import resident_plan, tuned
 
 WARPS, CHUNKS = (4, 8), (16, 32, 64)  # 16 warps leave 128 registers a thread: every tile spilled more
 WORTH = 1.1  # spills of the safe choice over the best, below which it stays

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shift.arms import MATCHED, SMALLEST, colours
+from shift.comparison.arms import MATCHED, SMALLEST, colours
 
 Results = Mapping[str, Mapping[str, Any]]
 """Task -> ``results.json`` of its comparison, with ``used_for``."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.savings.families import Results, arm_of, label
 from benchmarks.savings.paired import best_fixed_switch, best_of, costs, dearness, p_cheaper
-from shift.arms import AGAIN
-from shift.words import count
+from shift.comparison.arms import AGAIN
+from shift.report.words import count
 
 
 def overall(results: Results, name: str) -> str:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.paired import best_fixed_switch
-from shift.arms import FAMILIES, SMALLEST
-from shift.plots import INK, STYLE, WIDTH, save_figures
+from shift.comparison.arms import FAMILIES, SMALLEST
+from shift.comparison.figures import INK, STYLE, WIDTH, save_figures
 
 COLUMNS = 4
 

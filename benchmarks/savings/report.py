@@ -12,8 +12,10 @@ from typing import Any
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.overall import hindsight, overall
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
-from shift.arms import AGAIN, SMALLEST
-from shift.document import (
+from shift.comparison.arms import AGAIN, SMALLEST
+from shift.comparison.ratios import stopped_at
+from shift.comparison.verdict import mean_accuracy
+from shift.report.document import (
     Block,
     Cell,
     Heading,
@@ -26,10 +28,8 @@ from shift.document import (
     markdown,
     web_page,
 )
-from shift.files import replace_atomically
-from shift.ratios import stopped_at
-from shift.verdict import mean_accuracy
-from shift.words import count, duration, flops, percent
+from shift.report.words import count, duration, flops, percent
+from shift.run.files import replace_atomically
 
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.savings.report import write_suite_report
 from benchmarks.savings.suite import load_suite
 from shift.compare import INTERRUPTED, compare_arms
-from shift.pool import default_jobs
+from shift.comparison.pool import default_jobs
 from shift_kernels import ShiftInputError
 
 

@@ -2,7 +2,7 @@
 
 waves        lists of seeds: all tasks with the first list, then with the next
 overtime     whether runs that are not at the target go on until they have spent what Looped has
-arms         of every task, by their names in shift.arms
+arms         of every task, by their names in shift.comparison.arms
 everywhere   changes of the demo preset that all tasks share
 tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] for this task alone
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shift.arms import DERIVED, make_arm
 from shift.build import build_task
+from shift.comparison.arms import DERIVED, make_arm
 from shift.config import TrainConfig, load_config, tomllib
 from shift_kernels.errors import input_error
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.training.report import heading, spread, write
 from shift.config import ScheduleConfig, TrainConfig, load_config
-from shift.trainer import Trainer
+from shift.run.trainer import Trainer
 from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.native import cpu as native
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from shift.files import replace_atomically
-from shift.summary import environment
+from shift.run.files import replace_atomically
+from shift.run.summary import environment
 
 
 def heading(command: str, settings: dict[str, Any]) -> str:

@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from benchmarks.baseline import PlainBlock
 from benchmarks.training.report import heading, spread, write
 from shift.config import ScheduleConfig, TrainConfig, load_config
-from shift.evaluate import autocast, loops_of
 from shift.model import LoopedTransformer
+from shift.run.evaluate import autocast, loops_of
+from shift.run.trainer import Trainer
 from shift.tasks.base import IGNORE, Task
-from shift.trainer import Trainer
 
 THREADS = (1, 2)
 RUNNERS = ("ours", "eager", "compile")

@@ -19,12 +19,12 @@ from typing import Any
 
 import tyro
 
-from shift.document import Block, Cell, Heading, Paragraph, Picture, Table, web_page
-from shift.files import make_directory, replace_atomically
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
 from shift.landscape.survey import SurveyConfig, survey
-from shift.run_dir import short_names
+from shift.report.document import Block, Cell, Heading, Paragraph, Picture, Table, web_page
+from shift.run.directory import short_names
+from shift.run.files import make_directory, replace_atomically
 from shift_kernels import ShiftInputError
 
 CAPTIONS = {

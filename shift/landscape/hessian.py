@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from shift.evaluate import loops_of
 from shift.model import LoopedTransformer
+from shift.run.evaluate import loops_of
 from shift.tasks.base import IGNORE, Batch
 from shift_kernels.errors import input_error
 

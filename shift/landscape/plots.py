@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from shift.comparison.figures import FAINT, INK, SHADE, WIDTH, save_figures
 from shift.landscape.plane import Plane
-from shift.plots import FAINT, INK, SHADE, WIDTH, save_figures
 
 U_COLOUR, V_COLOUR, RUN_COLOUR, SECOND = "#0072B2", "#D55E00", "#1c1f23", "#009E73"
 Surveys = Mapping[str, Mapping[str, Any]]

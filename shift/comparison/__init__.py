@@ -1,0 +1,1 @@
+"""One comparison: the same model trained in several ways, and what each needed."""

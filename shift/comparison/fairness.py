@@ -1,0 +1,127 @@
+"""What makes a comparison fair, checked from the run directories and not asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from shift.comparison.arms import AGAIN
+from shift.config import TrainConfig, differing_key
+
+if TYPE_CHECKING:
+    from shift.comparison.results import Run, Runs
+
+Check = dict[str, Any]
+"""``rule`` (what must hold), ``ok`` and ``detail`` (the figures behind it)."""
+
+
+def fairness(runs: Runs, target: float | None, plan: Mapping[str, Any]) -> list[Check]:
+    """All checks, in the order in which a sceptic would ask."""
+    return [
+        _same_hash(runs, "Every arm starts from the same initial weights", "initial_weights_sha256"),
+        _same_hash(
+            {arm: by_seed for arm, by_seed in runs.items() if arm != AGAIN},
+            "Every arm sees the same data in the same order",
+            "first_batches_sha256",
+            "last_batches_sha256",
+        ),
+        _same_settings(runs),
+        _all_seeds(runs),
+        _target_fixed(target, plan),
+        _strong_baselines(runs),
+        _same_environment(runs),
+    ]
+
+
+def _same_hash(runs: Runs, rule: str, *keys: str) -> Check:
+    details, ok = [], True
+    for seed, by_arm in _by_seed(runs).items():
+        found: dict[tuple[str, ...], list[str]] = {}
+        for arm, run in by_arm.items():
+            if run.result:
+                found.setdefault(tuple(run.result[key] for key in keys), []).append(arm)
+        ok &= len(found) == 1
+        words = [f"{'/'.join(h[:8] for h in hashes)} ({', '.join(arms)})" for hashes, arms in found.items()]
+        details.append(f"seed {seed}: " + (words[0].split(" ")[0] if len(found) == 1 else "; ".join(words)))
+    return {"rule": rule, "ok": ok, "detail": "sha256 " + ", ".join(details)}
+
+
+def _same_settings(runs: Runs) -> Check:
+    """One config but for the schedule, which is the arm, and the seeds."""
+    configs = [
+        _without_arm(run.config) for by_seed in runs.values() for run in by_seed.values() if run.config
+    ]
+    found = {differing_key(configs[0], config.to_dict()) for config in configs}
+    differing = sorted({difference[0] for difference in found if difference is not None})
+    return {
+        "rule": "Same model, optimiser, learning rate, batch and number of steps",
+        "ok": not differing,
+        "detail": f"they differ in {', '.join(differing)}" if differing else "only the schedule differs",
+    }
+
+
+def _without_arm(config: Mapping[str, Any]) -> TrainConfig:
+    """What all runs of a comparison must share."""
+    task = {**config["task"], "seed": 0}
+    return TrainConfig.from_dict({**config, "task": task, "seed": 0, "schedule": {}})
+
+
+def _all_seeds(runs: Runs) -> Check:
+    seeds = {seed for by_seed in runs.values() for seed in by_seed}
+    missing = [
+        f"{arm} seed {seed}"
+        for arm, by_seed in runs.items()
+        for seed in sorted(seeds)
+        if seed not in by_seed or not by_seed[seed].result
+    ]
+    detail = "missing or not finished: " + ", ".join(missing) if missing else f"{len(seeds)} seeds, every arm"
+    return {"rule": "Every seed of every arm is finished and shown", "ok": not missing, "detail": detail}
+
+
+def _target_fixed(target: float | None, plan: Mapping[str, Any]) -> Check:
+    """The target, or the rule that gives it, is the one written down before the first run."""
+    ok = plan["target_rule"] == plan["first_target_rule"]
+    detail = f"{plan['first_target_rule']}, written down before the first run"
+    return {
+        "rule": "The target was fixed beforehand",
+        "ok": ok and target is not None,
+        "detail": detail if ok else f"{detail}; this report uses: {plan['target_rule']}",
+    }
+
+
+def _strong_baselines(runs: Runs) -> Check:
+    config = next((run.config for by_seed in runs.values() for run in by_seed.values() if run.config), None)
+    absent = []
+    if "looped" not in runs:
+        absent.append("Looped")
+    if config and config["model"]["n_loops"] > 2 and not any(name.startswith("looped:") for name in runs):
+        absent.append("Looped with fewer loops")
+    if not any(name.partition(":")[0] in ("ramp", "sqrt_ramp", "staged_ramp", "fixed") for name in runs):
+        absent.append("a schedule without a criterion (a ramp or a fixed switch)")
+    found = "Looped, Looped with fewer loops, and a schedule without a criterion were run"
+    return {
+        "rule": "The strong baselines are there",
+        "ok": not absent,
+        "detail": "not run: " + ", ".join(absent) if absent else found,
+    }
+
+
+def _same_environment(runs: Runs) -> Check:
+    results = [run.result for by_seed in runs.values() for run in by_seed.values() if run.result]
+    keys = ("machine", "versions", "commit")
+    differing = [key for key in keys if any(result[key] != results[0][key] for result in results)]
+    return {
+        "rule": "All runs come from one machine and one version of the code",
+        "ok": not differing,
+        "detail": f"they differ in {', '.join(differing)}"
+        if differing
+        else "machine, versions, commit agree",
+    }
+
+
+def _by_seed(runs: Runs) -> dict[int, dict[str, Run]]:
+    turned: dict[int, dict[str, Run]] = {}
+    for arm, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            turned.setdefault(seed, {})[arm] = run
+    return turned

@@ -1,0 +1,185 @@
+"""From run directories to the content of ``results.json``: what each run reached and at what cost.
+
+The rule for "reached the target": the first evaluation whose accuracy is at or above it. Its cost is the
+training FLOPs up to there. A run that never gets there, or did not finish, counts as never, and is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shift.comparison.fairness import fairness
+from shift.comparison.ratios import against_looped, smallest_sufficient, stopped_at
+from shift.config import tomllib
+from shift.criterion import SCPConfig
+
+SCHEMA_VERSION = 1
+CROSSING_RULE = "the first evaluation whose accuracy is at or above the target"
+FAILURE = "failure.txt"
+"""Written into a run directory when the run stopped for good: why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read. Where it did not finish, ``result`` is empty and ``failure`` says why."""
+
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    result: dict[str, Any]
+    failure: str | None
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The ``train``, ``eval`` or ``look`` rows of ``metrics.jsonl``."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+Runs = Mapping[str, Mapping[int, Run]]
+"""Arm name -> seed -> run."""
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory, finished or not; a missing one is a run that did nothing."""
+
+    def text(name: str) -> str:
+        return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        whole, _, _ = text(name).rpartition("\n")  # a full disk may have cut the last row short
+        return [json.loads(line) for line in whole.splitlines()]
+
+    result = json.loads(text("result.json") or "{}")
+    return Run(
+        config=tomllib.loads(text("config.toml")),
+        rows=rows("metrics.jsonl"),
+        timing=rows("timing.jsonl"),
+        result=result,
+        failure=None if result else text(FAILURE).strip() or "not finished",
+    )
+
+
+def first_crossing(evals: Sequence[Mapping[str, Any]], target: float) -> Mapping[str, Any] | None:
+    """The first evaluation of a trained model at or above the target accuracy; None: never."""
+    return next((row for row in evals if row["step"] > 0 and row["accuracy"] >= target), None)
+
+
+def share_of_looped(looped: Mapping[int, Run], share: float) -> float | None:
+    """``share`` of the mean final accuracy of the Looped runs; None if none of them finished."""
+    final = [run.of_kind("eval")[-1]["accuracy"] for run in looped.values() if run.result]
+    return share * statistics.mean(final) if final else None
+
+
+def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
+    """One entry of ``arms.<name>.seeds``; a target of None is reached by nobody."""
+    evals, train, result = run.of_kind("eval"), run.of_kind("train"), run.result
+    last: Mapping[str, Any] = evals[-1] if evals else {}
+    crossing = (first_crossing(evals, target) if result and target is not None else None) or {}
+    clocks = next((row for row in run.timing if row["step"] == crossing.get("step")), {})
+    return {
+        "seed": seed,
+        "failure": run.failure,
+        "final_accuracy": last.get("accuracy"),
+        "final_exact": last.get("exact"),
+        "final_loss": last.get("loss"),
+        "final_groups": last.get("groups", {}),
+        "flops_total": train[-1]["flops"] if train else 0,
+        "block_applications": train[-1]["block_applications"] if train else 0,
+        "steps_to_target": crossing.get("step"),
+        "late": crossing.get("step", 0) > run.config.get("steps", 0),
+        "flops_to_target": crossing.get("flops"),
+        "block_applications_to_target": crossing.get("block_applications"),
+        "wall_s_to_target": clocks.get("wall_s"),
+        "cpu_s_to_target": clocks.get("cpu_s"),
+        "wall_s": result.get("wall_s"),
+        "cpu_s": result.get("cpu_s"),
+        "switch_step": result.get("switch_step"),
+        "switch_ms": result.get("switch_ms"),
+        "skipped_steps": sum(row["skipped"] for row in train),
+        "initial_weights_sha256": result.get("initial_weights_sha256"),
+        "first_batches_sha256": result.get("first_batches_sha256"),
+        "last_batches_sha256": result.get("last_batches_sha256"),
+        "curve": {key: [row[key] for row in evals] for key in ("step", "flops", "loss", "accuracy")},
+        "loops": _stretches((row["step"], row["n_loops"]) for row in train),
+        "looks": [{k: v for k, v in row.items() if k != "kind"} for row in run.of_kind("look")],
+    }
+
+
+def collect(
+    runs: Runs, labels: Mapping[str, str], target: float | None, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything the report is made of.
+
+    Args:
+        runs: all runs; the same seeds for every arm.
+        labels: the arms' names in words.
+        target: accuracy to reach.
+        plan: what was written down before the first run (see :mod:`shift.compare`).
+
+    Returns:
+        The content of ``results.json``.
+    """
+    arms = {}
+    for name, by_seed in runs.items():
+        config = next((run.config for run in by_seed.values() if run.config), {})
+        arms[name] = {
+            "label": labels[name],
+            "schedule": config.get("schedule", {}),
+            "n_loops": _constant_loops(config),
+            "criterion": _criterion(config),
+            "seeds": [seed_facts(run, seed, target) for seed, run in by_seed.items()],
+        }
+    if "looped" in arms:
+        for arm in arms.values():
+            arm["against_looped"] = against_looped(arm["seeds"], arms["looped"]["seeds"])
+    every_run = [run for by_seed in runs.values() for run in by_seed.values()]
+    config = next((run.config for run in every_run if run.config), {})
+    result = next((run.result for run in every_run if run.result), {})
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "task": config.get("task", {}),
+        "config": {k: v for k, v in config.items() if k not in ("task", "schedule", "seed", "min_flops")},
+        "seeds": sorted({seed for by_seed in runs.values() for seed in by_seed}),
+        "target_accuracy": target,
+        "crossing_rule": CROSSING_RULE,
+        "plan": dict(plan),
+        "arms": arms,
+        "smallest_sufficient": smallest_sufficient(arms),
+        "fairness": fairness(runs, target, plan),
+    } | {key: result.get(key) for key in ("machine", "versions", "commit")}
+    if "shift" in arms and "looped" in arms:
+        budgets = {seed["seed"]: seed["flops_total"] for seed in arms["shift"]["seeds"]}
+        results["looped_at_shift_compute"] = {
+            "valid": config.get("optimiser", {}).get("lr_schedule") == "constant",
+            "seeds": stopped_at(arms["looped"]["seeds"], budgets),
+        }
+    return results
+
+
+def _constant_loops(config: Mapping[str, Any]) -> int | None:
+    """The number of loops of an arm that never changes it."""
+    schedule = config.get("schedule", {})
+    if schedule.get("kind") != "constant":
+        return None
+    return schedule.get("options", {}).get("n_loops", config["model"]["n_loops"])
+
+
+def _criterion(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The criterion's options, defaults included, of an arm that has one."""
+    schedule = config.get("schedule", {})
+    if schedule.get("kind") not in ("shift", "ladder"):
+        return None
+    names = {field.name for field in dataclasses.fields(SCPConfig)}
+    given = {name: value for name, value in schedule.get("options", {}).items() if name in names}
+    return dataclasses.asdict(SCPConfig(**given))
+
+
+def _stretches(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """[first step, number of loops] of each stretch of steps with the same number of loops."""
+    return [[next(group)[0], n_loops] for n_loops, group in itertools.groupby(pairs, key=lambda p: p[1])]

@@ -1,0 +1,1 @@
+"""How right a trained model is by length and number of loops."""

@@ -1,0 +1,179 @@
+"""How right a trained model is by length and by number of loops, beyond those of its training too.
+
+One pass of ``max_loops`` loops gives the answer after each; the :data:`RULES` then say which one counts.
+T(n), the loops that a task says a length needs, and the two confidence rules: Fan et al., arXiv 2409.15647.
+An answer is the surer, the less the cross-entropy between its logits and their own argmax, mean over its
+positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shift.build import build_model, build_task, find_device
+from shift.config import TrainConfig, load_config
+from shift.model import LoopedTransformer
+from shift.run import checkpoint
+from shift.run.evaluate import autocast
+from shift.tasks import make_task
+from shift.tasks.base import IGNORE, Batch, Task
+from shift.tasks.full_output import FullOutputTask
+from shift_kernels.errors import input_error
+
+RULES = {
+    "as trained": "each sample runs T(n) loops, up to what training allowed",
+    "oracle": "each sample runs T(n) loops; a task that has no T(n) has no oracle",
+    "confidence": "each sample stops at the loop, of all that were run, after which its answer is surest",
+    "joint confidence": "all samples of a length stop at the loop after which their mean answer is surest",
+}
+
+LENGTHS = 8
+"""Lengths, and loops beyond the largest T(n), that are tried unless told."""
+LOOPS_BEYOND = 10
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What to try."""
+
+    lengths: tuple[int, ...] = ()
+    """Lengths n; none: eight, up to twice the longest of training. Tasks without lengths take none."""
+    max_loops: int | None = None
+    """Most loops; default: ten more than the largest T(n), or twice training's."""
+    samples: int = 256
+    """Held-out sequences of each length."""
+
+    def __post_init__(self) -> None:
+        given = [("samples", self.samples), ("max_loops", self.max_loops)]
+        for name, value in given + [("lengths", n) for n in self.lengths]:
+            if value is not None and value < 1:
+                raise input_error("SweepConfig", name, value, "an int >= 1", "Choose a larger one.")
+
+
+def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run, on the device that the run names.
+
+    Returns:
+        Plain JSON values: ``step`` of the checkpoint; ``trained_length`` (None for tasks without lengths);
+        ``trained_loops``, as allowed when the run was last evaluated; ``max_loops``; and ``rows``, one a
+        length: ``length``, ``needed`` (mean T(n)), ``exact`` and ``accuracy`` after each number of loops
+        (lists; what they mean: :func:`shift.run.evaluate.evaluate`), and ``rules``: by the name of the rule
+        ``exact``, ``accuracy`` and ``loops`` (mean).
+
+    Raises:
+        ShiftInputError: no run or checkpoint there, lengths that the task or the model cannot take, or too
+            few loops for what the rules ask.
+    """
+    if not (run_dir / "config.toml").is_file():
+        raise input_error("sweep", "run_dir", str(run_dir), "the directory of a run", "Check the path.")
+    run = load_config(run_dir / "config.toml")
+    saved, _ = checkpoint.newest_valid(run_dir / "checkpoints")
+    if saved is None:
+        raise input_error("sweep", "run_dir", str(run_dir), "a run with a checkpoint", "Train it.")
+    trained_loops = saved.state["progress"]["last_eval"]["n_loops"]
+    tasks = _tasks(run, config.lengths)
+    batches = {n: _batches(task, config.samples, run.batch_size) for n, task in tasks.items()}
+    max_loops = _max_loops(config.max_loops, batches.values(), trained_loops)
+    longest = max(tasks.values(), key=lambda task: task.max_seq_len)
+    model = build_model(run, longest)
+    saved.restore_weights(model)
+    model.to(find_device(run.device)).eval()
+    return {
+        "run": str(run_dir),
+        "config": run.to_dict(),
+        "step": saved.state["step"],
+        "samples": config.samples,
+        "trained_length": getattr(longest, "max_length", None),
+        "trained_loops": trained_loops,
+        "max_loops": max_loops,
+        "rows": [{"length": n, **_row(model, batches[n], trained_loops, max_loops, run)} for n in tasks],
+    }
+
+
+def _tasks(run: TrainConfig, lengths: tuple[int, ...]) -> dict[int | None, Task]:
+    """The task at each length; a task without lengths once, under None."""
+    trained = build_task(run)
+    if not isinstance(trained, FullOutputTask):
+        if lengths:
+            raise input_error(
+                "sweep", "lengths", lengths, f"none: {trained.name!r} has samples of one length", "Drop it."
+            )
+        return {None: trained}
+    most = trained.max_length * (1 if run.model.learned_positions else 2)
+    lengths = lengths or tuple(sorted({max(1, round(most * i / LENGTHS)) for i in range(1, LENGTHS + 1)}))
+    if run.model.learned_positions and max(lengths) > most:
+        raise input_error(
+            "sweep", "lengths", lengths, f"at most {most}, where its learned positions end",
+            "Train with model.learned_positions = false.",
+        )  # fmt: skip
+    options = {n: {**run.task.options, "eval_length": n} for n in lengths}
+    return {n: make_task(run.task.name, seed=run.task.seed, **options[n]) for n in lengths}
+
+
+def _batches(task: Task, n_samples: int, batch_size: int) -> list[Batch]:
+    sizes = [min(batch_size, n_samples - start) for start in range(0, n_samples, batch_size)]
+    return [task.batch(size, i, split="eval") for i, size in enumerate(sizes)]
+
+
+def _max_loops(asked: int | None, batches: Collection[list[Batch]], trained_loops: int) -> int:
+    own = [int(b.n_loops.max()) for found in batches for b in found if b.n_loops is not None]
+    least = max(own, default=trained_loops)
+    if asked is not None and asked < least:
+        raise input_error("sweep", "max_loops", asked, f"at least {least}, which the rules ask", "Raise it.")
+    return asked or (least + LOOPS_BEYOND if own else 2 * least)
+
+
+@torch.no_grad()
+def _answers(
+    model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """After each loop, [max_loops, batch]: read positions that are right, and how sure the answer is.
+
+    The latter is the cross-entropy between the logits and their own argmax, mean over read positions.
+    """
+    device = next(model.parameters()).device
+    there = batch.to(device)
+    with autocast(device, run.precision == "bf16"):
+        logits = model(
+            there.tokens, max_loops, context=there.context, return_all_loops=True, backend=run.backend
+        )
+    read = there.targets != IGNORE
+    right = (read & (logits.argmax(-1) == there.targets)).sum(-1)
+    surprise = -logits.float().log_softmax(-1).amax(-1)
+    return right.cpu(), ((surprise * read).sum(-1) / read.sum(-1)).cpu()
+
+
+def _row(
+    model: LoopedTransformer, batches: list[Batch], trained_loops: int, max_loops: int, run: TrainConfig
+) -> dict[str, Any]:
+    """One row of :func:`sweep`, but for its length."""
+    found = [_answers(model, batch, max_loops, run) for batch in batches]
+    right, surprise = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    read = torch.cat([(batch.targets != IGNORE).sum(-1) for batch in batches])
+    own = [batch.n_loops for batch in batches if batch.n_loops is not None]
+    loops = {"as trained": torch.full_like(read, trained_loops)}
+    needed = None
+    if own:
+        oracle = torch.cat(own)
+        loops = {"as trained": oracle.clamp(max=trained_loops), "oracle": oracle}
+        needed = oracle.double().mean().item()
+    loops["confidence"] = surprise.argmin(0) + 1
+    loops["joint confidence"] = (surprise.mean(1).argmin() + 1).expand_as(read)
+    rules = {}
+    for rule, chosen in loops.items():
+        exact, accuracy = _scores(right.gather(0, chosen[None] - 1), read)
+        rules[rule] = {"exact": exact[0], "accuracy": accuracy[0], "loops": chosen.double().mean().item()}
+    exact, accuracy = _scores(right, read)
+    return {"needed": needed, "exact": exact, "accuracy": accuracy, "rules": rules}
+
+
+def _scores(right: Tensor, read: Tensor) -> tuple[list[float], list[float]]:
+    """Exact match and token accuracy, one of each for every row of ``right`` [rows, samples]."""
+    exact = (right == read).double().mean(1)
+    return exact.tolist(), (right.sum(1).double() / read.sum()).tolist()

@@ -1,0 +1,1 @@
+"""Documents: what every report is made of. Knows no experiment."""

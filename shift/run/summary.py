@@ -1,0 +1,75 @@
+"""The summary of a finished run, and what it ran on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from shift.tasks.base import Task
+
+ROOT = Path(__file__).parents[2]
+
+
+def batches_sha256(task: Task, batch_size: int, steps: range, world_size: int) -> str:
+    """sha256 of the tokens of some training batches of all ranks: equal for runs that saw the same data."""
+    sha256 = hashlib.sha256()
+    for step in steps:
+        for rank in range(world_size):
+            sha256.update(task.batch(batch_size, step, rank=rank).tokens.numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def switch_ms(run_dir: Path, switch_step: int | None) -> float | None:
+    """What the first looped step cost over the median of the ten after it."""
+    if switch_step is None:
+        return None
+    ms = [json.loads(line)["ms"] for line in (run_dir / "timing.jsonl").read_text().splitlines()]
+    later = ms[switch_step + 1 : switch_step + 11]
+    return ms[switch_step] - statistics.median(later) if later else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """``machine``, ``versions`` and ``commit`` (None outside a git checkout)."""
+    on_cuda = device.type == "cuda"
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    """Python's own ``platform.processor`` is empty on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

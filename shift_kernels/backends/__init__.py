@@ -1,0 +1,1 @@
+"""What can run a looped block, one backend a module."""

@@ -1,0 +1,209 @@
+"""What a resident program holds: tile, warps, chunks, what fits on chip. Pure arithmetic, no Triton.
+
+The limits below come from compiling every tile offline (``benchmarks/offline/compile_triton.py``,
+figures in ``benchmarks/results/offline/triton.json``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from shift_kernels.backends.triton import tuned
+from shift_kernels.spec import BlockSpec
+
+MIN_SIDE = 16  # the smallest side of a tile that tl.dot accepts
+PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
+# Elements of the fp32 residual tile (rows x padded d_model) that a program may hold, by operand bytes.
+FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
+BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
+MAX_ROWS = 128
+# With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
+BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
+BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
+# What the backward writes for the weight gradients, in the order of its kernel's arguments.
+OPERANDS = ("xn", "dqkv", "o", "dy", "xn2", "dpre", "act", "dy2")
+OPERAND_BYTES = 512 * 2**20  # of weight-gradient operands alive at once: bounds the loops per launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Compile-time facts of one resident kernel. Sizes with ``_pad`` are zero-padded to what tl.dot takes.
+
+    Args:
+        rows: tokens a program owns, a power of two.
+        packed: as many whole sequences as fit share those rows, one behind the other; else one does.
+        d_model, d_pad, head_dim, head_pad, n_heads, n_kv_heads, n_layers: sizes of the block.
+        d_ff: hidden width, 0 without an MLP; ff_pad, ff_chunk: padded width and columns of it at a time.
+        warps, stages: warps a program, stages of Triton's pipeline.
+        weight_rows: rows of length d_pad in one layer's packed weights.
+        direct: a branch is accumulated straight into the residual tile (pre norm, no scale).
+        half: half of head_dim, by which rope pairs columns.
+        precision: tl.dot's input_precision (matters for fp32 operands only).
+        saves: states a loop saves: one a layer, one more for the loop's own norm.
+    """
+
+    rows: int
+    packed: bool
+    d_model: int
+    d_pad: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    head_pad: int
+    half: int
+    d_ff: int
+    ff_pad: int
+    ff_chunk: int
+    warps: int
+    stages: int
+    n_layers: int
+    weight_rows: int
+    saves: int
+    activation: str
+    norm: str
+    placement: str
+    causal: bool
+    rope: bool
+    inject: bool
+    loop_norm: bool
+    direct: bool
+    scale: float
+    eps: float
+    precision: str
+
+    def programs(self, batch: int, seq_len: int) -> int:
+        """Programs that serve a batch."""
+        return -(-batch // (self.rows // seq_len if self.packed else 1))
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on q k^T: 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5
+
+    @property
+    def score_scale(self) -> float:
+        """The same in base 2, for exp2."""
+        return self.score_factor * math.log2(math.e)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n that may be a side of a matmul tile."""
+    return max(MIN_SIDE, 1 << (n - 1).bit_length())
+
+
+def limits(itemsize: int, *, grad: bool, capability: int) -> tuple[int, int]:
+    """Most rows, and most elements (rows x d_pad), of a tile. capability: major compute capability."""
+    if grad and capability >= 10 and itemsize == 2:
+        return BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE
+    return MAX_ROWS, (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize]
+
+
+def tile(
+    spec: BlockSpec,
+    seq_len: int,
+    batch: int,
+    *,
+    itemsize: int,
+    pack: bool,
+    precision: str,
+    grad: bool,
+    capability: int = 9,
+) -> Tile:
+    """The tile for a block and a padded length.
+
+    Args:
+        spec, seq_len, batch: the problem.
+        itemsize: bytes of a matmul operand.
+        pack: several short sequences may share a tile: they then leave together, so not with a T each.
+        precision: ``ieee`` or ``tf32``.
+        grad: for the backward kernel, which holds more and takes smaller chunks.
+        capability: major compute capability of the device.
+    """
+    rows = power_of_two(seq_len)
+    if pack:
+        most_rows, most = limits(itemsize, grad=grad, capability=capability)
+        while (
+            2 * rows <= min(PACKED_ROWS, most_rows)
+            and 2 * rows * power_of_two(spec.d_model) <= most
+            and batch * seq_len >= 2 * rows * BUSY
+        ):
+            rows *= 2
+    d_pad, head_pad = power_of_two(spec.d_model), power_of_two(spec.head_dim)
+    hidden = 2 if spec.activation == "swiglu" else 1
+    config = tuned.config(rows, d_pad, itemsize, grad=grad, capability=capability)
+    chunk = min(power_of_two(spec.d_ff), config.ff_chunk)
+    ff_pad = -(-spec.d_ff // chunk) * chunk
+    return Tile(
+        rows=rows,
+        packed=pack,
+        d_model=spec.d_model,
+        d_pad=d_pad,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        head_pad=head_pad,
+        half=spec.head_dim // 2,
+        d_ff=spec.d_ff,
+        ff_pad=ff_pad,
+        ff_chunk=chunk,
+        warps=config.warps,
+        stages=config.stages,
+        n_layers=spec.n_layers,
+        weight_rows=2 * (spec.n_heads + spec.n_kv_heads) * head_pad + (hidden + 1) * ff_pad,
+        saves=spec.n_layers + spec.loop_norm,
+        activation=spec.activation,
+        norm=spec.norm,
+        placement=spec.norm_placement,
+        causal=spec.causal,
+        rope=spec.position == "rope",
+        inject=spec.injection == "add",
+        loop_norm=spec.loop_norm,
+        direct=spec.norm_placement != "sandwich" and spec.residual_scale == 1,
+        scale=float(spec.residual_scale),
+        eps=float(spec.norm_eps),
+        precision=precision,
+    )
+
+
+def unserved(spec: BlockSpec) -> str | None:
+    """Why no kernel here, resident or streamed, serves this block, or None."""
+    return f"head_dim = {spec.head_dim} > 128" if spec.head_dim > 128 else None
+
+
+def too_large(
+    spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool, capability: int = 9
+) -> str | None:
+    """Why no tile holds this block, or None."""
+    rows, d_pad = power_of_two(seq_len), power_of_two(spec.d_model)
+    most_rows, most = limits(compute_dtype.itemsize, grad=grad, capability=capability)
+    if rows > most_rows:
+        return f"seq_len = {seq_len} > {most_rows}{' with gradients' if grad else ''}"
+    if rows * d_pad > most:
+        return (
+            f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
+            f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
+        )
+    return None
+
+
+def operand_columns(t: Tile) -> dict[str, int]:
+    """Columns of each weight-gradient operand, by name; a row is one token in one loop."""
+    hidden = 2 if t.activation == "swiglu" else 1
+    columns = {
+        "xn": t.d_pad,
+        "dqkv": (t.n_heads + 2 * t.n_kv_heads) * t.head_pad,
+        "o": t.n_heads * t.head_pad,
+        "dy": t.d_pad,
+    }
+    if t.d_ff:
+        columns |= {"xn2": t.d_pad, "dpre": hidden * t.ff_pad, "act": t.ff_pad, "dy2": t.d_pad}
+    return columns
+
+
+def loops_per_launch(t: Tile, tokens: int, itemsize: int) -> int:
+    """Loops whose weight-gradient operands are alive at once: at least one."""
+    per_loop = t.n_layers * tokens * sum(operand_columns(t).values()) * itemsize
+    return max(1, OPERAND_BYTES // per_loop)

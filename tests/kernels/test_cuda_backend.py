@@ -1,0 +1,228 @@
+"""The cuda backend from the public call down to its kernels, which an emulated GPU runs on CPU tensors.
+
+What a GPU makes of the same sources is not tested here: tests/gpu does that, where there is one.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import LIBRARY, emulated
+from operator_arguments import ops_arguments
+from torch._dynamo.utils import counters
+
+import build_native
+from benchmarks.gpu.cases import KINDS
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, explain
+from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.native import cuda
+
+ROOT = Path(__file__).parents[2]
+BF16 = torch.bfloat16
+needs_emulation = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(params=[False, True], ids=["sm_80", "sm_90a"])
+def gpu(monkeypatch, request):
+    """The backend on an emulated GPU."""
+    library = emulated(*LIBRARY).library
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(227 * 1024, 132, request.param))
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
+    return library
+
+
+def make(batch=3, seq_len=9, dtype=BF16, **options):
+    torch.manual_seed(0)
+    block = LoopedBlock(BlockSpec(**{"d_model": 64, "n_heads": 4, "d_ff": 80, **options}), dtype=dtype)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1) * 0.5, std=0.15)
+    return block, torch.randn(batch, seq_len, block.spec.d_model).to(dtype)
+
+
+def results(block, e, call, backend, dtype):
+    """Output and all gradients."""
+    e = e.detach().to(dtype).requires_grad_()
+    weights = {name: p.detach().to(dtype).requires_grad_() for name, p in block.named_parameters()}
+    h = torch.func.functional_call(block, weights, e, {"backend": backend, **call})
+    if not h.requires_grad:  # no loops, and with injection not even e is read
+        return [h, *map(torch.zeros_like, [e, *weights.values()])]
+    grad = torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = torch.autograd.grad(h, [e, *weights.values()], grad, allow_unused=True, materialize_grads=True)
+    return [h.detach(), *grads]
+
+
+def check(block, e, call):
+    """Each at most twice as far from float64 as torch's in the same dtype, and some roundings."""
+    exact, theirs = (results(block, e, call, "torch", dtype) for dtype in (torch.float64, e.dtype))
+    ours = results(block, e, call, "cuda", e.dtype)
+    for name, a, b, c in zip(["h", "e", *block.weights()], ours, theirs, exact, strict=True):
+        assert a.dtype == e.dtype
+        allowed = 2 * (b - c).abs().max() + 4 * torch.finfo(e.dtype).eps * c.abs().max()
+        assert (a - c).abs().max() <= allowed, name
+
+
+@pytest.mark.skipif(build_native.nvcc() is None, reason="needs nvcc")
+def test_library_is_there_wherever_it_can_be_built():
+    library, status = cuda.load()
+    assert library is not None, f"{status}; build it: CUDA_ARCHS=default pip install -e ."
+
+
+def test_python_mirrors_the_structures_of_the_header():
+    header = re.sub(r"//.*", "", (ROOT / "csrc/cuda/call.h").read_text())
+    for mirror in (cuda.Call, cuda.Plan):
+        (body,) = re.findall(rf"struct {mirror.__name__} {{(.*?)}};", header, re.DOTALL)
+        names = [
+            n for line in body.split(";") for n in re.findall(r"\*?\s*(?:const\s*)?(\w+)\s*(?:,|$)", line)
+        ]
+        assert names == [name for name, _ in mirror._fields_]
+
+
+def test_code_for_an_architecture_runs_on_it_and_where_ptx_goes_further():
+    library = object.__new__(cuda.Library)
+    for archs, served in (
+        (("sm_80",), {(8, 0), (8, 6), (9, 0), (12, 0)}),
+        (("sm_90a",), {(9, 0)}),
+        (("sm_80", "sm_90a"), {(8, 0), (8, 6), (9, 0), (12, 0)}),
+    ):
+        library.archs = archs
+        assert {c for c in ((7, 5), (8, 0), (8, 6), (9, 0), (12, 0)) if library.runs_on(*c)} == served
+
+
+@needs_emulation
+def test_a_block_that_no_tile_holds_is_refused_in_words(gpu):
+    block, e = make(seq_len=200)
+    with pytest.raises(ShiftInputError, match="seq_len > 128"):
+        block(e, 1, backend="cuda")
+    with pytest.raises(ShiftInputError, match="fp16 or bf16"):
+        block.float()(e.float(), 1, backend="cuda")
+
+
+@needs_emulation
+@pytest.mark.parametrize("sm90a", [False, True])
+@pytest.mark.parametrize("d_model", [64, 512, 1024])
+def test_only_the_next_multiple_of_16_of_seq_len_decides(gpu, d_model, sm90a):
+    library, limits = cuda_backend._LIBRARY, cuda_backend.Limits(96 * 1024, cuda_backend.HOPPER.n_sms, sm90a)
+    spec = BlockSpec(d_model=d_model, n_heads=d_model // 32)
+    for backward in (False, True):
+        served = [
+            library.plan(cuda_backend.sizes(spec, 1, n, BF16, BF16, limits), backward=backward).refusal
+            for n in range(1, 145)
+        ]
+        for n, refusal in enumerate(served, 1):
+            just_fits = sm90a and not refusal  # where the multiple may not
+            assert just_fits or refusal == served[cuda_backend._rows(n) - 1]
+
+
+@needs_emulation
+def test_explain_tells_the_tile_and_what_is_kept(gpu):
+    block, e = make()
+    text = explain(block.spec, *e.shape[:2], BF16, n_loops=3, backend="cuda")
+    # For all architectures a sequence's rows in steps of 16; for sm_90a as many sequences as 64 rows hold.
+    programs = "1 programs of 63" if cuda_backend.HOPPER.sm90a else "3 programs of 16"
+    for direction in ("forward", "backward"):
+        assert f"{direction} {programs} tokens, residual stream in shared memory" in text
+    kept = cuda_backend.saved_like(e, block.spec, 3)[0].nbytes
+    assert f"{kept / 2**20:.1f} MiB" in text
+    assert backends()["cuda"] == "available"
+
+
+OPTIONS = {
+    "two layers, post, swiglu, rope": KINDS["trm"] | {"d_ff": 80},
+    "sandwich, loop norm, grouped heads": dict(
+        norm_placement="sandwich", loop_norm=True, n_kv_heads=2, head_dim=32, residual_scale=0.5
+    ),
+}
+CALLS = {
+    "plain": {"n_loops": 2},
+    "no loops": {"n_loops": 0},
+    "ragged, own loops": {"n_loops": torch.tensor([2, 0, 1]), "seq_lens": torch.tensor([9, 4, 0])},
+    "all loops, truncated": {"n_loops": 3, "return_all_loops": True, "n_grad_loops": 2},
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@needs_emulation
+@every_call
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_output_and_gradients_are_right(gpu, options, call):
+    check(*make(**options), call)
+
+
+@needs_emulation
+def test_splitting_the_loops_over_launches_changes_only_rounding(gpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "OPERAND_BYTES", 1)
+    check(*make(n_layers=2, injection="add"), {"n_loops": 3})
+
+
+@needs_emulation
+def test_float32_weights_under_autocast_keep_the_residual_stream_in_float32(gpu):
+    block, e = make(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        ours, same = (block(e, 3, backend=name) for name in ("cuda", "torch"))
+    exact = block.double()(e.double(), 3, backend="torch")
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max()
+
+
+@needs_emulation
+def test_weights_of_two_dtypes_are_taken(gpu):
+    block, e = make()
+    expected = block(e, 2, backend="cuda")
+    block.layers.get_submodule("0").norm1.float()
+    assert torch.equal(block(e, 2, backend="cuda"), expected)
+
+
+@needs_emulation
+def test_halting_stops_where_the_reference_stops(gpu):
+    block, e = make(dtype=torch.float16, norm_placement="post", injection="add")
+    with torch.no_grad():
+        h, used = block(e, 8, halt_threshold=0.2, backend="cuda")
+        same, expected = block.float()(e.float(), 8, halt_threshold=0.2, backend="torch")
+    assert used.tolist() == expected.tolist()
+    assert 1 < int(used.min()) < 8
+    torch.testing.assert_close(h.float(), same, atol=2e-2, rtol=2e-2)
+
+
+@needs_emulation
+@pytest.mark.parametrize("own", [False, True], ids=["same", "own loops"])
+def test_operator_passes_opcheck(gpu, own):
+    block, e = make(loop_norm=True)
+    args = ops_arguments(
+        e.requires_grad_(),
+        block,
+        n_loops=0 if own else 2,
+        sample_loops=torch.tensor([2, 0, 1]) if own else None,
+        compute_dtype=BF16,
+        backend="cuda",
+    )
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.shift_kernels.looped_block, args, test_utils=checks)
+
+
+@needs_emulation
+def test_compiled_model_runs_it_without_recompiling(gpu):
+    torch._dynamo.reset()
+    counters.clear()
+    block, e = make(injection="add")
+    e.requires_grad_()
+    compiled = torch.compile(
+        lambda e, n: block(e, n, backend="cuda").sin(), fullgraph=True, backend="aot_eager"
+    )
+    for n_loops in (1, 3, 2):
+        ours = torch.autograd.grad(compiled(e, torch.tensor(n_loops)).sum(), [e, *block.parameters()])
+        plain = torch.autograd.grad(block(e, n_loops, backend="cuda").sin().sum(), [e, *block.parameters()])
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=5e-2)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_emulation
+def test_compiled_model_takes_lengths_that_vary(gpu):
+    torch._dynamo.reset()
+    block, e = make(seq_len=40)
+    compiled = torch.compile(lambda e: block(e, 1, backend="cuda").sin(), fullgraph=True, backend="aot_eager")
+    for seq_len in (9, 12, 40):
+        x = e[:, :seq_len]
+        torch.testing.assert_close(compiled(x), block(x, 1, backend="cuda").sin(), atol=1e-2, rtol=5e-2)

@@ -1,0 +1,72 @@
+"""Every CUDA kernel compiles for sm_80 and sm_90a without a GPU, and stays within its limits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import build_native
+from benchmarks.gpu.cases import BLOCKS
+from benchmarks.offline import compile_cuda
+from benchmarks.offline.limits import REGISTERS, SHARED_LIMIT
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / "benchmarks/results/offline/cuda.json").read_text())
+RESIDENT = ("resident_forward", "resident_backward")
+SM90A = tuple(f"{name}_sm90a" for name in RESIDENT)
+# Bytes of spill stores a thread, at most, called functions included.
+SPILLS = {"resident_forward": 416, "resident_backward": 1440, "pack_layer": 0}
+SPILLS |= {"resident_forward_sm90a": 72, "resident_backward_sm90a": 528}
+kernels = pytest.mark.parametrize(
+    "row", RECORDED["kernels"], ids=[f"{r['source']} {r['kernel']} sm_{r['sm']}" for r in RECORDED["kernels"]]
+)
+
+
+@pytest.mark.skipif(build_native.nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
+def test_recorded_figures_are_those_of_the_present_sources(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    library, status = compile_cuda.cuda.load(compile_cuda.build().resolve())
+    assert RECORDED["plans"] == list(compile_cuda.plans(library)), "run benchmarks/offline/compile_cuda.py"
+    if status == RECORDED["built"]:  # another nvcc allocates other registers
+        assert RECORDED["kernels"] == compile_cuda.kernels(), "run benchmarks/offline/compile_cuda.py"
+
+
+@pytest.mark.skipif(build_native.nvcc() is None, reason="needs nvcc")
+def test_compiler_inserts_no_waits_between_wgmmas(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    compile_cuda.build()
+    said = (build_native.SCRATCH / "cuda" / "resident_sm90a.log").read_text()
+    assert all(name in said for name in SM90A)
+    assert "serialized" not in said
+
+
+def test_each_architecture_has_its_kernels_for_both_operand_types():
+    found = {(row["kernel"], row["sm"]) for row in RECORDED["kernels"]}
+    kinds = [(k, 80) for k in ("pack_layer", *RESIDENT)] + [(k, 90) for k in ("pack_layer", *SM90A)]
+    assert found == {(f"{k}<{t}>", sm) for k, sm in kinds for t in ("bf16", "fp16")}
+
+
+@kernels
+def test_kernels_fit_the_registers_of_a_multiprocessor_and_spill_no_more_than_stated(row):
+    name = row["kernel"].split("<")[0]
+    assert row["registers"] > 16, "a kernel that does nothing"
+    planned = [
+        p["threads"] for p in RECORDED["plans"] if "threads" in p and (p["tiles"] > 0) == (name in SM90A)
+    ]
+    threads = 256 if name == "pack_layer" else max(planned)
+    assert row["registers"] * threads <= REGISTERS
+    assert row["spill_stores"] <= SPILLS[name]
+
+
+def test_planned_shared_memory_is_there():
+    planned = [row for row in RECORDED["plans"] if "refused" not in row]
+    static = max(row["static_shared"] for row in RECORDED["kernels"])
+    for row in planned:
+        assert row["shared_bytes"] + static <= SHARED_LIMIT[row["sm"]], row
+
+
+def test_blocks_up_to_128_tokens_are_served_on_hopper():
+    served = {row["case"] for row in RECORDED["plans"] if row["sm"] == 90 and "refused" not in row}
+    assert served == {case.name for case in BLOCKS if case.seq_len <= 128}

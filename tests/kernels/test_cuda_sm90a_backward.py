@@ -1,0 +1,132 @@
+"""The backward kernel for sm_90a on the emulated GPU, in the ways its planner can arrange it.
+
+Every option, whole sequences and split ones; then rings too small for a loop's weights and large enough,
+clusters that share the weights' way, rows for one and both warpgroups, the tile in L2: with every access
+watched, too.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import LIBRARY, emulated
+from test_cuda_resident import CALLS, OPTIONS, check, make, on_kernels, plan
+
+from benchmarks.gpu.cases import KINDS
+from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.native import cuda
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+KB = 1024
+TRM = KINDS["trm"] | {"d_model": 128, "d_ff": 96}
+ODD = {"d_model": 144, "n_heads": 3, "d_ff": 200}
+GROUPED = {"n_heads": 4, "n_kv_heads": 2, "norm_placement": "sandwich"}
+
+# shared memory, batch, seq_len, block: rows, split, cluster, stages, tiles of a loop, tile in shared memory
+PLANS = {
+    "weights stay": (190 * KB, 3, 20, {"d_ff": 0}, 60, 1, 1, 6, 6, True),
+    "four share": (85 * KB, 4, 25, {"norm_placement": "post"}, 25, 1, 4, 3, 16, True),
+    "two share, 97 rows": (150 * KB, 2, 97, {"activation": "swiglu", "n_layers": 2}, 97, 1, 2, 4, 42, True),
+    "odd widths, three rounds": (140 * KB, 14, 9, ODD, 63, 1, 2, 4, 65, True),
+    "tile in L2": (79 * KB, 1, 31, {"d_model": 128, "norm": "rmsnorm"}, 31, 1, 1, 3, 20, False),
+    "rows of no token": (200 * KB, 4, 20, {"n_layers": 2}, 60, 1, 2, 7, 29, True),
+    "two stages": (58 * KB, 3, 20, {"loop_norm": True, "d_ff": 0}, 20, 1, 1, 2, 9, True),
+    "two split, four share": (93 * KB, 2, 48, GROUPED, 24, 2, 4, 4, 19, True),
+}
+SPLIT_CALLS = {
+    "packed": {"n_loops": 2, "n_grad_loops": 1},
+    "ragged, own loops": {
+        "n_loops": torch.tensor([1, 2]),
+        "seq_lens": torch.tensor([20, 65]),
+        "return_all_loops": True,
+    },
+}
+
+
+def on_hopper(monkeypatch, shared_bytes, watched=False):
+    """The emulated GPU with so much shared memory. What the kernel must write is NaN until it does."""
+    library = emulated(*LIBRARY, watched=watched).library
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
+    operands = cuda_backend.WeightGradients.operands
+
+    def poisoned(self, rows, *, untouched):
+        found = operands(self, rows, untouched=untouched)
+        return found if untouched else {name: x.fill_(torch.nan) for name, x in found.items()}
+
+    monkeypatch.setattr(cuda_backend.WeightGradients, "operands", poisoned)
+    return library
+
+
+def on_small_hopper(monkeypatch, spec, seq_len, split, watched=False):
+    """The same with just as little as has sequences split over so many blocks."""
+    for limit in range(227 * KB, 0, -KB):
+        library = on_hopper(monkeypatch, limit, watched)
+        if plan(spec, 2, seq_len, limit, True, sm90a=True).split == split:
+            return library
+    raise AssertionError("never split")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_are_right_with_every_option(monkeypatch, options):
+    on_hopper(monkeypatch, 99 * KB)
+    check(*make(**options, dtype=torch.float16), CALLS["ragged, own loops"])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_are_right_with_every_option_where_sequences_are_split(monkeypatch, options):
+    block, e = make(2, 37, **options)
+    on_small_hopper(monkeypatch, block.spec, 37, 2)
+    check(block, e, {"n_loops": 2, "seq_lens": torch.tensor([37, 11])})
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "watched"])
+@pytest.mark.parametrize("name", PLANS)
+def test_gradients_are_right_however_it_is_arranged(monkeypatch, name, watched):
+    shared_bytes, batch, seq_len, options, *expected = PLANS[name]
+    library = on_hopper(monkeypatch, shared_bytes, watched)
+    block, e = make(batch, seq_len, **options)
+    p = plan(block.spec, batch, seq_len, shared_bytes, True, sm90a=True)
+    assert [p.rows, p.split, p.cluster, p.stages, p.tiles, p.tile_in_shared] == expected
+    for seed in range(1 if watched else 2):
+        library.shift_emulation_seed(seed)
+        check(block, e, {"n_loops": 2})
+
+
+def test_tiny_recursive_models_at_their_own_size(monkeypatch):
+    on_hopper(monkeypatch, 227 * KB)
+    block, e = make(1, 97, **KINDS["trm"] | {"d_model": 512, "n_heads": 8, "head_dim": 64})
+    p = plan(block.spec, 1, 97, 227 * KB, True, sm90a=True)
+    assert (p.split, p.rows, p.tile_in_shared) == (2, 49, True)
+    check(block, e, {"n_loops": 1})
+
+
+@pytest.mark.parametrize("call", SPLIT_CALLS.values(), ids=SPLIT_CALLS)
+@pytest.mark.parametrize(("options", "split"), [(TRM, 2), ({"n_kv_heads": 1}, 4)], ids=["TRM", "four"])
+def test_blocks_of_a_split_sequence_do_not_race(monkeypatch, options, split, call):
+    block, e = make(2, 67, **options)
+    library = on_small_hopper(monkeypatch, block.spec, 67, split, watched=True)
+    for seed in range(2):
+        library.shift_emulation_seed(seed)
+        check(block, e, call)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "split", "schedules"), [(1, 37, 2, 20), (4, 7, 1, 20)], ids=["split", "four share"]
+)
+def test_any_schedule_gives_the_same_bits(monkeypatch, batch, seq_len, split, schedules):
+    block, e = make(batch, seq_len, position="rope")
+    if split > 1:
+        library = on_small_hopper(monkeypatch, block.spec, seq_len, split)
+    else:
+        library = on_hopper(monkeypatch, 58 * KB)
+        assert plan(block.spec, batch, seq_len, 58 * KB, True, sm90a=True).cluster == 4
+    results = []
+    for seed in range(schedules):
+        library.shift_emulation_seed(seed)
+        results.append(on_kernels(block, e, {}))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)

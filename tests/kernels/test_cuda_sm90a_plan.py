@@ -1,0 +1,205 @@
+"""What the planner gives the kernels for sm_90a: arithmetic and order of plan.h's opening comment again."""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import LIBRARY, emulated
+
+from benchmarks.gpu.cases import KINDS
+from shift_kernels import BlockSpec
+from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.native import cuda
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+BF16 = torch.bfloat16
+KB = 1024
+WIDTHS = (256, 128, 64, 32, 16)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return cuda.load(Path(emulated(*LIBRARY).library._name))[0]
+
+
+def plan_of(library, spec, batch, seq_len, limit=227 * KB, sms=132, backward=False, sm90a=True, **more):
+    call = cuda_backend.sizes(spec, batch, seq_len, BF16, BF16, cuda_backend.Limits(limit, sms, sm90a))
+    for name, value in more.items():
+        setattr(call, name, value)
+    return library.plan(call, backward=backward)
+
+
+@dataclasses.dataclass
+class Arrangement:
+    """Rows of a program, and what it does at a time."""
+
+    spec: BlockSpec
+    backward: bool
+    rows: int
+    split: int
+    kv_heads: int
+    ff_chunk: int
+    stages: int
+    in_shared: bool
+
+    @property
+    def queries(self):
+        return self.kv_heads * self.spec.n_heads // self.spec.n_kv_heads * self.spec.head_dim
+
+    @property
+    def qkv(self):
+        return self.queries + 2 * self.kv_heads * self.spec.head_dim
+
+    def bytes(self):
+        spec, chunk = self.spec, self.ff_chunk
+        a_row = 4 * self.in_shared * (spec.d_model + 8) + 8
+        others, most = 2 * self.kv_heads * spec.head_dim, chunk + 8 if spec.d_ff else 0
+        if self.backward:
+            if spec.d_ff and spec.activation == "swiglu":
+                most += 2 * chunk + 8
+            others = 2 * self.queries
+            a_row += 2 * max(2 * (self.qkv + 8) + self.queries + 8, most)
+            a_row += self.queries // spec.head_dim * 8 + 8
+        else:
+            a_row += 2 * max(self.qkv + 8, most) + 2 * (spec.d_model + 8)
+        others = 16 * (others + 8) * 2 if self.split > 1 else 0
+        return self.rows * a_row + others + self.stages * (128 * 64 * 2 + 16) + 32 + 128
+
+    def passes(self, is_mlp):
+        """Columns of what a pass of half a layer makes, and of what it makes that of."""
+        if not is_mlp:
+            return [(self.qkv, self.queries)] * (self.spec.n_kv_heads // self.kv_heads)
+        ff, parts = -(-self.spec.d_ff // 16) * 16, 2 if self.spec.activation == "swiglu" else 1
+        some = [min(self.ff_chunk, ff - first) for first in range(0, ff, self.ff_chunk)]
+        return [(parts * n, n) for n in some]
+
+    def tiles(self):
+        def tiles(n, k):
+            return -(-n // 128) * -(-k // 64)
+
+        spec, d = self.spec, self.spec.d_model
+        halves = [False, True] * spec.n_layers if spec.d_ff else [False] * spec.n_layers
+        needs_last = not self.backward or spec.norm_placement != "pre" or spec.loop_norm
+        found = 0
+        for half in halves if needs_last else halves[:-1]:
+            found += sum(tiles(hidden, d) + tiles(d, k) for hidden, k in self.passes(half))
+        for half in halves if self.backward else []:
+            found += sum(tiles(k, d) + tiles(hidden, d) + tiles(d, hidden) for hidden, k in self.passes(half))
+        return found
+
+    def bricks(self):
+        """Of 64 x 64, in all layers."""
+
+        def bricks(n, k):
+            return -(-n // 64) * -(-k // 64)
+
+        spec, d = self.spec, self.spec.d_model
+        passes = self.passes(False) + (self.passes(True) if spec.d_ff else [])
+        return spec.n_layers * sum(bricks(hidden, d) + bricks(d, k) for hidden, k in passes)
+
+
+def any_spec(rng):
+    n_kv_heads = rng.choice([1, 2, 4])
+    return BlockSpec(
+        d_model=rng.choice([64, 128, 256, 512, 768, 1024]),
+        n_heads=n_kv_heads * rng.choice([1, 2]),
+        n_kv_heads=n_kv_heads,
+        head_dim=rng.choice([16, 32, 64, 128]),
+        n_layers=rng.choice([1, 2]),
+        d_ff=rng.choice([0, 40, 256, 1024, 4096]),
+        activation=rng.choice(["gelu", "swiglu"]),
+        norm_placement=rng.choice(["pre", "post"]),
+        loop_norm=rng.random() < 0.5,
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_planner_takes_the_first_arrangement_that_fits(library, backward):
+    rng = random.Random(0)
+    kinds = dict.fromkeys(["stay", "whole", "split", "L2", "two", "none"], 0)
+    for _ in range(400):
+        spec, seq_len, batch = any_spec(rng), rng.randint(1, 128), rng.choice([1, 40, 4096])
+        limit, own = rng.choice([75, 99, 163, 227]) * KB, rng.random() < 0.3
+        plan = plan_of(library, spec, batch, seq_len, limit, backward=backward, own_loops=own)
+
+        def fits(stages, split, in_shared, spec=spec, seq_len=seq_len, limit=limit):
+            small = Arrangement(
+                spec, backward, -(-seq_len // split), split, 1, min(16, spec.d_ff), stages, in_shared
+            )
+            small.stages = min(stages, small.tiles())
+            return small.bytes() <= limit
+
+        splits = [s for s in (2, 4) if seq_len > 16 * s]
+        fitting = [
+            (stages, split, in_shared)
+            for stages in (3, 2)
+            for split, in_shared in [(1, True), *((s, True) for s in splits), (1, False)]
+            if fits(stages, split, in_shared)
+        ]
+        if plan.refusal:
+            kinds["none"] += 1
+            assert not fitting
+            # ... and the kernels for all architectures, which would do otherwise, find no room either.
+            assert plan_of(library, spec, batch, seq_len, limit, backward=backward, sm90a=False).refusal
+            continue
+        least, split, in_shared = fitting[0]
+        mine = Arrangement(
+            spec, backward, plan.rows, plan.split, plan.kv_heads, plan.ff_chunk, plan.stages, in_shared
+        )
+        assert (plan.split, plan.tile_in_shared) == (split, in_shared)
+        assert plan.shared_bytes == mine.bytes() <= limit
+        assert plan.tiles == mine.tiles()
+        assert plan.stages >= min(least, plan.tiles)
+        assert plan.stages == plan.tiles or mine.bytes() + 128 * 64 * 2 + 16 > limit
+        assert plan.workspace_bytes > mine.bricks() * 64 * 64 * 2
+        assert plan.rows == -(-plan.sequences * seq_len // plan.split) <= 128
+        assert plan.programs == -(-batch // plan.sequences) * plan.split
+        assert plan.programs % plan.cluster == plan.cluster % plan.split == 0
+        assert plan.programs >= 132 or plan.rows <= -(-seq_len // 64) * 64
+        assert plan.threads == 288
+        if own:
+            assert (plan.sequences, plan.cluster) == (1, plan.split)
+        stay = plan.stages == plan.tiles
+        kinds["two"] += least == 2
+        kinds["stay" if stay else "L2" if not in_shared else "split" if split > 1 else "whole"] += 1
+    assert min(kinds.values()) > 2, kinds
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_hidden_columns_are_whole_bricks_where_there_is_room(library, backward):
+    spec = BlockSpec(d_model=256, n_heads=8, d_ff=1000)
+    plan = plan_of(library, spec, 64, 64, backward=backward)
+    assert plan.ff_chunk % 64 == 0
+    assert plan.ff_chunk < plan.ff_pad == 1008
+
+
+@pytest.mark.parametrize(("seq_len", "rows"), [(81, 41), (97, 49)])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_tiny_recursive_models_are_resident(library, seq_len, rows, own, backward):
+    spec = BlockSpec(d_model=512, n_heads=8, **KINDS["trm"])
+    plan = plan_of(library, spec, 768, seq_len, own_loops=own, backward=backward)
+    assert plan.tile_in_shared
+    assert (plan.split, plan.rows, plan.cluster) == (2, rows, 2 if own else 4)
+    assert plan.tiles > plan.stages >= 3
+
+
+# d_model, d_ff, tokens: rows, of as many as 128, with which all weights stay in shared memory
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "seq_len", "rows"),
+    [(64, 256, 32, 64), (64, 256, 20, 60), (64, 128, 32, 128), (64, 256, 64, 64)],
+)
+def test_rows_give_way_to_weights_that_are_read_once(library, d_model, d_ff, seq_len, rows):
+    plan = plan_of(library, BlockSpec(d_model=d_model, n_heads=4, d_ff=d_ff), 1024, seq_len)
+    assert plan.stages == plan.tiles
+    assert (plan.rows, plan.cluster) == (rows, 1)
+
+
+def test_rows_do_not_give_way_where_weights_cannot_stay(library):
+    plan = plan_of(library, BlockSpec(d_model=128, n_heads=4, d_ff=512), 1024, 64)
+    assert plan.stages < plan.tiles
+    assert plan.rows == 128
