@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,17 @@ def report() -> str:
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls this device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # platform.processor() is empty on most Linux systems
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.baseline import PLAIN, sdpa
 from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
 from shift_kernels import BlockSpec, LoopedBlock, attention
 from shift_kernels.asked import Asked
+from shift_kernels.bench.baseline import PLAIN, sdpa
 
 SECONDS_A_RUNNER = 1.0  # of timed calls
 ROUNDS = (10, 200)

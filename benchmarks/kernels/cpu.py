@@ -18,15 +18,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.baseline import PlainBlock
 from build_native import compiler
 from shift_kernels import BlockSpec, LoopedBlock, info
+from shift_kernels.bench.baseline import PlainBlock
+from shift_kernels.bench.cases import LIBRARY
+from shift_kernels.bench.timing import interleave, speedup, spread
 
 WARM_UP, ROUNDS = 2, 9
 THREADS = (1, 2)
@@ -72,12 +73,6 @@ def step(module: torch.nn.Module, parameters: list, e: torch.Tensor, n_loops: in
     return lambda: torch.autograd.grad(module(e, n_loops), [e, *parameters], grad)
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def peak_gflops(dtype: str, threads: int) -> float:
     """Of peak.cpp on that many cores; 0 without a compiler, or where there are no such instructions."""
     cxx = compiler()
@@ -108,12 +103,7 @@ def measure(size: Size, threads: int, dtype: str) -> dict:
         for name in ("cpu", "compile"):
             found = modules[name](e, size.n_loops)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(WARM_UP + ROUNDS):
-        for name, run in steps.items():
-            took = milliseconds(run)
-            if i >= WARM_UP:
-                times[name].append(took)
+    times = interleave(steps, ROUNDS, WARM_UP)
     return dataclasses.asdict(size) | dict(
         name=size.name,
         threads=threads,
@@ -129,19 +119,11 @@ def table(rows: list[dict]) -> str:
     lines = ["| block | dtype | threads | cpu ms | eager ms | compile ms | over the better | of the peak |"]
     lines.append("|" + "---|" * 8)
     for r in rows:
-        cells = []
-        for values in r["ms"].values():
-            low, middle, high = statistics.quantiles(values, n=4)
-            cells.append(f"{middle:.1f} ({low:.1f}-{high:.1f})")
-        cells += [f"{speedup(r):.2f}x", f"{r['gflops'] / r['peak_gflops']:.0%}" if r["peak_gflops"] else "-"]
+        cells = [spread(values, 1) for values in r["ms"].values()]
+        cells.append(f"{speedup(r['ms'], 'cpu', LIBRARY):.2f}x")
+        cells.append(f"{r['gflops'] / r['peak_gflops']:.0%}" if r["peak_gflops"] else "-")
         lines.append(f"| {r['name']} | {r['dtype']} | {r['threads']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def speedup(row: dict) -> float:
-    """Median of the better of eager and compile, over ours."""
-    medians = {name: statistics.median(values) for name, values in row["ms"].items()}
-    return min(medians["eager"], medians["compile"]) / medians["cpu"]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -151,7 +133,7 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_key = {(r["name"], r["threads"], r["dtype"]): speedup(r) for r in rows}
+    by_key = {(r["name"], r["threads"], r["dtype"]): speedup(r["ms"], "cpu", LIBRARY) for r in rows}
     figure, axes = plt.subplots(1, len(SIZES), figsize=(13, 3), sharey=True, layout="constrained")
     for axis, (varied, sizes) in zip(axes, SIZES.items(), strict=True):
         field = "n_loops" if varied == "T" else varied

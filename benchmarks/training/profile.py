@@ -24,9 +24,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.training.report import heading, spread, write
+from benchmarks.training.report import heading, write
 from shift.config import ScheduleConfig, TrainConfig, load_config
 from shift.run.trainer import Trainer
+from shift_kernels.bench.timing import spread
 from shift_kernels.eager import EagerLoopedBlock
 from shift_kernels.native import cpu as native
 

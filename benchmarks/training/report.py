@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ def heading(command: str, settings: dict[str, Any]) -> str:
         f"{machine['device']} ({machine['cores']} cores, {torch.backends.cpu.get_cpu_capability()}), "
         f"torch {versions['torch']}, Python {versions['python']}; {said}.\n\n"
     )
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median (quartiles)."""
-    low, middle, high = (f"{x:.{digits}f}" for x in statistics.quantiles(values, n=4))
-    return f"{middle} ({low}-{high})"
 
 
 def write(path: Path, text: str, data: dict[str, Any]) -> None:

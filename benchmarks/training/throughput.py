@@ -31,13 +31,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.baseline import PlainBlock
-from benchmarks.training.report import heading, spread, write
+from benchmarks.training.report import heading, write
 from shift.config import ScheduleConfig, TrainConfig, load_config
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast, loops_of
 from shift.run.trainer import Trainer
 from shift.tasks.base import IGNORE, Task
+from shift_kernels.bench.baseline import PlainBlock
+from shift_kernels.bench.timing import spread
 
 THREADS = (1, 2)
 RUNNERS = ("ours", "eager", "compile")

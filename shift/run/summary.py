@@ -15,6 +15,7 @@ import numpy
 import torch
 
 from shift.tasks.base import Task
+from shift_kernels.info import device_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,11 +40,10 @@ def switch_ms(run_dir: Path, switch_step: int | None) -> float | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """``machine``, ``versions`` and ``commit`` (None outside a git checkout)."""
-    on_cuda = device.type == "cuda"
     return {
         "machine": {
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "device": device_name(device),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
@@ -54,15 +54,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
-
-
-def _cpu_name() -> str:
-    """Python's own ``platform.processor`` is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.baseline import PLAIN, PlainBlock, sdpa
 from benchmarks.gpu import slope, table, tune
 from benchmarks.gpu.cases import BLOCKS, CASES, KINDS, Attention, Block, runners
 from benchmarks.gpu.run import SLOPES, Budget, run
 from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels.bench.baseline import PLAIN, PlainBlock, sdpa
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,6 +28,9 @@ class PlainBlock(torch.nn.Module):
         attend: q, k, v [batch, n_heads, seq_len, head_dim] -> the same; default: the library's.
     """
 
+    layers: Any  # a module's attribute is a Tensor or a Module to a type checker
+    loop_norm: Any
+
     def __init__(self, block: LoopedBlock, attend: Attend | None = None) -> None:
         super().__init__()
         self.layers, self.spec = block.layers, block.spec
@@ -91,7 +94,7 @@ class PlainTrmBlock(PlainBlock):
     def positioned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return reference.rotate(q, self.table), reference.rotate(k, self.table)
 
-    def forward(self, e: Tensor, n_loops: int) -> Tensor:
+    def forward(self, e: Tensor, n_loops: int | Tensor) -> Tensor:
         self.table = _rotary_table(e.shape[1], self.spec, e.device, e.dtype)
         return super().forward(e, n_loops)
 
@@ -102,4 +105,4 @@ def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device, dtype: to
 
 
 PLAIN = {"gpt": PlainBlock, "trm": PlainTrmBlock}
-"""By the kind of a case of benchmarks/gpu/cases.py."""
+"""By the kind of block: a GPT's, or that of Tiny Recursive Models."""
