@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +18,93 @@ RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 """Torch's functions for one and the same thing."""
 
 
+def _refuse_on_submodule(path: str, value: str) -> NoReturn:
+    raise input_error(
+        "shift_kernels.LoopedBlock",
+        path,
+        value,
+        "parameters and torch.nn.utils.parametrize, since kernels read a submodule's weights and never call it",
+        "Register hooks on the LoopedBlock; instead of torch.nn.utils.weight_norm and spectral_norm take those "
+        "of torch.nn.utils.parametrizations.",
+    )
+
+
+class _NoHooks(OrderedDict):
+    """The hooks of a module that is never called. Refuses to take any.
+
+    It refuses to be searched, too: torch.nn.utils.weight_norm, spectral_norm and prune do that first, and would
+    have replaced the weight by the time at which they register their hook.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def _refuse(self, *_: object) -> NoReturn:
+        _refuse_on_submodule(self.path, "a hook")
+
+    __setitem__ = items = values = _refuse
+
+    def __reduce__(self) -> tuple[type[_NoHooks], tuple[str]]:
+        return _NoHooks, (self.path,)
+
+
+class WeightHolder(nn.Module):
+    """A submodule of :class:`LoopedBlock`: holds weights under the names that ``torch.nn`` gives them.
+
+    It computes nothing, so it refuses hooks, and modules that do compute, instead of ignoring them.
+
+    Args:
+        path: its name in the block.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        hooks = _NoHooks(path)
+        for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+            object.__setattr__(self, kind, hooks)
+
+    def forward(self, *_: object) -> NoReturn:
+        _refuse_on_submodule(self.path, "called")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            _refuse_on_submodule(self.path, "another forward")
+        if name != "parametrizations":
+            _refuse_computing(self, name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        _refuse_computing(self, name, module)
+        super().add_module(name, module)
+
+
+def _refuse_computing(owner: nn.Module, name: str, value: object) -> None:
+    """Refuse a module whose forward the kernels would not call."""
+    if isinstance(value, nn.Module) and not isinstance(value, WeightHolder):
+        path = f"{owner.path}.{name}" if isinstance(owner, WeightHolder) else name
+        _refuse_on_submodule(path, type(value).__name__)
+
+
 class LoopedBlock(nn.Module):
     """A transformer block that is applied ``n_loops`` times with the same weights.
 
     Parameters carry the names and layouts of ``torch.nn.TransformerEncoder``
     (``layers.0.linear1.weight`` ...), so its state dicts load here and the other way round.
 
+    Submodules (``layers.0.linear1`` ...) only hold weights: kernels read these and never call a submodule. Hooks
+    on the block itself work as on any module, and ``torch.nn.utils.parametrize`` works everywhere. What could
+    have no effect is refused with an error: a forward or backward hook on a submodule (also those of FSDP
+    applied to a submodule, ``torch.nn.utils.prune`` and the older ``weight_norm`` and ``spectral_norm``), and
+    another module in a submodule's place (LoRA and quantised linear maps).
+
     Args:
         spec: what the block is.
         device, dtype: of the parameters.
+
+    Raises:
+        ShiftInputError: no such device; :class:`ShiftTypeError` for a wrong type or dtype.
     """
 
     def __init__(
@@ -43,12 +123,22 @@ class LoopedBlock(nn.Module):
         for name, shape in spec.weight_shapes().items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
-            for part in path:
+            for depth, part in enumerate(path, 1):
                 if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
+                    owner.add_module(part, WeightHolder(".".join(path[:depth])))
                 owner = owner._modules[part]  # type: ignore[assignment]
             owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(self.__dict__.get("_modules", {}).get(name), WeightHolder):
+            _refuse_computing(self, name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if isinstance(self._modules.get(name), WeightHolder):
+            _refuse_computing(self, name, module)
+        super().add_module(name, module)
 
     def reset_parameters(self) -> None:
         """Norm weights 1, biases 0, linear maps uniform with variance 1 / (3 fan_in), as ``nn.Linear``."""

@@ -10,12 +10,23 @@ autograd keeps every activation of every loop (about 68 d_model numbers a token 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shift_kernels.spec import BlockSpec
+
+
+class Mask(NamedTuple):
+    """Which query may see which key."""
+
+    allowed: Tensor
+    """bool [batch or 1, 1, seq_len, seq_len]."""
+    otherwise: Tensor
+    """The score of all other pairs, [] or [batch, 1, 1, 1]: -inf, but 0 in a sample without any tokens, whose
+    rows would be NaN; they are pads, so what they hold reaches nothing."""
 
 
 def looped_block(
@@ -51,7 +62,7 @@ def looped_block(
         valid = torch.arange(seq_len, device=e.device) < seq_lens.to(e.device)[:, None]
         e = _zero_where_not(valid[..., None], e)
     w = _cast(weights, e.dtype, compute_dtype or e.dtype)
-    allowed = attention_mask(seq_len, spec.causal, valid, e.device)
+    mask = attention_mask(seq_len, spec.causal, valid, e.device)
     rotary = rotary_table(seq_len, spec, e.device) if spec.position == "rope" else None
 
     loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
@@ -65,7 +76,7 @@ def looped_block(
     for t in range(1, most + 1):
         carries_grad = n_grad_loops is None or t > fewest - n_grad_loops
         with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
-            u = loop_body(h + e if spec.injection == "add" else h, w, spec, allowed, rotary)
+            u = loop_body(h + e if spec.injection == "add" else h, w, spec, mask, rotary)
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
         if per_sample or halt_threshold is not None:
@@ -77,29 +88,31 @@ def looped_block(
         else:
             used += 1
         h = u
-        history.append(h)
+        if return_all_loops:
+            history.append(h)
         if halt_threshold is not None and not running.any():
-            history += [h] * (most - t)
+            if return_all_loops:
+                history += [h] * (most - t)
             break
     if return_all_loops:
         h = torch.stack(history) if history else e.new_empty(0, *e.shape)
     if valid is not None:
         h = _zero_where_not(valid[..., None], h)
-    if not history or n_grad_loops is not None:
+    if most < 1 or n_grad_loops is not None:
         # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
         h = h + torch.cat([x.flatten()[:0] for x in (e, *weights.values())]).sum()
     return h, used
 
 
 def loop_body(
-    x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, allowed: Tensor | None, rotary: Tensor | None
+    x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, mask: Mask | None, rotary: Tensor | None
 ) -> Tensor:
     """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one."""
     for i in range(spec.n_layers):
         p = f"layers.{i}."
         x = _residual(
             x,
-            lambda y, p=p: self_attention(y, w, spec, p + "self_attn.", allowed, rotary),
+            lambda y, p=p: self_attention(y, w, spec, p + "self_attn.", mask, rotary),
             w,
             spec,
             p + "norm1",
@@ -132,7 +145,7 @@ def self_attention(
     w: Mapping[str, Tensor],
     spec: BlockSpec,
     prefix: str,
-    allowed: Tensor | None,
+    mask: Mask | None,
     rotary: Tensor | None,
 ) -> Tensor:
     """Project to heads, attend, project back. x: [batch, seq_len, d_model]."""
@@ -146,7 +159,7 @@ def self_attention(
     )
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    o = attend(q, k, v, allowed).transpose(1, 2).flatten(-2)
+    o = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
     return _linear(o, w, prefix + "out_proj.weight", prefix + "out_proj.bias").to(x.dtype)
 
 
@@ -162,27 +175,39 @@ def attention(
     return o if valid is None else _zero_where_not(valid[:, None, :, None], o)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over the allowed pairs; a row with none of them gives 0."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over the allowed pairs.
+
+    A masked pair has weight 0 whatever its score is. Half precision is computed in float32, as PyTorch's own
+    attention does: scores and their gradients leave float16's range long before q, k and v do.
+    """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if allowed is None:
-        return torch.softmax(scores, dim=-1) @ v
-    # The smallest number, not -inf: a row with nothing allowed stays finite, in the gradient too.
-    p = torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dim=-1)
-    return p.masked_fill(~allowed, 0) @ v
+    if mask is not None:
+        scores = torch.where(mask.allowed, scores, mask.otherwise.to(scores.dtype))
+    return (torch.softmax(scores, dim=-1) @ v).to(dtype)
 
 
-def attention_mask(seq_len: int, causal: bool, valid: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which query may see which key: bool [batch or 1, 1, seq_len, seq_len]; None means all."""
-    allowed = None
+def attention_mask(seq_len: int, causal: bool, valid: Tensor | None, device: torch.device) -> Mask | None:
+    """Of right-padded samples; None where every query may see every key.
+
+    Args:
+        valid: which positions are no pads, bool [batch, seq_len]; None: all.
+    """
+    if not causal and valid is None:
+        return None
+    allowed = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device)
+    otherwise = torch.full((), -torch.inf, device=device)
     if causal:
-        allowed = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+        allowed = allowed.tril()
     if valid is not None:
-        keys = valid[:, None, None, :].expand(-1, 1, seq_len, -1)
-        allowed = keys if allowed is None else allowed & keys
-    return allowed
+        allowed = allowed & valid[:, None, None, :]
+        otherwise = torch.where(valid[:, :1, None, None], otherwise, 0)
+    return Mask(allowed, otherwise)
 
 
 def rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:

@@ -1,11 +1,14 @@
 """The module's weights, where they are no plain parameters of its own."""
 
+import copy
 import dataclasses
+import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, looped_block, module
 
@@ -66,12 +69,94 @@ def test_parametrized_and_shared_weights_compile():
     torch.testing.assert_close(compiled(e, 2), block(e, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_weight_that_only_a_submodules_hook_renews_is_refused():
+def noop(*_):
+    pass
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(noop),
+    "forward_pre": lambda m: m.register_forward_pre_hook(noop, with_kwargs=True, prepend=True),
+    "backward": lambda m: m.register_full_backward_hook(noop),
+    "backward_pre": lambda m: m.register_full_backward_pre_hook(noop),
+    "old backward": lambda m: m.register_backward_hook(noop),
+    "weight_norm": lambda m: nn.utils.weight_norm(m, next(n for n, _ in m.named_parameters())),
+    "spectral_norm": lambda m: nn.utils.spectral_norm(m, next(n for n, _ in m.named_parameters())),
+    "prune": lambda m: prune.l1_unstructured(m, next(n for n, _ in m.named_parameters()), 0.5),
+    "another forward": lambda m: setattr(m, "forward", noop),
+    "a module": lambda m: setattr(m, "lora", nn.Linear(8, 8)),
+    "an added module": lambda m: m.add_module("lora", nn.Linear(8, 8)),
+    "call": lambda m: m(torch.randn(2, 3, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*_norm.*:FutureWarning")
+@pytest.mark.parametrize("submodule", ["layers.0", "layers.1.linear1", "layers.0.self_attn", "loop_norm"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_a_submodule_would_ignore_is_refused_and_leaves_the_block_as_it_was(kind, submodule):
+    torch.manual_seed(0)
+    block = LoopedBlock(BlockSpec(d_model=8, n_heads=2, d_ff=16, n_layers=2, loop_norm=True))
+    before, e = copy.deepcopy(block.state_dict()), torch.randn(2, 3, 8)
+    if submodule == "layers.0" and "norm" in kind + "prune":
+        submodule = "layers.0.linear2"  # the others own no weight
+    with pytest.raises(ShiftInputError, match=re.escape(submodule)):
+        HOOKS[kind](block.get_submodule(submodule))
+    assert all(torch.equal(w, before[name]) for name, w in block.state_dict().items())
+    assert list(block.state_dict()) == list(before)
+    assert block(e, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("path", ["layers", "layers.0", "layers.0.linear1", "loop_norm"])
+def test_a_submodule_is_not_replaced_by_one_that_computes(path):
+    block = LoopedBlock(BlockSpec(d_model=8, n_heads=2, loop_norm=True))
+    parent, _, name = path.rpartition(".")
+    with pytest.raises(ShiftInputError, match=re.escape(path)):
+        setattr(block.get_submodule(parent), name, nn.Linear(8, 32))
+    with pytest.raises(ShiftInputError, match=re.escape(path)):
+        block.get_submodule(parent).register_module(name, nn.Linear(8, 32))
+    with pytest.raises(ShiftInputError, match=re.escape(path)):
+        block.set_submodule(path, nn.Linear(8, 32))
+
+
+def test_hooks_on_the_block_itself_and_on_all_modules_fire():
     block, e = make()
-    nn.utils.weight_norm(block.get_submodule("layers.0.linear1"), "weight")
-    with pytest.raises(ShiftInputError, match=r"layers\.0\.linear1\.weight"):
-        block(e, 1)
+    calls = []
+    block.register_forward_pre_hook(lambda *_: calls.append("before"))
+    block.register_forward_hook(lambda *_: calls.append("after"))
+    block.register_full_backward_hook(lambda *_: calls.append("backward"))
+    everywhere = nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(type(m)))
+    try:
+        block(e.requires_grad_(), 1).sum().backward()
+    finally:
+        everywhere.remove()
+    assert calls == ["before", LoopedBlock, "after", "backward"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copied_or_pickled_block_computes_the_same_and_still_refuses_hooks(copied):
+    block, e = make()
+    twin = copied(block)
+    assert torch.equal(twin(e, 2), block(e, 2))
+    assert str(twin) == str(block)
+    with pytest.raises(ShiftInputError, match="linear1"):
+        twin.get_submodule("layers.0.linear1").register_forward_hook(noop)
+
+
+def test_a_block_saved_as_a_whole_loads(tmp_path):
+    block, e = make()
+    torch.save(block, tmp_path / "block.pt")
+    assert torch.equal(torch.load(tmp_path / "block.pt", weights_only=False)(e, 2), block(e, 2))
+
+
+def test_a_block_changes_its_dtype_as_any_module():
+    block, e = make()
+    assert block.half()(e.half(), 1).dtype == torch.float16
+    assert block.to(torch.float64)(e.double(), 1).dtype == torch.float64
+
+
+def test_a_parametrized_block_is_copied():
+    block, e = make()
+    parametrizations.orthogonal(block.get_submodule("layers.0.linear1"), "weight")
+    assert torch.equal(copy.deepcopy(block)(e, 2), block(e, 2))
 
 
 @pytest.mark.parametrize("relu", ["relu", nn.ReLU(), *module.RELUS], ids=range(2 + len(module.RELUS)))
