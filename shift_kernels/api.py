@@ -14,13 +14,22 @@ from shift_kernels import ops as _register_operators  # noqa: F401
 from shift_kernels.asked import Asked
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.eager import EagerLoopedBlock
-from shift_kernels.errors import input_error, type_error
+from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.problem import Problem
-from shift_kernels.spec import BlockSpec, check_call, check_floating, check_per_sample
+from shift_kernels.spec import (
+    BlockSpec,
+    check_bool,
+    check_call,
+    check_choice,
+    check_floating,
+    check_offsets,
+    own_per_sample,
+)
 
 _ME = "shift_kernels.looped_block"
 
 
+@refuses_unknown_keywords(_ME)
 def looped_block(
     e: Tensor,
     weights: Mapping[str, Tensor],
@@ -59,8 +68,10 @@ def looped_block(
     Source: the looped transformer h_t = f(h_{t-1} [+ e]) of arXiv 2409.15647, section 4, and 2510.10089.
     """
     if cu_seqlens is not None:
-        e, seq_lens, taken = _padded(e, cu_seqlens, seq_lens)
-    check_call(_ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold)
+        e, seq_lens, (sample, position) = _padded(e, cu_seqlens, seq_lens)
+    n_loops, seq_lens, n_grad_loops = check_call(
+        _ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold, return_all_loops
+    )
     compute_dtype = e.dtype
     can_autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
     if can_autocast and torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
@@ -70,8 +81,6 @@ def looped_block(
         spec, e.shape[0], e.shape[1], e.dtype, compute_dtype, e.device, grad, halt_threshold is not None
     )
     chosen = dispatch.plan_and_warn(problem, backend)
-    if isinstance(n_loops, Tensor):
-        n_loops = n_loops.expand(e.shape[0])
     asked = Asked(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     inputs = (e, *ordered.values())
@@ -83,13 +92,15 @@ def looped_block(
         elif chosen.backend == "torch":
             h, used = reference.looped_block(e, ordered, spec, **vars(asked))
         elif grad:
+            inputs = tuple(x.resolve_neg() for x in inputs)
             module = dispatch.module_of(chosen.backend)
             h, used = EagerLoopedBlock.apply(module, spec, asked, *inputs)
         else:
             module = dispatch.module_of(chosen.backend)
-            h, used, _ = module.forward(e, ordered, spec, asked, for_backward=False)
+            ordered = {name: w.resolve_neg() for name, w in ordered.items()}
+            h, used, _ = module.forward(e.resolve_neg(), ordered, spec, asked, for_backward=False)
     if cu_seqlens is not None:
-        h = h[..., taken, :]
+        h = h[..., sample, position, :]
     return h if halt_threshold is None else (h, used)
 
 
@@ -142,8 +153,10 @@ def _as_operator(
     return h, used
 
 
-def _padded(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed sequences padded, their lengths, and where they are. Reads the longest length on the host."""
+def _padded(
+    e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Packed sequences padded, their lengths, and every row's sample and position. Waits for cu_seqlens."""
     check_floating(_ME, "e", e)
     if seq_lens is not None:
         raise input_error(
@@ -157,28 +170,32 @@ def _padded(e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None) -> tuple[Ten
             "[total, d_model] together with cu_seqlens",
             "Drop cu_seqlens for a padded e.",
         )
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+    if not isinstance(cu_seqlens, Tensor):
+        given = type(cu_seqlens).__name__
         raise type_error(_ME, "cu_seqlens", given, "an int32 or int64 tensor", "Use torch.tensor(...).")
+    check_offsets(_ME, "cu_seqlens", cu_seqlens)
+    remedy = "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
+    if cu_seqlens.is_meta:
+        raise input_error(_ME, "cu_seqlens", "on meta", "offsets whose values are known", remedy)
+    total = e.shape[0]
+    offsets = cu_seqlens.detach().to("cpu", torch.int64, copy=True)  # once: it is the caller's memory
     if (
-        cu_seqlens.ndim != 1
-        or len(cu_seqlens) < 2
-        or cu_seqlens[0] != 0
-        or cu_seqlens[-1] != len(e)
-        or cu_seqlens.diff().min() < 0
+        offsets.ndim != 1
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != total
+        or (lens := offsets.diff()).min() < 0
     ):
-        raise input_error(
-            _ME,
-            "cu_seqlens",
-            cu_seqlens.tolist(),
-            f"offsets rising from 0 to {len(e)}, the rows of e",
-            "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).",
-        )
-    lens = cu_seqlens.diff().to(e.device)
-    taken = torch.arange(max(int(lens.max()), 1), device=e.device) < lens[:, None]
-    return e.new_zeros(*taken.shape, e.shape[1]).index_put((taken,), e), lens, taken
+        allowed = f"offsets rising from 0 to {total}, the rows of e"
+        raise input_error(_ME, "cu_seqlens", offsets.tolist(), allowed, remedy)
+    sample = torch.arange(len(lens)).repeat_interleave(lens, output_size=total)
+    position = torch.arange(total) - offsets[sample]
+    row = sample.to(e.device), position.to(e.device)
+    padded = e.new_zeros(len(lens), max(int(lens.max()), 1), e.shape[1])
+    return padded.index_put(row, e), lens.to(e.device), row
 
 
+@refuses_unknown_keywords("shift_kernels.attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -227,9 +244,9 @@ def attention(
             me, "k", list(k.shape), f"a number of heads that divides q's {n_heads}", "Change n_kv_heads."
         )
     if seq_lens is not None:
-        check_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
-    if backend not in ("auto", "torch", "triton"):
-        raise input_error(me, "backend", backend, "'auto', 'torch' or 'triton'", "Check the spelling.")
+        seq_lens = own_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
+    check_bool(me, "causal", causal)
+    check_choice(me, "backend", backend, ("auto", "torch", "triton"))
     if backend == "triton":
         why = triton_backend.unavailable()
         if why is None:

@@ -14,9 +14,23 @@ from shift_kernels.backends import cpu as cpu_backend
 from shift_kernels.backends import cuda as cuda_backend
 from shift_kernels.backends import torch as torch_backend
 from shift_kernels.backends.triton import backend as triton_backend
-from shift_kernels.errors import BackendFallbackWarning, input_error, type_error
+from shift_kernels.errors import (
+    BackendFallbackWarning,
+    input_error,
+    refuses_unknown_keywords,
+    type_error,
+)
 from shift_kernels.problem import Problem
-from shift_kernels.spec import DTYPES, BlockSpec
+from shift_kernels.spec import (
+    MAX_LOOPS,
+    MAX_TOKENS,
+    BlockSpec,
+    check_bool,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_int,
+)
 
 # In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
 # unavailable, meant_for, refusal, how (in a phrase), saved_bytes,
@@ -62,14 +76,8 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
             or ``auto`` would fall back while ``SHIFT_KERNELS_STRICT=1``.
     """
     names = [b.NAME for b in BACKENDS]
-    if backend != "auto" and backend not in names:
-        raise input_error(
-            "shift_kernels.looped_block",
-            "backend",
-            backend,
-            f"'auto' or one of {names}",
-            "See shift_kernels.backends().",
-        )
+    if backend != "auto":
+        check_choice("shift_kernels.looped_block", "backend", backend, ["auto", *names])
     refused: list[tuple[str, str]] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.NAME):
@@ -150,6 +158,7 @@ def _say_once(text: str) -> None:
 _say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@refuses_unknown_keywords("shift_kernels.explain")
 def explain(
     spec: BlockSpec,
     batch: int,
@@ -178,25 +187,13 @@ def explain(
         raise type_error(
             "shift_kernels.explain", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
         )
-    for name, value, least in (("batch", batch, 1), ("seq_len", seq_len, 1), ("n_loops", n_loops, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise type_error("shift_kernels.explain", name, value, f"an int >= {least}", "Pass an int.")
-        if value < least:
-            raise input_error(
-                "shift_kernels.explain", name, value, f"an int >= {least}", "Choose a larger one."
-            )
-    if dtype not in DTYPES:
-        raise type_error("shift_kernels.explain", "dtype", dtype, f"one of {DTYPES}", "Pass e.dtype.")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise input_error(
-            "shift_kernels.explain",
-            "device",
-            device,
-            "a device's name, such as 'cpu' or 'cuda:0'",
-            "Change it.",
-        ) from error
+    me = "shift_kernels.explain"
+    batch = check_int(me, "batch", batch, 1, MAX_TOKENS)
+    seq_len = check_int(me, "seq_len", seq_len, 1, MAX_TOKENS)
+    n_loops = check_int(me, "n_loops", n_loops, 0, MAX_LOOPS)
+    check_dtype(me, "dtype", dtype)
+    place = check_device(me, "device", device)
+    check_bool(me, "grad", grad)
     problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad)
     chosen = plan(problem, backend)
     lines = [

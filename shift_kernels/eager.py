@@ -26,9 +26,7 @@ class EagerLoopedBlock(torch.autograd.Function):
         named = dict(zip(spec.weight_shapes(), weights, strict=True))
         h, used, saved = backend.forward(e, named, spec, asked, for_backward=True)
         ctx.backend, ctx.spec, ctx.asked, ctx.n_weights = backend, spec, asked, len(weights)
-        own_loops = asked.n_loops if isinstance(asked.n_loops, Tensor) else None
-        # Both are in ``asked``, but only of what is saved autograd sees that it changed before the backward.
-        ctx.save_for_backward(own_loops, asked.seq_lens, e, *weights, *saved)
+        ctx.save_for_backward(e, *weights, *saved)
         ctx.mark_non_differentiable(used)
         return h, used
 
@@ -42,8 +40,13 @@ class EagerLoopedBlock(torch.autograd.Function):
                 "backend='torch' outside torch.compile for second derivatives",
                 "Call looped_block(..., backend='torch').",
             )
-        _, _, e, *tensors = ctx.saved_tensors
+        e, *tensors = ctx.saved_tensors
         weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
         named = dict(zip(ctx.spec.weight_shapes(), weights, strict=True))
-        grad_e, grads = ctx.backend.backward(grad_h, e, named, ctx.spec, ctx.asked, saved)
+        grad_e, grads = ctx.backend.backward(_in_memory(grad_h), e, named, ctx.spec, ctx.asked, saved)
         return None, None, None, grad_e, *grads
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """The same values where kernels find them: autograd may leave a negation to do, or store no zeros."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()

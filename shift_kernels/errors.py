@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LONGEST_VALUE = 300
+"""Characters shown of a value that is refused."""
+
 
 class ShiftInputError(ValueError):
     """An argument is not usable. Raised before any kernel runs."""
@@ -16,7 +27,44 @@ class BackendFallbackWarning(UserWarning):
 
 
 def _text(function: str, argument: str, value: object, allowed: str, remedy: str) -> str:
-    return f"{function}: argument '{argument}' = {value!r} is not supported; allowed: {allowed}. {remedy}"
+    try:
+        shown = repr(value)
+    except Exception:  # such as an int of more digits than Python prints
+        shown = f"a {type(value).__name__}"
+    if len(shown) > LONGEST_VALUE:
+        shown = f"{shown[:LONGEST_VALUE]}..."
+    return f"{function}: argument '{argument}' = {shown} is not supported; allowed: {allowed}. {remedy}"
+
+
+def near_miss(name: object, known: Iterable[str], otherwise: str) -> str:
+    """A remedy: the known name that is most like this one, or ``otherwise``."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"Perhaps {close[0]!r} is meant." if close else otherwise
+
+
+def refuses_unknown_keywords(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function: a keyword that it does not have is an input error, which names the nearest one."""
+
+    def decorate(f: Callable[P, R]) -> Callable[P, R]:
+        known = frozenset(inspect.signature(f).parameters)
+
+        @functools.wraps(f)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in kwargs.items():
+                if name not in known:
+                    names = [k for k in inspect.signature(f).parameters if k != "self"]
+                    raise type_error(
+                        function,
+                        name,
+                        value,
+                        f"the keywords {', '.join(names)}",
+                        near_miss(name, names, "Check the spelling."),
+                    )
+            return f(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def input_error(function: str, argument: str, value: object, allowed: str, remedy: str) -> ShiftInputError:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from shift_kernels.api import looped_block
-from shift_kernels.errors import input_error, type_error
-from shift_kernels.spec import BlockSpec
+from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
+from shift_kernels.spec import BlockSpec, check_dtype, check_usable_device
 
 RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 """Torch's functions for one and the same thing."""
@@ -23,17 +23,16 @@ def _refuse_on_submodule(path: str, value: str) -> NoReturn:
         "shift_kernels.LoopedBlock",
         path,
         value,
-        "parameters and torch.nn.utils.parametrize, since kernels read a submodule's weights and never call it",
-        "Register hooks on the LoopedBlock; instead of torch.nn.utils.weight_norm and spectral_norm take those "
-        "of torch.nn.utils.parametrizations.",
+        "parameters and torch.nn.utils.parametrize, as kernels read a submodule's weights and never call it",
+        "Register hooks on the LoopedBlock; torch.nn.utils.parametrizations has weight_norm, too.",
     )
 
 
 class _NoHooks(OrderedDict):
     """The hooks of a module that is never called. Refuses to take any.
 
-    It refuses to be searched, too: torch.nn.utils.weight_norm, spectral_norm and prune do that first, and would
-    have replaced the weight by the time at which they register their hook.
+    It refuses to be searched, too: torch.nn.utils.weight_norm, spectral_norm and prune do that first, and
+    would have replaced the weight by the time at which they register their hook.
     """
 
     def __init__(self, path: str) -> None:
@@ -93,11 +92,11 @@ class LoopedBlock(nn.Module):
     Parameters carry the names and layouts of ``torch.nn.TransformerEncoder``
     (``layers.0.linear1.weight`` ...), so its state dicts load here and the other way round.
 
-    Submodules (``layers.0.linear1`` ...) only hold weights: kernels read these and never call a submodule. Hooks
-    on the block itself work as on any module, and ``torch.nn.utils.parametrize`` works everywhere. What could
-    have no effect is refused with an error: a forward or backward hook on a submodule (also those of FSDP
-    applied to a submodule, ``torch.nn.utils.prune`` and the older ``weight_norm`` and ``spectral_norm``), and
-    another module in a submodule's place (LoRA and quantised linear maps).
+    Submodules (``layers.0.linear1`` ...) only hold weights: kernels read these and never call a submodule.
+    Hooks on the block itself work as on any module, and ``torch.nn.utils.parametrize`` works everywhere.
+    What could have no effect is refused with an error: a forward or backward hook on a submodule (also those
+    of FSDP applied to a submodule, ``torch.nn.utils.prune`` and the older ``weight_norm`` and
+    ``spectral_norm``), and another module in a submodule's place (LoRA and quantised linear maps).
 
     Args:
         spec: what the block is.
@@ -107,6 +106,7 @@ class LoopedBlock(nn.Module):
         ShiftInputError: no such device; :class:`ShiftTypeError` for a wrong type or dtype.
     """
 
+    @refuses_unknown_keywords("shift_kernels.LoopedBlock")
     def __init__(
         self,
         spec: BlockSpec,
@@ -115,10 +115,13 @@ class LoopedBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        me = "shift_kernels.LoopedBlock"
         if not isinstance(spec, BlockSpec):
-            raise type_error(
-                "LoopedBlock", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
-            )
+            raise type_error(me, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
+        if dtype is not None:
+            check_dtype(me, "dtype", dtype)
+        if device is not None:
+            check_usable_device(me, "device", device)
         self.spec = spec
         for name, shape in spec.weight_shapes().items():
             *path, leaf = name.split(".")
@@ -160,6 +163,7 @@ class LoopedBlock(nn.Module):
                     found[name] = getattr(owner, leaf)
         return {name: w for name, w in found.items() if ".parametrizations." not in name}
 
+    @refuses_unknown_keywords("shift_kernels.LoopedBlock")
     def forward(
         self,
         e: Tensor,

@@ -28,6 +28,18 @@ _LIB.define(
     "SymInt n_loops, Tensor? sample_loops, Tensor? seq_lens, bool return_all_loops, SymInt? n_grad_loops, "
     "ScalarType? compute_dtype, str backend) -> (Tensor grad_e, Tensor[] grad_weights)"
 )
+_LIB.define("own_copy(Tensor x) -> Tensor")
+
+
+# An operator, since torch.compile may compute a copy again in the backward, from memory that is the caller's.
+@torch.library.impl(_LIB, "own_copy", "CompositeExplicitAutograd")
+def _own_copy(x):
+    return x.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("shift_kernels::own_copy", lib=_LIB)
+def _own_copy_fake(x):
+    return x.new_empty(x.shape, dtype=torch.int64)
 
 
 def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:

@@ -5,21 +5,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shift_kernels.errors import input_error, type_error
+from shift_kernels.errors import input_error, near_miss, refuses_unknown_keywords, type_error
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
 NORMS = ("layernorm", "rmsnorm", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 POSITIONS = ("none", "rope")
 INJECTIONS = ("none", "add")
+CHOICES = {
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "norm_placement": PLACEMENTS,
+    "position": POSITIONS,
+    "injection": INJECTIONS,
+}
+"""Fields of :class:`BlockSpec` that are words, and the words."""
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH, MAX_LAYERS = 2**24, 2**12
+"""Of d_model, heads, head_dim, d_ff and the projection to all heads; of n_layers. Far beyond any block, and
+so small that a product of two fits 64 bits."""
+MAX_LOOPS = MAX_TOKENS = 2**31 - 1
+"""Of n_loops; of batch and of seq_len."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +90,13 @@ class BlockSpec:
     """This specification as JSON: how it travels through operator schemas."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "n_layers"):
-            _check_int(name, getattr(self, name), 1)
+        self._check_int("d_model")
+        self._check_int("n_heads")
+        self._check_int("n_layers", high=MAX_LAYERS)
         self._resolve("n_kv_heads", self.n_heads)
         self._resolve("d_ff", 4 * self.d_model)
-        _check_int("n_kv_heads", self.n_kv_heads, 1)
-        _check_int("d_ff", self.d_ff, 0)
+        self._check_int("n_kv_heads")
+        self._check_int("d_ff", low=0)
         if self.n_heads % self.n_kv_heads:
             _refuse("n_kv_heads", self.n_kv_heads, f"a divisor of n_heads = {self.n_heads}", "Change either.")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -90,17 +107,21 @@ class BlockSpec:
                 "Pass head_dim, or choose n_heads that divides d_model.",
             )
         self._resolve("head_dim", self.d_model // self.n_heads)
-        _check_int("head_dim", self.head_dim, 1)
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("norm", self.norm, NORMS)
-        _check_choice("norm_placement", self.norm_placement, PLACEMENTS)
-        _check_choice("position", self.position, POSITIONS)
-        _check_choice("injection", self.injection, INJECTIONS)
+        self._check_int("head_dim")
+        if self.qkv_dim > MAX_WIDTH:
+            _refuse(
+                "head_dim",
+                self.head_dim,
+                f"(n_heads + 2 n_kv_heads) * head_dim up to {MAX_WIDTH}, not {self.qkv_dim}",
+                "Choose fewer or narrower heads.",
+            )
+        for name, choices in CHOICES.items():
+            check_choice("BlockSpec", name, getattr(self, name), choices)
         for name in ("bias", "causal", "loop_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise type_error("BlockSpec", name, getattr(self, name), "True or False", "Pass a bool.")
+            check_bool("BlockSpec", name, getattr(self, name))
         for name in ("norm_eps", "rope_theta", "residual_scale"):
-            _check_positive(name, getattr(self, name))
+            value = check_positive("BlockSpec", name, getattr(self, name), "a finite float > 0")
+            object.__setattr__(self, name, value)
         if self.position == "rope" and self.head_dim % 2:
             _refuse(
                 "head_dim", self.head_dim, "an even number with position='rope'", "Rotary halves need pairs."
@@ -120,6 +141,9 @@ class BlockSpec:
     def _resolve(self, name: str, default: int) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, default)
+
+    def _check_int(self, name: str, low: int = 1, high: int = MAX_WIDTH) -> None:
+        object.__setattr__(self, name, check_int("BlockSpec", name, getattr(self, name), low, high))
 
     def to_dict(self) -> dict[str, Any]:
         """All constructor arguments, resolved, as plain values."""
@@ -172,6 +196,9 @@ class BlockSpec:
         return shapes
 
 
+BlockSpec.__init__ = refuses_unknown_keywords("BlockSpec")(BlockSpec.__init__)  # type: ignore[method-assign]
+
+
 @lru_cache(maxsize=256)
 def spec_from_key(key: str) -> BlockSpec:
     """The :class:`BlockSpec` whose ``key`` this is."""
@@ -187,11 +214,16 @@ def check_call(
     seq_lens: Tensor | None,
     n_grad_loops: int | None,
     halt_threshold: float | None,
-) -> None:
+    return_all_loops: bool,
+) -> tuple[int | Tensor, Tensor | None, int | None]:
     """Refuse a call of the looped block that makes no sense, before any kernel runs.
 
     Values inside tensors are checked where they lie in host memory; on an accelerator that would cost a
     synchronisation, so kernels clamp them instead (lengths to [0, seq_len], loops to >= 0).
+
+    Returns:
+        n_loops, seq_lens and n_grad_loops as backends take them. Tensors are copies, int64 [batch]: what the
+        caller does to theirs after this cannot reach the call or its backward.
     """
     if not isinstance(spec, BlockSpec):
         raise type_error(function, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
@@ -209,31 +241,21 @@ def check_call(
             function, "e", list(e.shape), "batch >= 1 and seq_len >= 1", "Skip empty batches before the call."
         )
     _check_weights(function, weights, spec, e.device)
-    _check_loops(function, n_loops, e)
+    check_bool(function, "return_all_loops", return_all_loops)
+    n_loops = _check_loops(function, n_loops, e)
     if seq_lens is not None:
-        check_per_sample(function, "seq_lens", seq_lens, e, 0, e.shape[1])
+        seq_lens = own_per_sample(function, "seq_lens", seq_lens, e, 0, e.shape[1])
     if n_grad_loops is not None:
-        if not isinstance(n_grad_loops, (int, torch.SymInt)) or isinstance(n_grad_loops, bool):
-            raise type_error(function, "n_grad_loops", n_grad_loops, "None or an int >= 1", "Pass an int.")
-        if n_grad_loops < 1:
-            raise input_error(
-                function, "n_grad_loops", n_grad_loops, "None or an int >= 1", "Use torch.no_grad() for none."
-            )
+        n_grad_loops = check_int(function, "n_grad_loops", n_grad_loops, 1, None, "None or an int >= 1")
+        if n_grad_loops > MAX_LOOPS:
+            n_grad_loops = MAX_LOOPS
     if halt_threshold is not None:
         _check_halting(function, e, weights, halt_threshold)
+    return n_loops, seq_lens, n_grad_loops
 
 
 def _check_halting(function: str, e: Tensor, weights: Mapping[str, Tensor], halt_threshold: float) -> None:
-    if not isinstance(halt_threshold, (int, float)) or isinstance(halt_threshold, bool):
-        raise type_error(function, "halt_threshold", halt_threshold, "None or a float > 0", "Pass a float.")
-    if not (math.isfinite(halt_threshold) and halt_threshold > 0):
-        raise input_error(
-            function,
-            "halt_threshold",
-            halt_threshold,
-            "None or a finite float > 0",
-            "Leave it out to never halt.",
-        )
+    check_positive(function, "halt_threshold", halt_threshold, "None or a finite float > 0")
     if torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values())):
         raise input_error(
             function,
@@ -283,7 +305,7 @@ def _check_weights(
             "weights",
             f"with {unknown}",
             f"exactly the keys {list(shapes)}",
-            "Remove what the spec does not have.",
+            near_miss(unknown[0], shapes, "Remove what the spec does not have."),
         )
     for name, shape in shapes.items():
         w = weights[name]
@@ -306,45 +328,53 @@ def _check_weights(
             )
 
 
-def _check_loops(function: str, n_loops: int | Tensor, e: Tensor) -> None:
+def _check_loops(function: str, n_loops: int | Tensor, e: Tensor) -> int | Tensor:
     if isinstance(n_loops, Tensor):
-        if n_loops.ndim == 0 and not n_loops.is_floating_point():
+        if n_loops.is_meta:
+            raise input_error(function, "n_loops", "on meta", "loops whose number is known", "Pass an int.")
+        if n_loops.ndim == 0:
             n_loops = n_loops.expand(e.shape[0])
-        check_per_sample(function, "n_loops", n_loops, e, 0, None)
-    elif not isinstance(n_loops, (int, torch.SymInt)) or isinstance(n_loops, bool):
-        raise type_error(
-            function,
-            "n_loops",
-            n_loops,
-            "an int >= 0 or an int tensor of shape [] or [batch]",
-            "Pass an int.",
-        )
-    elif n_loops < 0:
-        raise input_error(function, "n_loops", n_loops, "an int >= 0", "0 loops return h_0.")
+        return own_per_sample(function, "n_loops", n_loops, e, 0, MAX_LOOPS)
+    allowed = f"an int from 0 to {MAX_LOOPS}, or an int tensor of shape [] or [batch]"
+    return check_int(function, "n_loops", n_loops, 0, MAX_LOOPS, allowed)
 
 
-def check_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, high: int | None) -> None:
+def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, high: int) -> Tensor:
+    """A copy of one int per sample, int64 [batch], on the same device: copied once, then checked."""
     batch = e.shape[0]
     if not isinstance(x, Tensor):
         raise type_error(
             function, name, type(x).__name__, f"an int tensor of shape [{batch}]", "Use torch.tensor(...)."
         )
-    if x.dtype not in (torch.int32, torch.int64):
-        raise type_error(function, name, x.dtype, "int32 or int64", f"Cast it: {name}.long().")
+    check_offsets(function, name, x)
     if tuple(x.shape) != (batch,):
         raise input_error(
             function, name, list(x.shape), f"shape [{batch}], one per sample", "One entry a sample."
         )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(x):
-        smallest, largest = int(x.min()), int(x.max())
-        if smallest < low or (high is not None and largest > high):
-            bad = smallest if smallest < low else largest
-            allowed = f"values >= {low}" if high is None else f"values from {low} to {high}"
-            raise input_error(function, name, bad, allowed, "Check how it was computed.")
-    elif x.device.type != "cpu" and x.device != e.device:
+    if x.device.type != "cpu" and x.device != e.device:
         raise input_error(
             function, name, f"on {x.device}", f"the CPU or the device of e ({e.device})", "Move it."
         )
+    if torch.compiler.is_compiling():
+        return torch.ops.shift_kernels.own_copy(x)
+    x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    if x.device.type == "cpu" and not _is_fake(x):
+        smallest, largest = int(x.min()), int(x.max())
+        if smallest < low or largest > high:
+            bad = smallest if smallest < low else largest
+            raise input_error(
+                function, name, bad, f"values from {low} to {high}", "Check how it was computed."
+            )
+    return x
+
+
+def check_offsets(function: str, name: str, x: Tensor) -> None:
+    """Refuse a tensor that does not hold plain int32 or int64 numbers."""
+    if x.dtype not in (torch.int32, torch.int64):
+        raise type_error(function, name, x.dtype, "int32 or int64", f"Cast it: {name}.long().")
+    if x.is_nested or x.layout != torch.strided:
+        given = "a nested tensor" if x.is_nested else x.layout
+        raise type_error(function, name, given, "a dense tensor", "Use torch.tensor(...).")
 
 
 def _is_fake(x: Tensor) -> bool:
@@ -355,20 +385,72 @@ def _refuse(name: str, value: object, allowed: str, remedy: str) -> NoReturn:
     raise input_error("BlockSpec", name, value, allowed, remedy)
 
 
-def _check_int(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise type_error("BlockSpec", name, value, f"an int >= {low}", "Pass an int.")
-    if value < low:
-        _refuse(name, value, f"an int >= {low}", "Choose a larger one.")
+def check_int(
+    function: str, name: str, value: Any, low: int, high: int | None, allowed: str | None = None
+) -> int:
+    """The value as an int, if it is one (numpy's too) and within the bounds."""
+    allowed = allowed or (f"an int >= {low}" if high is None else f"an int from {low} to {high}")
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise type_error(function, name, value, allowed, "Pass an int.") from None
+    elif isinstance(value, bool):
+        raise type_error(function, name, value, allowed, "Pass an int.")
+    if value < low or (high is not None and value > high):
+        raise input_error(
+            function, name, value, allowed, f"Choose a {'larger' if value < low else 'smaller'} one."
+        )
+    return value
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_bool(function: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise type_error(function, name, value, "True or False", "Pass a bool.")
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    allowed = "one of " + ", ".join(map(repr, choices))
+    if not isinstance(value, str):
+        raise type_error(function, name, value, allowed, "Pass a string.")
     if value not in choices:
-        _refuse(name, value, "one of " + ", ".join(map(repr, choices)), "Check the spelling.")
+        raise input_error(function, name, value, allowed, near_miss(value, choices, "Check the spelling."))
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise type_error("BlockSpec", name, value, "a finite float > 0", "Pass a float.")
-    if not (math.isfinite(value) and value > 0):
-        _refuse(name, value, "a finite float > 0", "Choose a positive number.")
+def check_positive(function: str, name: str, value: Any, allowed: str) -> float:
+    """The value as a float, if it is a number (numpy's too), finite and above 0."""
+    if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
+        raise type_error(function, name, value, allowed, "Pass a float.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
+        raise input_error(function, name, value, allowed, "Choose a positive number that a float holds.")
+    return number
+
+
+def check_device(function: str, name: str, value: Any) -> torch.device:
+    """The device of this name, which need not exist on this machine."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise input_error(
+            function, name, value, "a device's name, such as 'cpu' or 'cuda:0'", "Change it."
+        ) from error
+
+
+def check_usable_device(function: str, name: str, value: Any) -> None:
+    """Refuse a device that is not one, or not on this machine."""
+    device = check_device(function, name, value)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        allowed = "a device that torch can use here"
+        raise input_error(function, name, str(device), allowed, "See torch.cuda.is_available().") from error
+
+
+def check_dtype(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
+        allowed = "one of " + ", ".join(map(str, DTYPES))
+        raise type_error(function, name, value, allowed, "Pass one of these.")

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,6 +73,20 @@ CASES = [
     ("bias not a bool", spec(bias="yes"), "bias", True),
     ("loop norm without norm", spec(norm="none", loop_norm=True), "loop_norm", False),
     ("placement without norm", spec(norm="none", norm_placement="post"), "norm_placement", False),
+    ("width beyond all bounds", spec(d_model=2**70), "d_model", False),
+    ("width of more digits than Python prints", spec(d_model=10**5000), "d_model", False),
+    ("layers without end", spec(n_layers=2**40), "n_layers", False),
+    ("heads too wide together", spec(n_heads=2**20, head_dim=2**20), "head_dim", False),
+    ("eps beyond a float", spec(norm_eps=10**400), "norm_eps", False),
+    ("eps a bool", spec(norm_eps=True), "norm_eps", True),
+    ("width a numpy float", spec(d_model=np.float32(8)), "d_model", True),
+    ("width a numpy bool", spec(d_model=np.True_), "d_model", True),
+    ("width a list", spec(d_model=[8]), "d_model", True),
+    ("width of many tensors", spec(d_model=torch.tensor([8, 8])), "d_model", True),
+    ("activation a number", spec(activation=3), "activation", True),
+    ("activation None", spec(activation=None), "activation", True),
+    ("norm an array", spec(norm=np.array(["rmsnorm", "none"])), "norm", True),
+    ("a field misspelt", spec(d_modl=8), "d_modl", True),
     ("spec not a BlockSpec", call(spec={"d_model": 8}), "spec", True),
     ("e not a tensor", call(e=[[1.0]]), "e", True),
     ("e of ints", call(e=torch.ones(3, 5, 8, dtype=torch.int64)), "e", True),
@@ -106,6 +121,32 @@ CASES = [
     ("loops a float tensor", call(n_loops=torch.ones(3)), "n_loops", True),
     ("loops of other length", call(n_loops=torch.ones(2, dtype=torch.int64)), "n_loops", False),
     ("a negative own loop", call(n_loops=torch.tensor([1, -1, 2])), "n_loops", False),
+    ("loops beyond 64 bits", call(n_loops=2**63), "n_loops", False),
+    ("loops beyond all patience", call(n_loops=2**31), "n_loops", False),
+    ("own loops beyond all patience", call(n_loops=torch.tensor([1, 2**62, 2])), "n_loops", False),
+    (
+        "loops of a meta tensor",
+        call(n_loops=torch.ones(3, dtype=torch.int64, device="meta")),
+        "n_loops",
+        False,
+    ),
+    ("loops a word", call(n_loops="3"), "n_loops", True),
+    ("loops NaN", call(n_loops=float("nan")), "n_loops", True),
+    ("loops of bools", call(n_loops=torch.ones(3, dtype=torch.bool)), "n_loops", True),
+    ("all loops a word", call(return_all_loops="no"), "return_all_loops", True),
+    ("all loops a number", call(return_all_loops=1), "return_all_loops", True),
+    ("a keyword misspelt", call(seq_len=torch.tensor([5, 5, 5])), "seq_len", True),
+    ("a keyword of the module misspelt", lambda: BLOCK(E, 2, n_grad_loop=1), "n_grad_loop", True),
+    ("a keyword of its constructor misspelt", lambda: LoopedBlock(SPEC, dtyp=torch.float32), "dtyp", True),
+    ("a weight misspelt", call(weights={**W, "layers.0.linear1.weigth": E}), "weights", False),
+    (
+        "lengths on another device",
+        call(seq_lens=torch.ones(3, dtype=torch.int64, device="meta")),
+        "seq_lens",
+        False,
+    ),
+    ("lengths of small ints", call(seq_lens=torch.tensor([5, 5, 5], dtype=torch.int16)), "seq_lens", True),
+    ("lengths sparse", call(seq_lens=torch.tensor([5, 5, 5]).to_sparse()), "seq_lens", True),
     ("lengths a list", call(seq_lens=[5, 5, 5]), "seq_lens", True),
     ("lengths of floats", call(seq_lens=torch.tensor([5.0, 5, 5])), "seq_lens", True),
     ("lengths of other length", call(seq_lens=torch.tensor([5, 5])), "seq_lens", False),
@@ -113,6 +154,12 @@ CASES = [
     ("a negative length", call(seq_lens=torch.tensor([5, -1, 5])), "seq_lens", False),
     ("no grad loops", call(n_grad_loops=0), "n_grad_loops", False),
     ("grad loops not whole", call(n_grad_loops=1.0), "n_grad_loops", True),
+    ("grad loops a bool", call(n_grad_loops=True), "n_grad_loops", True),
+    ("grad loops below all bounds", call(n_grad_loops=-(2**70)), "n_grad_loops", False),
+    ("halting beyond a float", call(halt_threshold=10**400), "halt_threshold", False),
+    ("halting a bool", call(halt_threshold=True), "halt_threshold", True),
+    ("backend None", call(backend=None), "backend", True),
+    ("backends in a list", call(backend=["cpu"]), "backend", True),
     ("halting at zero", call(halt_threshold=0.0), "halt_threshold", False),
     ("halting at NaN", call(halt_threshold=float("nan")), "halt_threshold", False),
     ("halting threshold a word", call(halt_threshold="low"), "halt_threshold", True),
@@ -134,6 +181,21 @@ CASES = [
     ("offsets without a dimension", call(e=E[0], cu_seqlens=torch.tensor(5)), "cu_seqlens", False),
     ("offsets that end early", call(e=E[0], cu_seqlens=torch.tensor([0, 4])), "cu_seqlens", False),
     ("offsets that fall", call(e=E[0], cu_seqlens=torch.tensor([0, 4, 3, 5])), "cu_seqlens", False),
+    ("offsets on meta", call(e=E[0], cu_seqlens=torch.tensor([0, 5], device="meta")), "cu_seqlens", False),
+    ("offsets a list", call(e=E[0], cu_seqlens=[0, 5]), "cu_seqlens", True),
+    ("no offsets", call(e=E[0], cu_seqlens=torch.empty(0, dtype=torch.int64)), "cu_seqlens", False),
+    ("offsets from 1", call(e=E[0], cu_seqlens=torch.tensor([1, 5])), "cu_seqlens", False),
+    ("offsets of rank 2", call(e=E[0], cu_seqlens=torch.tensor([[0, 5]])), "cu_seqlens", False),
+    ("causal a word", attend(causal="yes"), "causal", True),
+    ("attention's keyword misspelt", attend(casual=True), "casual", True),
+    ("attention on no backend", attend(backend=None), "backend", True),
+    (
+        "attention on meta lengths",
+        attend(seq_lens=torch.ones(2, dtype=torch.int64, device="meta")),
+        "seq_lens",
+        False,
+    ),
+    ("q a numpy array", attend(q=Q.numpy()), "q", True),
     ("q of rank 3", attend(q=Q[0]), "q", False),
     ("q of ints", attend(q=Q.long()), "q", True),
     ("k of other dtype", attend(k=Q.double()), "k", True),
@@ -148,6 +210,18 @@ CASES = [
     ("explain of a dtype's name", lambda: explain(SPEC, 1, 1, dtype="float32"), "dtype", True),
     ("explain of no device", lambda: explain(SPEC, 1, 1, device="gpu"), "device", False),
     ("explain of negative loops", lambda: explain(SPEC, 1, 1, n_loops=-1), "n_loops", False),
+    ("explain of a numpy dtype", lambda: explain(SPEC, 1, 1, dtype=np.float32), "dtype", True),
+    ("explain of ints", lambda: explain(SPEC, 1, 1, dtype=torch.int32), "dtype", True),
+    ("explain of a batch beyond all bounds", lambda: explain(SPEC, 2**70, 1), "batch", False),
+    ("explain of gradients, perhaps", lambda: explain(SPEC, 1, 1, grad="no"), "grad", True),
+    ("explain on device None", lambda: explain(SPEC, 1, 1, device=None), "device", False),
+    ("explain on device 10**30", lambda: explain(SPEC, 1, 1, device=10**30), "device", False),
+    ("explain on no backend", lambda: explain(SPEC, 1, 1, backend=3), "backend", True),
+    ("explain's keyword misspelt", lambda: explain(SPEC, 1, 1, grads=True), "grads", True),
+    ("module of ints", lambda: LoopedBlock(SPEC, dtype=torch.int32), "dtype", True),
+    ("module of a dtype's name", lambda: LoopedBlock(SPEC, dtype="float32"), "dtype", True),
+    ("module on no device", lambda: LoopedBlock(SPEC, device="bogus"), "device", False),
+    ("module on a device that is not here", lambda: LoopedBlock(SPEC, device="cuda:99"), "device", False),
     ("module without a spec", lambda: LoopedBlock({"d_model": 8}), "spec", True),
     (
         "from_torch of something else",
@@ -196,3 +270,29 @@ def test_the_package_still_works_after_an_error():
     with pytest.raises(ShiftInputError):
         BLOCK(E, -1)
     assert BLOCK(E, 1).isfinite().all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    wide = BlockSpec(np.int64(8), np.int32(2), d_ff=np.uint8(16), norm_eps=np.float32(1e-5))
+    assert wide.key == BlockSpec(8, 2, d_ff=16, norm_eps=float(np.float32(1e-5))).key
+    assert torch.equal(BLOCK(E, np.int64(2), n_grad_loops=np.int64(1)), BLOCK(E, 2))
+    assert explain(SPEC, np.int64(1), np.int16(3)) == explain(SPEC, 1, 3)
+
+
+def test_more_grad_loops_than_loops_are_all_of_them():
+    e = E.clone().requires_grad_()
+    for backend in ("auto", "torch"):
+        expected = torch.autograd.grad(BLOCK(e, 3, backend=backend).sum(), e)
+        for n_loops in (3, torch.tensor([3, 3, 3])):
+            for n_grad_loops in (3, 2**31, 2**63 - 1, 2**63, 2**64 + 1):
+                h = BLOCK(e, n_loops, n_grad_loops=n_grad_loops, backend=backend)
+                assert torch.equal(torch.autograd.grad(h.sum(), e)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("bad", "meant"),
+    [(spec(d_modl=8), "d_model"), (spec(activation="gleu"), "gelu"), (call(seq_len=None), "seq_lens")],
+)
+def test_a_near_miss_is_named(bad, meant):
+    with pytest.raises(ShiftInputError, match=f"Perhaps '{meant}' is meant"):
+        bad()

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 in plain PyTorch: what other backends' errors are measured against must be good itself."""
+"""float16 and bfloat16 in plain PyTorch: what other backends' errors are measured by must be right."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ HALVES = (torch.float16, torch.bfloat16)
 def with_gradients(f, inputs, cotangent=None):
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = f(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out) if cotangent is None else cotangent)
+    return out.detach(), *torch.autograd.grad(
+        out, inputs, torch.ones_like(out) if cotangent is None else cotangent
+    )
 
 
 @pytest.mark.parametrize("logit", [1e2, 1e4, 1e5])
