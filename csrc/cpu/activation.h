@@ -18,7 +18,7 @@ struct ValueSlope {
 // The activation and its derivative, which share what is expensive. (SWIGLU's is not of this form.)
 template <Activation A>
 inline ValueSlope activation(vf x) {
-    if (A == RELU) return {max(x, all(0)), pick(x > 0.0f, all(1), all(0))};
+    if (A == RELU) return {max(all(0), x), pick(x <= 0.0f, all(0), all(1))};  // in this order a NaN stays one
     if (A == GELU) {
         const Normal n = normal(x);
         const vf cdf = pick(x < 0.0f, n.tail, 1.0f - n.tail);
@@ -26,6 +26,12 @@ inline ValueSlope activation(vf x) {
     }
     const vf s = half_tanh(x);
     return {x * s, s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x)};
+}
+
+// The gradient of x, given the activation's: of relu no product, for a unit that is off stops even an infinity.
+template <Activation A>
+inline vf through(vf x, vf slope, vf gradient) {
+    return A == RELU ? pick(x <= 0.0f, all(0), gradient) : slope * gradient;
 }
 
 }  // namespace

@@ -3,6 +3,9 @@
 // Scores are kept with the queries side by side, [keys][queries], and computed for one vector of queries at a
 // time: maximum and sum over the keys then need no step across a vector, and with a causal mask the keys beyond
 // the last of these queries are never touched. Always in single precision: the products are small.
+//
+// A masked pair's score is -infinity, so that it has weight 0 beside any other score. But 0 times an infinity or
+// NaN is NaN: in a sequence that holds one all pairs are visited (`every_pair`), and it spreads as in plain PyTorch.
 #pragma once
 #include "gemm.h"
 
@@ -12,7 +15,9 @@ struct Heads {
     int n_heads, n_kv_heads, head_dim;
     bool causal;
     int ld_qkv, ld_o;
+    float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
     int group() const { return n_heads / n_kv_heads; }
+    int width() const { return (n_heads + 2 * n_kv_heads) * head_dim; }
     // columns of a query head, and of a group's keys and values, in qkv
     int q(int h) const { return h * head_dim; }
     int k(int g) const { return (n_heads + g) * head_dim; }
@@ -34,50 +39,66 @@ struct Head {
 };
 
 struct Queries {  // VL of a sequence's n queries, or what is left of them
-    int begin, count, keys;  // keys: how many they may look at, as a rule of the last of them
-    Queries(const Heads& heads, int n, int i0)
-        : begin(i0), count(n - i0 < VL ? n - i0 : VL), keys(heads.causal ? i0 + count : n) {}
+    int begin, count, keys;  // keys: how many are visited, as a rule those that the last of them may see
+    bool causal;
+    vi position;
+    Queries(const Heads& heads, int n, int i0, bool every_pair)
+        : begin(i0), count(n - i0 < VL ? n - i0 : VL), keys(heads.causal && !every_pair ? i0 + count : n),
+          causal(heads.causal) {
+        for (int i = 0; i < VL; i++) position[i] = i0 + i;
+    }
+    // x in the queries that may see key j, `masked` in the others
+    vf where_seen(int j, vf x, float masked) const {
+        return causal && j > begin ? pick(position < j, all(masked), x) : x;
+    }
 };
 
-// VL rows of x, side by side: [head_dim][VL]; missing rows are zero.
-inline void turn(const Heads& heads, Queries some, const float* x, int64_t ld, float* out) {
-    pack_transposed<F32>(x + some.begin * ld, ld, some.count, heads.head_dim, VL, out);
+// Whether some of n rows of x hold an infinity or NaN (in padding too, which is then as good).
+inline bool has_nonfinite(int64_t rows, int width, int64_t ld, const float* x) {
+    vf zero = all(0);
+    for (int64_t i = 0; i < rows; i++)
+        for (int j = 0; j < width; j += VL) zero += load_first(x + i * ld + j, width - j) * 0.0f;
+    for (int i = 0; i < VL; i++)
+        if (zero[i] != 0) return true;
+    return false;
 }
 
-// Probabilities p[keys][ld] of some queries, zero where a query may not look.
-inline void probabilities(const Heads& heads, Queries some, const float* turned_q, const float* k, float* p,
+// VL rows of x, side by side and scaled: [head_dim][VL]; missing rows are zero.
+inline void turn(const Heads& heads, Queries some, const float* x, int64_t ld, float scale, float* out) {
+    pack_transposed<F32>(x + some.begin * ld, ld, some.count, heads.head_dim, VL, out);
+    for (int t = 0; t < heads.head_dim; t++) store(out + t * VL, load(out + t * VL) * scale);
+}
+
+// Probabilities p[keys][ld] of some queries (turned, and scaled), zero where a query may not look.
+inline void probabilities(const Heads& heads, const Queries& some, const float* turned_q, const float* k, float* p,
                           int64_t ld) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(heads.head_dim));
     gemm<F32>(some.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(turned_q, heads.head_dim), Store{p, ld});
-    if (heads.causal) {
-        vi query;
-        for (int i = 0; i < VL; i++) query[i] = some.begin + i;
-        for (int j = some.begin; j < some.keys; j++) store(p + j * ld, pick(query < j, all(-1e30f), load(p + j * ld)));
-    }
     vf top = load(p), total = all(0);
-    for (int j = 1; j < some.keys; j++) top = max(top, load(p + j * ld));
+    for (int j = 1; j < some.keys; j++) {
+        const vf score = some.where_seen(j, load(p + j * ld), -INFINITY);
+        store(p + j * ld, score);
+        top = max(top, score);
+    }
     for (int j = 0; j < some.keys; j++) {
-        const vf x = exp((load(p + j * ld) - top) * scale);
+        vf x = exp(load(p + j * ld) - top);
+        x = pick(x < 1e-37f, all(0), x);  // of what is smaller still some processors take long to form products
         store(p + j * ld, x);
         total += x;
     }
     const vf inverse = 1.0f / total;
-    // What is masked is e^-87 by now, which is nothing to the sum; the backward wants a clean zero.
-    for (int j = 0; j < some.keys; j++) {
-        const vf x = load(p + j * ld);
-        store(p + j * ld, pick(x < 1e-37f, all(0), x * inverse));
-    }
+    for (int j = 0; j < some.keys; j++) store(p + j * ld, load(p + j * ld) * inverse);
 }
 
 // scratch: VL * (head_dim + n) floats
 inline void attend(const Heads& heads, int n, const float* qkv, float* o, float* scratch) {
     const int hd = heads.head_dim;
     float *turned = scratch, *p = turned + VL * hd;
+    const bool every_pair = heads.causal && has_nonfinite(n, heads.width(), heads.ld_qkv, qkv);
     for (int h = 0; h < heads.n_heads; h++) {
         const int g = h / heads.group();
         for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries some(heads, n, i0);
-            turn(heads, some, qkv + heads.q(h), heads.ld_qkv, turned);
+            const Queries some(heads, n, i0, every_pair);
+            turn(heads, some, qkv + heads.q(h), heads.ld_qkv, heads.scale(), turned);
             probabilities(heads, some, turned, qkv + heads.k(g), p, VL);
             gemm<F32>(some.count, padded(hd), some.keys, {p, 1, VL}, row_major(qkv + heads.v(g), heads.ld_qkv),
                       Head{o + int64_t(i0) * heads.ld_o + h * hd, heads.ld_o, hd, false});
@@ -89,28 +110,31 @@ inline void attend(const Heads& heads, int n, const float* qkv, float* o, float*
 inline void attend_backward(const Heads& heads, int n, const float* qkv, const float* d_o, float* d_qkv,
                             float* scratch) {
     const int hd = heads.head_dim, hp = padded(hd), np = padded(n), ld = heads.ld_qkv, ldo = heads.ld_o;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(hd));
     float *turned = scratch, *p = turned + VL * hd, *ds = p + int64_t(n) * np;  // p and ds: [keys][queries]
+    const bool every_pair = heads.causal && (has_nonfinite(n, heads.width(), ld, qkv) ||
+                                             has_nonfinite(n, heads.n_heads * hd, ldo, d_o));
     for (int h = 0; h < heads.n_heads; h++) {
         const int g = h / heads.group();
         const float *q = qkv + heads.q(h), *k = qkv + heads.k(g), *v = qkv + heads.v(g), *d_oh = d_o + h * hd;
         for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries some(heads, n, i0);
+            const Queries some(heads, n, i0, every_pair);
             float *pi = p + i0, *dsi = ds + i0;
-            turn(heads, some, q, ld, turned);
+            turn(heads, some, q, ld, heads.scale(), turned);
             probabilities(heads, some, turned, k, pi, np);
-            turn(heads, some, d_oh, ldo, turned);
+            turn(heads, some, d_oh, ldo, 1.0f, turned);
             gemm<F32>(some.keys, VL, hd, {v, ld, 1}, panels<F32>(turned, hd), Store{dsi, np});
             vf mean = all(0);
             for (int j = 0; j < some.keys; j++) mean += load(pi + j * np) * load(dsi + j * np);
-            for (int j = 0; j < some.keys; j++)  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
-                store(dsi + j * np, load(pi + j * np) * (load(dsi + j * np) - mean) * scale);
+            for (int j = 0; j < some.keys; j++) {  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
+                const vf step = load(pi + j * np) * (load(dsi + j * np) - mean) * heads.scale();
+                store(dsi + j * np, some.where_seen(j, step, 0));
+            }
             gemm<F32>(some.count, hp, some.keys, {dsi, 1, np}, row_major(k, ld),
                       Head{d_qkv + int64_t(i0) * ld + heads.q(h), ld, hd, false});
         }
         const bool add = h % heads.group() != 0;  // a group's queries share its keys and values
         for (int j0 = 0; j0 < n; j0 += VL) {
-            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal ? j0 : 0;  // the first query to see them
+            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal && !every_pair ? j0 : 0;  // the first query to see them
             const int64_t corner = int64_t(j0) * np + i0, rows = int64_t(j0) * ld;
             gemm<F32>(m, hp, n - i0, {ds + corner, np, 1}, row_major(q + int64_t(i0) * ld, ld),
                       Head{d_qkv + rows + heads.k(g), ld, hd, add});

@@ -64,6 +64,14 @@ inline void axpy(int64_t n, float factor, const float* x, const float* y, float*
     for (int64_t i = 0; i < n; i += VL) store(out + i, load(y + i) + factor * load(x + i));
 }
 
+// Zeros in the columns from `width` to `padded_width`: what products leave there, but for rows with an infinity or
+// NaN, whose product with the zeros of a padded weight is NaN.
+template <class Number>
+inline void clear_padding(int rows, int width, int padded_width, int64_t ld, Number* x) {
+    if (width < padded_width)
+        for (int i = 0; i < rows; i++) std::memset(x + i * ld + width, 0, (padded_width - width) * sizeof(Number));
+}
+
 // Epilogues of the layer's products.
 
 // x + scale * (sum + bias)
@@ -120,7 +128,7 @@ struct ActivateBackward {
         if (A != SWIGLU) {
             const ValueSlope f = activation<A>(x);
             store(act + i * fp + j, f.value);
-            store(du + i * up + j, f.slope * sum);
+            store(du + i * up + j, through<A>(x, f.slope, sum));
         } else {
             const vf gate = sigmoid(x), value = load(u + i * up + fp + j);
             store(act + i * fp + j, x * gate * value);
@@ -157,10 +165,12 @@ inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, 
         gemm<P>(rows, s.dp, k, y, w, Bias{z, s.dp, bias});
         norm(s.norm_kind, rows, s.d, z, n_post, s.eps, out);
         axpy(int64_t(rows) * s.dp, s.scale, out, x, out);
+        clear_padding(rows, s.d, s.dp, s.dp, out);
         return;
     }
     float* sum = s.placement == POST ? z : out;
     gemm<P>(rows, s.dp, k, y, w, Residual{sum, s.dp, bias, x, s.scale});
+    clear_padding(rows, s.d, s.dp, s.dp, sum);
     if (s.placement == POST) norm(s.norm_kind, rows, s.d, z, n, s.eps, out);
 }
 
@@ -180,7 +190,7 @@ inline void open_branch_backward(const Shape& s, int rows, float* dx, const floa
 inline void close_branch_backward(const Shape& s, int rows, const float* x, const float* dy, NormWeights w,
                                   NormGrads g, float* dx) {
     if (s.norm_kind == NO_NORM || s.placement == POST)
-        axpy(int64_t(rows) * s.dp, 1.0f, dy, dx, dx);
+        axpy(int64_t(rows) * s.dp, 1.0f, dy, dx, dx), clear_padding(rows, s.d, s.dp, s.dp, dx);
     else
         norm_backward(s.norm_kind, rows, s.d, x, dy, w, s.eps, g, dx, true);
 }
@@ -220,6 +230,7 @@ inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float*
     y = branch_input(s, rows, mid, w.n2, k.y2);
     gemm_activated<Activate, P>(s, rows, s.up, d, operand<P>(rows, s.dp, y, room.rows), panels<P>(w.up, d), k.u, k.act,
                                 w.up_bias, s.up, s.fp);
+    clear_padding(rows, s.f, s.fp, s.fp, k.act);
     close_branch<P>(s, rows, f, row_operand<P>(k.act, s.fp), panels<P>(w.down, f), w.down_bias, mid, k.z2,
                     w.n2, w.n2_post, out);
 }
@@ -263,6 +274,7 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
         gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, t.dz, room.rows),
                                             panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp, k.kept_qkv);
+        for (int half = 0; half < s.up; half += s.fp) clear_padding(rows, s.f, s.fp, s.up, t.du + half);
         weight_grads<P>(rows, s.fp, k.act, nullptr, s.dp, t.dz, g.down_bias, g.down_t, room);
         weight_grads<P>(rows, s.up, t.du, g.up_bias, s.dp, y2, nullptr, g.up, room);
         gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, t.du, room.rows), panels<P>(w.up_t, up), Store{t.dy, s.dp});

@@ -39,6 +39,7 @@ alignas(64) constexpr float TAIL[7][16] = {
 
 inline Normal normal(vf x) {
     const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then hold
+    // (A NaN becomes 15: whoever multiplies by x, as both GELU and its slope do, has it back.)
     const vf steps = min(max(x, -x) * 2.5f, all(15.0f)), shifted = steps + magic, u = steps - (shifted - magic);
     const auto power = [&](int k) {
         return (vf)_mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(TAIL[k]));

@@ -58,7 +58,7 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0); }
 inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 inline vf all(float x) { return x - (vf){}; }
 inline vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
-// b where the two do not compare.
+// b where the two do not compare: a NaN passes as b, and is lost as a.
 #if defined(__AVX512F__)
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -132,22 +132,28 @@ inline void transpose(vf* x) {
 #endif
 }
 
-// x 2^n for whole n in [-126, 127]
+// x 2^n for whole n in [-150, 128]; without AVX-512 n is no less than -126, and 0 there.
 inline vf scaled(vf x, vf n) {
 #if defined(__AVX512F__)
     return (vf)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
-    const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-    vf power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x * power;
+    const vi exponent = (__builtin_convertvector(n, vi) + 126) << 23;
+    vf half;  // of 2^n: 2^128 is no number
+    std::memcpy(&half, &exponent, sizeof half);
+    return (x + x) * half;
 #endif
 }
 
-// e^x = 2^n e^r with r = x - n ln 2 in [-0.35, 0.35], where seven terms of the series are exact to 5e-9.
+// e^x = 2^n e^r with r = x - n ln 2 in [-0.35, 0.35], where seven terms of the series are exact to 5e-9. It is
+// infinite from 89 on, and 0 below SMALLEST_EXPONENT: infinities go where they belong.
+#if defined(__AVX512F__)
+constexpr float SMALLEST_EXPONENT = -104.0f;
+#else
+constexpr float SMALLEST_EXPONENT = -87.3f;
+#endif
 inline vf exp(vf x) {
-    x = min(all(88.0f), max(all(-87.0f), x));  // in this order a NaN stays one
-    const vf magic = all(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer
+    x = min(all(89.0f), max(all(SMALLEST_EXPONENT), x));  // in this order a NaN stays one
+    const vf magic = all(12582912.0f);                    // 1.5 * 2^23: adding it rounds to an integer
     const vf n = (x * 1.44269504f + magic) - magic;
     const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = all(1.0f / 5040);
