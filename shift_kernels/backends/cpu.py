@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def forward(
     call, keep = _call(e, weights, spec, asked)
     shape = (call.most_loops, *e.shape) if asked.return_all_loops else e.shape
     new = torch.empty if asked.seq_lens is None else torch.zeros  # pads are never written
-    out, used = new(shape, **_HERE), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
+    out, used = _allocate(new, shape), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
     to_save = _saved_shape(e, spec, call.most_loops, asked.compute_dtype)
     saved = [_buffer(to_save)] if for_backward else []
     call.out, call.used = out.data_ptr(), used.data_ptr()
@@ -154,6 +154,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
     call, keep = _call(e, weights, spec, asked)
+    call.most_loops = len(saved[0])  # of the forward: more are not there to be read
     grad_h = grad_h.to(torch.float32).contiguous()
     grad_e = torch.zeros(e.shape, **_HERE)
     grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
@@ -175,6 +176,7 @@ def _call(
         torch.as_tensor(x, dtype=torch.int64, device="cpu").expand(batch).contiguous()
         for x in (asked.n_loops, seq_len if asked.seq_lens is None else asked.seq_lens)
     )
+    most = max(int(loops.max()), 0) if isinstance(asked.n_loops, Tensor) else asked.n_loops
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
@@ -184,11 +186,11 @@ def _call(
     call = native.Call(
         batch=batch,
         seq_len=seq_len,
-        most_loops=asked.most_loops(),
+        most_loops=most,
         n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
         n_threads=torch.get_num_threads(),
         return_all=asked.return_all_loops,
-        n_grad_loops=asked.n_grad_loops or 0,
+        n_grad_loops=min(asked.n_grad_loops or 0, most),
         halting=asked.halt_threshold is not None,
         halt_threshold=asked.halt_threshold or 0.0,
         bf16=asked.compute_dtype == torch.bfloat16,
@@ -200,6 +202,18 @@ def _call(
         **block.options(spec),
     )
     return call, (e, loops, lengths, rotary, values, addresses)
+
+
+def _allocate(new: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+    """``new(shape)``, or MemoryError where torch knows only a RuntimeError."""
+    try:
+        return new(shape, **_HERE)
+    except RuntimeError as error:
+        raise _no_memory(shape) from error
+
+
+def _no_memory(shape: tuple[int, ...]) -> MemoryError:
+    return MemoryError(f"shift_kernels: no memory for {list(shape)} numbers, {4 * math.prod(shape):,} bytes")
 
 
 _FREE: list[np.ndarray] = []  # at most one buffer that no step uses
@@ -216,7 +230,10 @@ def _buffer(shape: tuple[int, ...]) -> Tensor:
     with contextlib.suppress(IndexError):  # another thread may have taken it
         memory = _FREE.pop()
     if len(memory) < n + LINE // 4:
-        memory = np.empty(n + LINE // 4, dtype=np.float32)
+        try:
+            memory = np.empty(n + LINE // 4, dtype=np.float32)
+        except (MemoryError, ValueError) as error:  # ValueError: more than an address can be
+            raise _no_memory(shape) from error
     start = -memory.ctypes.data % LINE // 4
     part = memory[start : start + n]
     weakref.finalize(part, _give_back, memory)

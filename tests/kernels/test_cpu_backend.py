@@ -495,3 +495,34 @@ def test_what_is_kept_begins_on_a_cache_line_and_takes_less_in_bfloat16():
         *_, (kept[dtypes[1]],) = cpu_backend.forward(e, weights, block.spec, asked, for_backward=True)
     assert all(x.data_ptr() % 64 == 0 for x in kept.values())
     assert kept[torch.bfloat16].nbytes < 0.75 * kept[torch.float32].nbytes
+
+
+@needs_library
+def test_more_loops_than_memory_holds_is_a_memory_error():
+    block, e = make(batch=1, seq_len=1)
+    for n_loops in (2**50, 2**62):
+        with pytest.raises(MemoryError, match=f"{n_loops}"):
+            block(e, n_loops, return_all_loops=True, backend="cpu")
+        with pytest.raises(MemoryError, match=f"{n_loops}"):
+            block(e.requires_grad_(), n_loops, backend="cpu")
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["n_loops", "seq_lens"])
+def test_integers_that_change_while_a_call_runs_are_held_to_their_limits(name):
+    """As memory that another thread writes: the backward finds larger numbers than there is room for."""
+    block, e = make()
+    call = {"n_loops": torch.tensor([2, 3, 1, 1]), "seq_lens": torch.tensor([5, 2, 5, 1])}
+    weights = {k: w.detach() for k, w in block.weights().items()}
+    asked = Asked(compute_dtype=torch.float32, **call)
+    h, _, saved = cpu_backend.forward(e, weights, block.spec, asked, for_backward=True)
+    call[name].fill_(10**6)
+    cpu_backend.backward(normal(h), e, weights, block.spec, asked, saved)
+
+
+@needs_library
+def test_more_gradient_loops_than_an_integer_holds_are_all():
+    block, e = make()
+    expected = on_cpu_backend(block, e, normal, {"n_loops": 2})
+    found = on_cpu_backend(block, e, normal, {"n_loops": 2, "n_grad_loops": 2**70})
+    assert all(map(torch.equal, found, expected))

@@ -1,4 +1,4 @@
-"""NaN and infinity on the C++ backend: where plain PyTorch of the same dtypes is not finite, it is not either.
+"""NaN and infinity on the C++ backend: it is not finite where plain PyTorch of the same dtypes is not.
 
 And nowhere else: padding to whole vectors multiplies by zeros, which must not make a NaN of an infinity.
 """
@@ -56,7 +56,7 @@ def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here(activation, norm
         memory = (e if name == "e" else block.weights()[name]).detach().view(-1)
         where = int(torch.randint(18 * e.shape[-1] if name == "e" else len(memory), ()))
         clean, memory[where] = memory[where].item(), value
-        # In plain PyTorch pads are computed too, so that a weight's infinity may come out of one: no pads then.
+        # Plain PyTorch computes pads too, and a weight's infinity may come out of one: no pads then.
         call = {"n_loops": 2} | ({"seq_lens": torch.tensor([19, 18])} if name == "e" else {})
         plain = in_dtypes(block, e, normal, dict(call), dtypes)
         for isa in isas():
@@ -88,7 +88,7 @@ def test_relu_passes_a_nan_and_stops_an_infinite_gradient(isa):
 
 
 def huge_scores(magnitude, signs):
-    """A block without norms of 20 tokens whose scores are ``magnitude``, with the signs of the keys, and an e."""
+    """A block without norms, and 20 tokens whose scores are of this magnitude, with the signs of the keys."""
     block, _ = make(d_model=16, n_heads=1, d_ff=0, norm="none", bias=False)
     weights = {name: torch.zeros_like(w) for name, w in block.weights().items()}
     root = math.sqrt(magnitude)  # every query and key, in their first number
@@ -106,7 +106,9 @@ def huge_scores(magnitude, signs):
 @needs_library
 @pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("magnitude", [1e29, 1e31, 1e35, 1e37])
-@pytest.mark.parametrize("signs", [torch.full((20,), -1.0), torch.linspace(-1, 1, 20), torch.linspace(1, -1, 20)])
+@pytest.mark.parametrize(
+    "signs", [torch.full((20,), -1.0), torch.linspace(-1, 1, 20), torch.linspace(1, -1, 20)]
+)
 def test_the_past_cannot_see_the_future_however_large_the_scores(isa, magnitude, signs):
     skip_without(isa)
     block, e = huge_scores(magnitude, signs)
@@ -114,7 +116,9 @@ def test_the_past_cannot_see_the_future_however_large_the_scores(isa, magnitude,
     changed[:, 13:, 2:] = 5
     changed[:, 13:, 1] = e[:, 13:, 1].flip(1).abs()
     last = lambda h: torch.zeros_like(h).index_fill_(1, torch.tensor([12]), 1)  # noqa: E731
-    (h, grad_e, *_), (h_changed, *_) = (on_cpu_backend(block, x, last, {"n_loops": 1}, isa) for x in (e, changed))
+    (h, grad_e, *_), (h_changed, *_) = (
+        on_cpu_backend(block, x, last, {"n_loops": 1}, isa) for x in (e, changed)
+    )
     assert torch.equal(h[:, :13], h_changed[:, :13])
     assert not grad_e[:, 13:].any()
     plain = in_dtypes(block, e, last, {"n_loops": 1}, FLOAT32)
