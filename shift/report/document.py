@@ -79,7 +79,7 @@ Block = Heading | Paragraph | Items | Table | Picture
 
 def markdown(title: str, blocks: Sequence[Block], directory: Path) -> str:
     """The document as GitHub-flavoured Markdown that stands in ``directory``."""
-    return "\n\n".join([f"# {title}", *(_markdown(block, directory) for block in blocks)]) + "\n"
+    return "\n\n".join([f"# {title}", *(block_markdown(block, directory) for block in blocks)]) + "\n"
 
 
 def web_page(title: str, blocks: Sequence[Block]) -> str:
@@ -88,7 +88,8 @@ def web_page(title: str, blocks: Sequence[Block]) -> str:
     return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
 
 
-def _markdown(block: Block, directory: Path) -> str:
+def block_markdown(block: Block, directory: Path) -> str:
+    """One block of it; ``directory`` as for :func:`markdown`."""
     match block:
         case Heading():
             return f"## {block.text}"

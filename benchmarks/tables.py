@@ -1,0 +1,161 @@
+"""The tables of README.md and docs/, each from the committed results. ``benchmarks.readme`` writes them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.savings.families import arm_names, arm_of, label
+from benchmarks.savings.overall import hindsight, overall
+from benchmarks.savings.paired import best_fixed_switch
+from benchmarks.savings.report import SUMMED, ratio_table, summary_table
+from benchmarks.training import throughput
+from shift.comparison.arms import AGAIN
+from shift.report.document import Block, Items, Table, block_markdown
+from shift.report.words import flops, percent
+from shift_kernels.bench.cases import LIBRARY
+from shift_kernels.bench.timing import speedup
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@functools.cache
+def read(name: str) -> Any:
+    """``benchmarks/results/<name>.json``."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def demo() -> str:
+    """Every way to train of the demo: answers, compute to the target over Looped's, compute in all."""
+    r = read("demo/results")
+    rows = []
+    for arm in r["arms"].values():
+        against = arm["against_looped"]
+        each = ", ".join(f"{x:.2f}" for x in against["per_seed"].values() if x is not None)
+        ratio = "never" if against["mean"] is None else f"{against['mean']:.2f} ({each})"
+        right = percent(statistics.mean(s["final_accuracy"] for s in arm["seeds"]))
+        total = flops(statistics.mean(s["flops_total"] for s in arm["seeds"]))
+        rows.append([arm["label"], right, ratio, total])
+    target = f"{100 * r['target_accuracy']:.0f}%"
+    return _table(["way to train", "right answers", f"compute to {target}, × Looped", "compute in all"], rows)
+
+
+def savings() -> str:
+    """The arms over all tasks of the suite: mean ratio, runs lost and late of those that Looped won."""
+    r = read("savings/full/results")
+    won = sum(s["flops_to_target"] is not None for t in r.values() for s in t["arms"]["looped"]["seeds"])
+    rows = []
+    for name in ("shift", "climb", AGAIN):
+        rows.append([label(r, name), *_over_tasks([arm_of(t, name) for t in r.values()])])
+    fixed = [t["arms"][best] for t in r.values() if (best := best_fixed_switch(t["arms"])) is not None]
+    rows.append(["Best fixed switch of each task, by hindsight", *_over_tasks(fixed)])
+    header = ["schedule", "compute, × Looped", f"of {won} runs lost", "late", "tasks"]
+    return _table(header, rows)
+
+
+def _over_tasks(arms: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    against = [arm["against_looped"] for arm in arms if arm is not None]
+    means = [a["mean"] for a in against if a["mean"] is not None]
+    lost, late = (sum(len(a[key]) for a in against) for key in ("seeds_never", "seeds_late"))
+    return [f"{statistics.mean(means):.2f}", str(lost), str(late), f"{len(means)} of {len(arms)}"]
+
+
+def savings_tasks() -> str:
+    """A row a task."""
+    return _markdown(summary_table(read("savings/full/results")))
+
+
+def savings_arms() -> str:
+    """Every arm on every task."""
+    return _markdown(ratio_table(read("savings/full/results")))
+
+
+def savings_sentences() -> str:
+    """A sentence an arm."""
+    r = read("savings/full/results")
+    return _markdown(Items([*(overall(r, n) for n in SUMMED if n in arm_names(r)), hindsight(r)]))
+
+
+COLUMNS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def cpu() -> str:
+    """Ours over the faster of eager and torch.compile, for three of the widths."""
+    rows = {(r["name"], r["dtype"], r["threads"]): r for r in read("cpu/cpu")["rows"]}
+    found = []
+    for d_model in (64, 128, 256):
+        name, cells = f"d{d_model} n32 b32 T8", [str(d_model)]
+        for column in COLUMNS:
+            ms = rows[(name, *column)]["ms"]
+            ours = statistics.median(ms["cpu"])
+            factor = speedup(ms, "cpu", LIBRARY)
+            cells.append(f"{ours:.0f} / {factor * ours:.0f}, {factor:.2f}x")
+        found.append(cells)
+    return _table(["d_model", *(f"{dtype}, {_threads(t)}" for dtype, t in COLUMNS)], found)
+
+
+def cpu_all() -> str:
+    """Every block that was timed."""
+    from benchmarks.kernels.cpu import table
+
+    return table(read("cpu/cpu")["rows"])
+
+
+def training() -> str:
+    """Samples a second of ours over those of eager and of torch.compile."""
+    rows = read("training/throughput")["rows"]
+    names = {"the demo, T = 4": throughput.DEMO, "Fan's parity, T(n)": throughput.FAN}
+    found = []
+    for words, title in names.items():
+        cells = [words]
+        for suffix in ("", ", bf16"):
+            for threads in throughput.THREADS:
+                (row,) = (r for r in rows if (r["case"], r["threads"]) == (title + suffix, threads))
+                factors = [throughput.speedup(row["clock_s"], name) for name in LIBRARY]
+                cells.append(" / ".join(f"{x:.2f}" for x in factors))
+        found.append(cells)
+    header = [f"{dtype}, {_threads(t)}" for dtype in ("float32", "bfloat16") for t in throughput.THREADS]
+    return _table(["", *header], found)
+
+
+def training_all() -> str:
+    """Samples a second of every runner."""
+    return throughput.table(read("training/throughput")["rows"])
+
+
+def profile() -> str:
+    """Where a step's time goes."""
+    from benchmarks.training.profile import table
+
+    return table(read("training/profile")["ms"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "savings": savings,
+    "savings_tasks": savings_tasks,
+    "savings_arms": savings_arms,
+    "savings_sentences": savings_sentences,
+    "cpu": cpu,
+    "cpu_all": cpu_all,
+    "training": training,
+    "training_all": training_all,
+    "profile": profile,
+}
+"""By the name that stands in a mark."""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return _markdown(Table(header, rows))
+
+
+def _markdown(block: Block) -> str:
+    return block_markdown(block, RESULTS)
