@@ -24,7 +24,9 @@ base = dataclasses.replace(
     load_config("demo"),
     task=TaskConfig("hop", options={"n_nodes": 8, "max_hops": 2}),
     steps=120,
+    batch_size=32,
     eval_every=10,
+    eval_samples=64,
     checkpoint_every=0,
     device="cpu",
 )
