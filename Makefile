@@ -1,6 +1,7 @@
 # make demo     install, then the main job: train Single, Looped and SHIFT, write runs/demo/report.html
 # make test     install, then the tests
 # make check    install, then lint, types and tests
+# make bench    install, then our kernels beside PyTorch's on this machine
 # make install  only .venv, with what the demo needs
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP    := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 # The package is built against the torch that is in .venv, so its build must see it.
 HERE   := --no-build-isolation -e
 
-.PHONY: install demo test lint types check sanitize clean
+.PHONY: install demo test lint types check bench sanitize clean
 install: $(VENV)/train.stamp
 
 demo: install
@@ -28,6 +29,9 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 check: lint types test
+
+bench: install
+	$(BIN)/shift-bench --quick
 
 # The CPU kernels' tests over a build that stops at any access out of bounds or undefined behaviour.
 sanitize: $(VENV)/dev.stamp
