@@ -18,7 +18,7 @@ from typing import Any
 from shift.comparison.fairness import fairness
 from shift.comparison.ratios import against_looped, smallest_sufficient, stopped_at
 from shift.config import tomllib
-from shift.criterion import SCPConfig
+from shift.schedules.scp import SCPConfig
 
 SCHEMA_VERSION = 1
 CROSSING_RULE = "the first evaluation whose accuracy is at or above the target"

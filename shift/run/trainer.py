@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig
-from shift.criterion import Signals
 from shift.flops import train_step_flops
 from shift.run import checkpoint
 from shift.run.directory import RunDirectory
@@ -34,6 +33,7 @@ from shift.run.metrics import Console, PendingRows, StepTimer
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.snapshots import SnapshotRecorder
 from shift.run.summary import batches_sha256, environment, switch_ms
+from shift.schedules.scp import Signals
 from shift.tasks.base import IGNORE, Batch
 
 MAX_SKIPS = 5

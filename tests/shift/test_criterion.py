@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import processes
 
-from shift.criterion import SCP, SCPConfig, Signals
+from shift.schedules.scp import SCP, SCPConfig, Signals
 from shift_kernels import ShiftInputError
 
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from shift.criterion import Signals
-from shift.schedule import KINDS, Ramp, make_schedule
+from shift.schedules.climbing import KINDS, Ramp, make_schedule
+from shift.schedules.scp import Signals
 from shift_kernels import ShiftInputError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shift.criterion import SCP, Look, SCPConfig, Signals, is_int, is_number
+from shift.schedules.scp import SCP, Look, SCPConfig, Signals, is_int, is_number
 from shift_kernels.errors import input_error
 
 
@@ -109,7 +109,7 @@ class Ladder(LoopSchedule):
         rungs: rising loop counts that end at ``max_loops``; default 1, 2, 4, .., ``max_loops``.
         shares: of all steps, at most, on each rung but the last; default: SCP alone decides.
         keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
-        scp: options of :class:`shift.criterion.SCPConfig`; its steps count from the start of each rung.
+        scp: options of :class:`shift.schedules.scp.SCPConfig`; its steps count from the start of each rung.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Climb(Ladder):
         shares: of all steps, with one loop and with T // 2.
         enough: a stage goes on while the loss is at most this share of what it was when the stage began.
         keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
-        scp: options of :class:`shift.criterion.SCPConfig`.
+        scp: options of :class:`shift.schedules.scp.SCPConfig`.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Who decides how many loops a step runs."""
