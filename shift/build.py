@@ -8,7 +8,7 @@ import torch
 
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
-from shift.schedules.climbing import LoopSchedule, make_schedule
+from shift.schedules import LoopSchedule, make_schedule
 from shift.tasks import make_task
 from shift.tasks.base import Task
 from shift_kernels.errors import input_error

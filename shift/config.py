@@ -102,7 +102,7 @@ class ScheduleConfig:
     """Who decides the number of loops."""
 
     kind: str = "shift"
-    """A kind of shift.schedules.climbing.make_schedule."""
+    """A key of shift.schedules.SCHEDULES."""
     options: Options = field(default_factory=dict)
     """Arguments of the schedule."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.overall import hindsight, overall
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
-from shift.comparison.arms import AGAIN, SMALLEST
+from shift.comparison.arms import AGAIN, SMALLEST, declared
 from shift.comparison.ratios import stopped_at
 from shift.comparison.verdict import mean_accuracy
 from shift.report.document import (
@@ -33,11 +33,11 @@ from shift.run.files import replace_atomically
 
 TITLE = "What looping late saves"
 NEVER, NONE = "never", "–"
-OURS = ("shift", "shift:0.5", "climb")
-SUMMED = (*OURS, AGAIN)
-"""Arms that get a sentence over all tasks."""
-DECIDE = (*OURS, "ladder")
-"""Arms that choose from what they see when to loop more."""
+
+
+def ours(results: Results) -> list[str]:
+    """The arms that we propose; the others are there to be compared with."""
+    return [name for name in arm_names(results) if not declared(name).baseline]
 
 
 def write_suite_report(results: Results, out: Path) -> list[Path]:
@@ -70,7 +70,7 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         summary_table(results),
         Items(
             [
-                *(overall(results, name) for name in SUMMED if name in arm_names(results)),
+                *(overall(results, name) for name in [*ours(results), AGAIN] if name in arm_names(results)),
                 hindsight(results),
             ]
         ),
@@ -115,16 +115,17 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
 
 def summary_table(results: Results) -> Table:
     """A row a task: the schedules that decide by themselves, and the best that hindsight chooses."""
+    names = ours(results)
     rows: list[list[Cell]] = []
     for task, r in results.items():
         smallest, fixed = arm_of(r, SMALLEST), best_fixed_switch(r["arms"])
         cells = [task, r["used_for"], str(len(r["seeds"]))]
-        cells += [_ratio(arm_of(r, name)) for name in OURS]
+        cells += [_ratio(arm_of(r, name)) for name in names]
         cells += [_ratio(smallest) + (f", T = {smallest['n_loops']}" if smallest else "")]
         cells += [f"{_ratio(r['arms'][fixed])}, at {fixed.partition(':')[2]}" if fixed else NONE]
         rows.append(cells)
-    names = [label(results, name) if name in arm_names(results) else name for name in OURS]
-    return Table(["Task", "Used for", "Seeds", *names, "Looped, smallest T", "Best fixed switch"], rows)
+    labels = [label(results, name) for name in names]
+    return Table(["Task", "Used for", "Seeds", *labels, "Looped, smallest T", "Best fixed switch"], rows)
 
 
 def ratio_table(results: Results) -> Table:
@@ -144,7 +145,7 @@ def test_table(results: Results) -> Table:
     rows: list[list[Cell]] = []
     for task, r in results.items():
         fixed = best_fixed_switch(r["arms"])
-        for name in OURS:
+        for name in ours(results):
             if name not in r["arms"]:
                 continue
             own = costs(r["arms"][name]["seeds"])
@@ -168,7 +169,7 @@ def quality_table(results: Results) -> Table:
         rows.append(
             [label(results, name), *(percent(mean_accuracy(a["seeds"])) if a else NONE for a in found)]
         )
-    for name in (name for name in OURS if name in names):
+    for name in ours(results):
         cells: list[Cell] = []
         for r in results.values():
             if name not in r["arms"]:
@@ -183,7 +184,9 @@ def quality_table(results: Results) -> Table:
 def switch_table(results: Results) -> Table:
     """The step from which each arm that decides by itself ran all T loops, as a share of its run."""
     rows: list[list[Cell]] = []
-    for name in (name for name in DECIDE if name in arm_names(results)):
+    for name in arm_names(results):
+        if declared(name).decided_by != "criterion":
+            continue
         cells: list[Cell] = []
         for r in results.values():
             arm, most = arm_of(r, name), r["config"]["model"]["n_loops"]

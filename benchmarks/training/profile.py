@@ -78,7 +78,7 @@ def instrumented(trainer: Trainer, spans: Spans) -> Iterator[None]:
             (trainer, "_backward", PARTS[2]),
             (trainer, "_update", PARTS[3]),
             (trainer.task, "batch", PARTS[4]),
-            (trainer.schedule, "n_loops", PARTS[5]),
+            (trainer.schedule, "step", PARTS[5]),
             (trainer, "_flush", PARTS[5]),
         ):
             timed = spans.timed(part, getattr(owner, name))

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shift.config import Options, ScheduleConfig, TrainConfig
+from shift.config import ScheduleConfig, TrainConfig
+from shift.schedules import SCHEDULES, Declaration, Family
 from shift_kernels.errors import input_error
 
 SMALLEST = "looped:smallest"
@@ -25,37 +26,24 @@ OTHER_DATA = 1_000_000
 """Added to the data seed there."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """Arms that share a schedule kind; ``name:value`` sets the option ``value_option``."""
-
-    kind: str
-    label: str
-    colour: str  # tells it from the others for colour-blind eyes too (Okabe-Ito, and Tol's muted scheme)
-    options: Options = dataclasses.field(default_factory=dict)
-    value_option: str | None = None
-    value_label: str = ""
-
-
-FAMILIES = {
-    "single": Family("constant", "Single (never looped)", "#767676", {"n_loops": 1}),
-    "looped": Family("constant", "Looped, T = {T}", "#0072B2", {}, "n_loops", "Looped, T = {value}"),
-    "shift": Family("shift", "SHIFT", "#D55E00", {}, "keep", "SHIFT, keep = {value}"),
-    "ramp": Family("linear", "Linear ramp", "#009E73"),
-    "sqrt_ramp": Family("sqrt", "Square-root ramp", "#117733"),
-    "staged_ramp": Family("staged", "Staged ramp", "#8C6D1F"),
-    "ladder": Family("ladder", "SHIFT ladder", "#E69F00"),
-    "climb": Family("climb", "Climb", "#000000"),
-    "fixed": Family("fixed", "Fixed switch", "#CC79A7", {"at": 0.5}, "at", "Fixed switch at {value}"),
-    MATCHED: Family(
-        "random", "", "#882255", {"distribution": "two_point"}, "mean", "1 or T at random, mean {value}"
-    ),
-    AGAIN: Family("constant", "Looped on other data", "#56B4E9"),
-    "random": Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
+KIND_OF = {family.name: kind for kind, declared in SCHEDULES.items() for family in declared.families} | {
+    MATCHED: "random",
+    AGAIN: "constant",
 }
+"""Name of a family of arms -> kind of its schedule."""
 
-CRITERION_OF = {"ladder": "shift"}
-"""Kinds that use the criterion of another kind, and so its options."""
+FAMILIES = {family.name: family for declared in SCHEDULES.values() for family in declared.families} | {
+    MATCHED: Family(
+        MATCHED, "", "#882255", {"distribution": "two_point"}, "mean", "1 or T at random, mean {value}"
+    ),
+    AGAIN: Family(AGAIN, "Looped on other data", "#56B4E9"),
+}
+"""Those that the schedules declare, and two that only a comparison has. Colours: Okabe-Ito, Tol's muted."""
+
+
+def declared(arm: str) -> Declaration:
+    """The declaration of the schedule of the arm of that name."""
+    return SCHEDULES[KIND_OF[arm.partition(":")[0]]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +80,13 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
             "shift-compare", "arms", name, f"{', '.join(FAMILIES)}, {with_value} or {SMALLEST}",
             "Check the spelling.",
         )  # fmt: skip
-    inherits = base.schedule.kind in (family.kind, CRITERION_OF.get(family.kind))
+    schedule = declared(name)
+    inherits = base.schedule.kind in (schedule.kind, schedule.options_of)
     options = {**(base.schedule.options if inherits else {}), **family.options}
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(family.kind, options)))
+    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(schedule.kind, options)))
 
 
 def seeded(arm: Arm, seed: int) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from shift.comparison.arms import AGAIN
+from shift.comparison.arms import AGAIN, declared
 from shift.config import TrainConfig, differing_key
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _strong_baselines(runs: Runs) -> Check:
         absent.append("Looped")
     if config and config["model"]["n_loops"] > 2 and not any(name.startswith("looped:") for name in runs):
         absent.append("Looped with fewer loops")
-    if not any(name.partition(":")[0] in ("ramp", "sqrt_ramp", "staged_ramp", "fixed") for name in runs):
+    if not any(declared(name).decided_by == "time" for name in runs):
         absent.append("a schedule without a criterion (a ramp or a fixed switch)")
     found = "Looped, Looped with fewer loops, and a schedule without a criterion were run"
     return {

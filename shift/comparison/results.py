@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shift.build import build_schedule
 from shift.comparison.fairness import fairness
 from shift.comparison.ratios import against_looped, smallest_sufficient, stopped_at
-from shift.config import tomllib
-from shift.schedules.scp import SCPConfig
+from shift.config import TrainConfig, tomllib
+from shift.schedules.registry import SCHEDULES, switch_step
 
 SCHEMA_VERSION = 1
 CROSSING_RULE = "the first evaluation whose accuracy is at or above the target"
@@ -99,7 +100,7 @@ def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
         "cpu_s_to_target": clocks.get("cpu_s"),
         "wall_s": result.get("wall_s"),
         "cpu_s": result.get("cpu_s"),
-        "switch_step": result.get("switch_step"),
+        "switch_step": _switch_step(run.config, train),
         "switch_ms": result.get("switch_ms"),
         "skipped_steps": sum(row["skipped"] for row in train),
         "initial_weights_sha256": result.get("initial_weights_sha256"),
@@ -162,22 +163,22 @@ def collect(
     return results
 
 
+def _switch_step(config: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> int | None:
+    """From the rows, so that it is right for runs that stopped early, too."""
+    return switch_step(config["schedule"]["kind"], [row["n_loops"] for row in train]) if train else None
+
+
 def _constant_loops(config: Mapping[str, Any]) -> int | None:
     """The number of loops of an arm that never changes it."""
-    schedule = config.get("schedule", {})
-    if schedule.get("kind") != "constant":
+    if not config or SCHEDULES[config["schedule"]["kind"]].decided_by != "nothing":
         return None
-    return schedule.get("options", {}).get("n_loops", config["model"]["n_loops"])
+    return build_schedule(TrainConfig.from_dict(config)).max_loops
 
 
 def _criterion(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The criterion's options, defaults included, of an arm that has one."""
-    schedule = config.get("schedule", {})
-    if schedule.get("kind") not in ("shift", "ladder"):
-        return None
-    names = {field.name for field in dataclasses.fields(SCPConfig)}
-    given = {name: value for name, value in schedule.get("options", {}).items() if name in names}
-    return dataclasses.asdict(SCPConfig(**given))
+    scp = build_schedule(TrainConfig.from_dict(config)).scp if config else None
+    return None if scp is None else dataclasses.asdict(scp)
 
 
 def _stretches(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:

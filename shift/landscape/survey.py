@@ -24,6 +24,7 @@ from shift.landscape.recording import open_recording
 from shift.landscape.spectrum import exact_spectrum, lanczos_spectrum
 from shift.landscape.upstream import agreement
 from shift.landscape.valley import exponent, sensitivity, split, threshold
+from shift.schedules.registry import switch_step
 from shift_kernels.errors import input_error
 
 
@@ -111,14 +112,14 @@ def survey(
         points.append({"step": step, "n_loops": n_loops, "lr": lr, **point})
         if progress is not None:
             progress(i + 1, len(chosen))
-    looped_from = [step for step, row in sorted(steps.items()) if row["n_loops"] > 1]
-    started_single = steps[min(steps)]["n_loops"] == 1
     return {
         "run": str(run_dir),
         "config": run.config.to_dict(),
         "survey": dataclasses.asdict(config),
         "n_parameters": run.n_parameters,
-        "switch_step": looped_from[0] if looped_from and started_single else None,
+        "switch_step": switch_step(
+            run.config.schedule.kind, [row["n_loops"] for row in run.of_kind("train")]
+        ),
         "points": points,
         "phases": {
             k: [points[i]["step"] for i in v]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from shift.run.metrics import Console, PendingRows, StepTimer
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.snapshots import SnapshotRecorder
 from shift.run.summary import batches_sha256, environment, switch_ms
-from shift.schedules.scp import Signals
+from shift.schedules import Signals
 from shift.tasks.base import IGNORE, Batch
 
 MAX_SKIPS = 5
@@ -55,7 +55,6 @@ class Progress:
     step: int = 0
     flops: int = 0
     block_applications: float = 0
-    was_single: bool = False
     switch_step: int | None = None
     skipped_steps: int = 0
     skips_in_row: int = 0
@@ -64,6 +63,12 @@ class Progress:
     cpu_s: float = 0.0
     initial_weights_sha256: str = ""
     last_eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Progress:
+        """What a checkpoint holds of it; older ones hold more."""
+        known = {field.name for field in dataclasses.fields(Progress)}
+        return Progress(**{key: value for key, value in state.items() if key in known})
 
 
 class Trainer:
@@ -140,11 +145,14 @@ class Trainer:
         c, p = self.config, self.progress
         self._started = time.perf_counter() - p.wall_s, time.process_time() - p.cpu_s
         while not self._done():
-            n_loops = self.schedule.n_loops(p.step, self.signals)
-            for look in self.schedule.drain_looks():
+            decision = self.schedule.step(p.step, self.signals)
+            n_loops = decision.n_loops
+            for look in decision.looks:
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
-            if self._initial is not None and self.schedule.switch_step == p.step:
-                self.optimizer.go_back(self._initial, self.schedule.keep)
+            if decision.switched:
+                p.switch_step = p.step
+                if self._initial is not None:
+                    self.optimizer.go_back(self._initial, decision.keep)
             if p.step == 0:
                 self._evaluate(n_loops)
             self._snapshots.take(p.step)
@@ -184,9 +192,6 @@ class Trainer:
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
-        if p.switch_step is None and p.was_single and n_loops > 1:
-            p.switch_step = p.step
-        p.was_single = p.was_single or n_loops == 1
         p.step += 1
         self._count(batch, loops)
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -311,7 +316,7 @@ class Trainer:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.restore(self.model, self.optimizer)
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = Progress.from_state(saved.state["progress"])
         self.schedule.load_state_dict(saved.state["schedule"])
         loss, grad_norm = (torch.tensor(x, device=self.device) for x in saved.state["signals"])
         self.signals = Signals(loss, grad_norm)

@@ -71,13 +71,14 @@ def train_on_rank(rank, folder, store):
     for name, config in CASES.items():
         trainer = Trainer(config, folder / name)
         trainer.task = Replaced(trainer.task, uneven)
-        asked, ask = [], trainer.schedule.n_loops
+        asked, ask = [], trainer.schedule.step
 
         def spy(step, signals, asked=asked, ask=ask):
-            asked.append(ask(step, signals))
-            return asked[-1]
+            decision = ask(step, signals)
+            asked.append(decision.n_loops)
+            return decision
 
-        trainer.schedule.n_loops = spy
+        trainer.schedule.step = spy
         trainer.fit()
         (folder / f"{name} {rank}.json").write_text(json.dumps(asked))
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ import pytest
 from tiny_runs import processes, rows, tiny
 
 from shift.config import OptimiserConfig, ScheduleConfig
-from shift.run.trainer import Trainer, TrainingInterrupted
+from shift.run.trainer import Progress, Trainer, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
 STEPS, SWITCH = 60, 24
@@ -231,3 +231,7 @@ def test_a_finished_run_goes_on_as_one_that_was_never_to_stop_there(tmp_path):
     assert loops == [1] * 5 + [3] * (
         len(loops) - 5
     )  # the schedule's shares are of the steps, not of all this
+
+
+def test_a_checkpoint_of_before_that_holds_more_is_still_read():
+    assert Progress.from_state({"step": 3, "was_single": True}).step == 3

@@ -5,9 +5,14 @@ import math
 
 import pytest
 import torch
+from tiny_runs import tiny
 
-from shift.schedules.climbing import KINDS, Ramp, make_schedule
-from shift.schedules.scp import Signals
+from shift.comparison.results import read_run, seed_facts
+from shift.config import ScheduleConfig
+from shift.run.trainer import Trainer
+from shift.schedules import SCHEDULES, Signals, make_schedule
+from shift.schedules.ramps import Ramp
+from shift.schedules.registry import switch_step
 from shift_kernels import ShiftInputError
 
 
@@ -16,8 +21,12 @@ def plateau_after(step, flat):
     return Signals(torch.tensor(loss), torch.tensor(1.0))
 
 
+def decisions(schedule, steps, start=0, flat=100):
+    return [schedule.step(s, plateau_after(s, flat) if s else None) for s in range(start, steps)]
+
+
 def loops(schedule, steps, start=0, flat=100):
-    return [schedule.n_loops(s, plateau_after(s, flat) if s else None) for s in range(start, steps)]
+    return [decision.n_loops for decision in decisions(schedule, steps, start, flat)]
 
 
 def make(kind, max_loops=4, total_steps=800, **options):
@@ -37,16 +46,13 @@ def test_fixed_switches_at_its_step(at, step):
 
 
 def test_shift_switches_once_when_the_criterion_fires():
-    schedule = make("shift")
-    got = loops(schedule, 800)
-    switch = got.index(4)
-    assert got == [1] * switch + [4] * (800 - switch)
-    assert schedule.switch_step == switch
-    looks = schedule.looks
-    assert schedule.drain_looks() == looks
+    got = decisions(make("shift"), 800)
+    switch = [decision.n_loops for decision in got].index(4)
+    assert [decision.n_loops for decision in got] == [1] * switch + [4] * (800 - switch)
+    assert [step for step, decision in enumerate(got) if decision.switched] == [switch]
+    looks = [look for decision in got for look in decision.looks]
     assert [look.step for look in looks if look.fired] == [switch]
     assert looks[-1].step == switch  # nothing is looked at afterwards
-    assert schedule.drain_looks() == []
 
 
 def test_shift_that_never_sees_a_plateau_stays_single():
@@ -58,11 +64,9 @@ def test_shift_that_never_sees_a_plateau_stays_single():
 def test_a_look_names_the_step_of_the_run_though_skipped_steps_do_not_count():
     schedule = make("shift")
     skipped = Signals(torch.tensor(math.nan), torch.tensor(1.0))
-    for step in range(101):
-        schedule.n_loops(
-            step, None if step == 0 else skipped if 50 < step <= 57 else plateau_after(step, 100)
-        )
-    assert [look.step for look in schedule.drain_looks()] == [40, 67, 87]
+    told = [skipped if 50 < step <= 57 else plateau_after(step, 100) for step in range(1, 101)]
+    got = [schedule.step(step, signals) for step, signals in enumerate([None, *told])]
+    assert [look.step for decision in got for look in decision.looks] == [40, 67, 87]
 
 
 def test_ladder_climbs_rung_by_rung_with_a_fresh_criterion():
@@ -127,7 +131,7 @@ def test_staged_ramp_doubles():
 def test_random_draws_depend_on_seed_and_step_alone(distribution):
     a, b = (make("random", seed=1, distribution=distribution) for _ in range(2))
     forward = loops(a, 300)
-    assert forward == [b.n_loops(s, None) for s in reversed(range(300))][::-1]
+    assert forward == [b.step(s, None).n_loops for s in reversed(range(300))][::-1]
     assert forward != loops(make("random", seed=2, distribution=distribution), 300)
     assert set(forward) == ({1, 4} if distribution == "two_point" else {1, 2, 3, 4})
 
@@ -148,7 +152,7 @@ def test_random_ramp_starts_with_one_loop():
     assert max(got[:120]) < 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("cut", [0, 1, 119, 120, 121, 333])
 def test_a_resumed_schedule_goes_on_exactly(kind, cut):
     undisturbed, first, second = make(kind), make(kind), make(kind)
@@ -159,7 +163,47 @@ def test_a_resumed_schedule_goes_on_exactly(kind, cut):
     assert second.switch_step == undisturbed.switch_step
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Options under which the criterion fires soon, and a schedule changes its loops more than once.
+SWITCHING = {
+    "shift": {"patience": 1},
+    "ladder": {"patience": 1, "rungs": [2, 3, 4]},
+    "climb": {"shares": [0.1, 0.2]},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_switch_step_is_the_last_change_of_the_loops_whoever_is_asked(kind):
+    schedule = make(kind, total_steps=400, **SWITCHING.get(kind, {}))
+    got = decisions(schedule, 400, flat=1)
+    n_loops = [decision.n_loops for decision in got]
+    changes = [step for step in range(1, 400) if n_loops[step] != n_loops[step - 1]]
+    if SCHEDULES[kind].decided_by == "chance":
+        changes = []
+    assert [step for step, decision in enumerate(got) if decision.switched] == changes
+    assert schedule.switch_step == switch_step(kind, n_loops) == (changes[-1] if changes else None)
+    assert bool(changes) == (SCHEDULES[kind].decided_by in ("time", "criterion"))
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_run_records_the_switch_step_that_its_schedule_names(kind, tmp_path):
+    # Looks every 2 steps, of which all are hits: the loops change within 24 steps wherever they can.
+    scp = {"interval": 2, "patience": 1, "delta_1": 1e3, "delta_2": 1e3}
+    options = scp if SCHEDULES[kind].decided_by == "criterion" else {}
+    trainer = Trainer(tiny(steps=24, eval_every=0, schedule=ScheduleConfig(kind, options)), tmp_path)
+    recorded = trainer.fit()["switch_step"]
+    run = read_run(tmp_path)
+    assert recorded == trainer.schedule.switch_step == seed_facts(run, 0, None)["switch_step"]
+    assert (recorded is None) == (SCHEDULES[kind].decided_by in ("nothing", "chance"))
+    assert bool(run.of_kind("look")) == (SCHEDULES[kind].decided_by == "criterion")
+    assert (trainer.schedule.scp is None) == (SCHEDULES[kind].decided_by != "criterion")
+
+
+def test_a_ladder_that_starts_with_two_loops_has_a_switch_step():
+    schedule = make("ladder", rungs=[2, 4])
+    assert loops(schedule, 800).index(4) == schedule.switch_step
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_one_loop_is_a_schedule_too(kind):
     assert set(loops(make(kind, max_loops=1), 50)) == {1}
 

@@ -160,7 +160,7 @@ def test_every_preset_describes_a_model_that_runs_on_its_task(name):
     task, schedule = build_task(config), build_schedule(config)
     model = build_model(config, task)
     batch = task.batch(2, 0)
-    assert schedule.n_loops(0, None) >= 1
+    assert schedule.step(0, None).n_loops >= 1
     assert model(batch.tokens, 1, context=batch.context).shape == (*batch.tokens.shape, task.n_classes)
     if batch.n_loops is not None:
         assert task.batch(256, 0).n_loops.max() <= config.model.n_loops

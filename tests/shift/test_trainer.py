@@ -114,13 +114,13 @@ def test_the_loss_is_the_mean_over_the_read_positions_only(tmp_path):
 
 def test_the_schedule_is_asked_once_a_step_and_told_the_step_before(tmp_path):
     trainer = Trainer(tiny(), tmp_path)
-    asked, ask = [], trainer.schedule.n_loops
+    asked, ask = [], trainer.schedule.step
 
     def spy(step, signals):
         asked.append((step, None if signals is None else (signals.loss.item(), signals.grad_norm.item())))
         return ask(step, signals)
 
-    object.__setattr__(trainer.schedule, "n_loops", spy)
+    trainer.schedule.step = spy
     trainer.fit()
     told = [(row["step"], (row["loss"], row["grad_norm"])) for row in rows(tmp_path, "train")]
     assert asked == [(0, None), *told[:-1]]

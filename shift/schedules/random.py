@@ -1,0 +1,69 @@
+"""Loops drawn anew at every step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from shift.schedules.base import Decision, Declaration, Family, LoopSchedule, check
+from shift.schedules.scp import Signals, is_int, is_number
+
+
+class Random(LoopSchedule):
+    """A draw a step that depends on (seed, step) alone, so that any step can be repeated.
+
+    Args:
+        max_loops, total_steps: see :class:`LoopSchedule`.
+        seed: of the draws.
+        distribution: ``uniform`` over 1 .. T; or ``poisson_lognormal``, 1 + Poisson(rate) with a log-normal
+            rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models); or
+            ``two_point``, 1 or T.
+        mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
+        ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
+    """
+
+    def __init__(
+        self,
+        max_loops: int,
+        total_steps: int,
+        seed: int = 0,
+        distribution: str = "uniform",
+        mean: float | None = None,
+        ramp: float = 0.0,
+    ) -> None:
+        super().__init__(max_loops, total_steps)
+        check(is_int(seed) and seed >= 0, "seed", seed, "an int >= 0")
+        known = ("uniform", "poisson_lognormal", "two_point")
+        check(distribution in known, "distribution", distribution, " or ".join(map(repr, known)))
+        mean = (1 + max_loops) / 2 if mean is None else mean
+        check(is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
+        check(is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
+        self.seed, self.distribution = seed, distribution
+        self.mean, self.ramp_steps = mean, ramp * total_steps
+
+    def step(self, step: int, signals: Signals | None) -> Decision:
+        return Decision(self._draw(step))
+
+    def _draw(self, step: int) -> int:
+        reached = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
+        cap = 1 + round(reached * (self.max_loops - 1))
+        draw = np.random.default_rng([self.seed, step])
+        if self.distribution == "uniform":
+            return int(draw.integers(1, cap + 1))
+        if self.distribution == "two_point":
+            share = (self.mean - 1) / (self.max_loops - 1) if self.max_loops > 1 else 0.0
+            return cap if draw.random() < share else 1
+        spread = 0.5
+        mean_rate = reached * (self.mean - 1)
+        rate = mean_rate * math.exp(spread * draw.standard_normal() - spread**2 / 2)
+        return min(1 + int(draw.poisson(rate)), cap)
+
+
+RANDOM = Declaration(
+    "random",
+    Random,
+    decided_by="chance",
+    baseline=True,
+    families=(Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),),
+)

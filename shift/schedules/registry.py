@@ -1,0 +1,60 @@
+"""All schedules: who adds one declares it in its own file and lists it here.
+
+Arms, results, fairness, reports, pictures, the savings benchmark and the tests go by this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shift.schedules.base import LoopSchedule, check
+from shift.schedules.climbing import CLIMB, LADDER, SHIFT
+from shift.schedules.fixed import CONSTANT, FIXED
+from shift.schedules.ramps import LINEAR, SQRT, STAGED
+from shift.schedules.random import RANDOM
+from shift_kernels.errors import input_error
+
+# In the order in which reports list them.
+SCHEDULES = {
+    declared.kind: declared
+    for declared in (CONSTANT, SHIFT, LINEAR, SQRT, STAGED, LADDER, CLIMB, FIXED, RANDOM)
+}
+"""Kind -> declaration."""
+
+
+def make_schedule(
+    kind: str, *, max_loops: int, total_steps: int, seed: int = 0, **options: Any
+) -> LoopSchedule:
+    """The schedule of that kind; ``options`` are those of its class.
+
+    Args:
+        kind: a key of :data:`SCHEDULES`.
+        max_loops: T.
+        total_steps: length of the run.
+        seed: of schedules that draw.
+
+    Raises:
+        ShiftInputError: an unknown kind or option, or a value outside what is allowed.
+    """
+    check(kind in SCHEDULES, "kind", kind, "one of " + ", ".join(map(repr, SCHEDULES)))
+    declared = SCHEDULES[kind]
+    given = {**declared.preset, **({"seed": seed} if declared.decided_by == "chance" else {})}
+    try:
+        return declared.schedule(max_loops, total_steps, **given, **options)
+    except TypeError as error:
+        raise input_error(
+            "make_schedule", "options", options, f"the options of {kind!r} ({error})", "Check their names."
+        ) from None
+
+
+def switch_step(kind: str, n_loops: Sequence[int]) -> int | None:
+    """The switch step, as :mod:`shift.schedules.base` defines it, of a run that is on record.
+
+    Args:
+        kind: of its schedule.
+        n_loops: of its steps 0, 1, 2, ...
+    """
+    if SCHEDULES[kind].decided_by == "chance":
+        return None
+    return max((step for step in range(1, len(n_loops)) if n_loops[step] != n_loops[step - 1]), default=None)
