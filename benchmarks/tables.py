@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.savings.families import arm_names, arm_of, label
-from benchmarks.savings.overall import hindsight, overall
+from benchmarks.savings.families import arm_of, label
 from benchmarks.savings.paired import best_fixed_switch
-from benchmarks.savings.report import SUMMED, ratio_table, summary_table
+from benchmarks.savings.report import ratio_table, sentences, summary_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
-from shift.report.document import Block, Items, Table, block_markdown
+from shift.report.document import Block, Table, block_markdown
 from shift.report.words import flops, percent
 from shift_kernels.bench.cases import LIBRARY
 from shift_kernels.bench.timing import speedup
@@ -76,8 +75,7 @@ def savings_arms() -> str:
 
 def savings_sentences() -> str:
     """A sentence an arm."""
-    r = read("savings/full/results")
-    return _markdown(Items([*(overall(r, n) for n in SUMMED if n in arm_names(r)), hindsight(r)]))
+    return _markdown(sentences(read("savings/full/results")))
 
 
 COLUMNS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]

@@ -68,12 +68,7 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         ),
         Heading("Compute to the target, times Looped's"),
         summary_table(results),
-        Items(
-            [
-                *(overall(results, name) for name in [*ours(results), AGAIN] if name in arm_names(results)),
-                hindsight(results),
-            ]
-        ),
+        sentences(results),
         Items(
             [
                 "Mean of the seeds on which both got there (95% bootstrap interval from 5 seeds on); in "
@@ -111,6 +106,12 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         Heading("Fairness"),
         fairness_table(results),
     ]  # fmt: skip
+
+
+def sentences(results: Results) -> Items:
+    """The sum over all tasks of our arms, of chance, and of hindsight."""
+    names = [*ours(results), *(name for name in arm_names(results) if name == AGAIN)]
+    return Items([*(overall(results, name) for name in names), hindsight(results)])
 
 
 def summary_table(results: Results) -> Table:
