@@ -1,5 +1,6 @@
 # make demo     install, then the main job: train Single, Looped and SHIFT, write runs/demo/report.html
 # make test     install, then the tests
+# make fuzz     install, then thousands of random blocks against plain PyTorch
 # make check    install, then lint, types and tests
 # make bench    install, then our kernels beside PyTorch's on this machine
 # make install  only .venv, with what the demo needs
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 # The package is built against the torch that is in .venv, so its build must see it.
 HERE   := --no-build-isolation -e
 
-.PHONY: install demo test lint types check bench sanitize clean
+.PHONY: install demo test fuzz lint types check bench sanitize clean
 install: $(VENV)/train.stamp
 
 demo: install
@@ -20,6 +21,10 @@ demo: install
 # One process a core, each with one thread; whoever is done takes over from the others.
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# 5,000 random blocks, called in every way, against float64: some minutes; other ones each time.
+fuzz: $(VENV)/dev.stamp
+	SHIFT_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_fuzz.py -n auto --maxprocesses 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

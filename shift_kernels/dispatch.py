@@ -76,8 +76,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
             or ``auto`` would fall back while ``SHIFT_KERNELS_STRICT=1``.
     """
     names = [b.NAME for b in BACKENDS]
-    if backend != "auto":
-        check_choice("shift_kernels.looped_block", "backend", backend, ["auto", *names])
+    check_choice("shift_kernels.looped_block", "backend", backend, ["auto", *names])
     refused: list[tuple[str, str]] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.NAME):

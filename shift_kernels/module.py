@@ -223,7 +223,7 @@ class LoopedBlock(nn.Module):
                 "dropout=0",
                 "Call layer.eval() first.",
             )
-        spec = BlockSpec(
+        of_layer: dict[str, Any] = dict(
             d_model=layer.linear1.in_features,
             n_heads=layer.self_attn.num_heads,
             d_ff=layer.linear1.out_features,
@@ -233,8 +233,12 @@ class LoopedBlock(nn.Module):
             norm_eps=layer.norm1.eps,
             bias=layer.linear1.bias is not None,
             causal=causal,
-            **options,
         )
+        if twice := of_layer.keys() & options.keys():
+            raise input_error(
+                me, "options", sorted(twice), "fields that the layer does not decide", "Leave them out."
+            )  # fmt: skip
+        spec = BlockSpec(**of_layer, **options)
         own = {f"layers.0.{name}": tuple(w.shape) for name, w in layer.state_dict().items()}
         if {name: shape for name, shape in spec.weight_shapes().items() if "loop_norm" not in name} != own:
             raise input_error(

@@ -159,6 +159,7 @@ CASES = [
     ("halting beyond a float", call(halt_threshold=10**400), "halt_threshold", False),
     ("halting a bool", call(halt_threshold=True), "halt_threshold", True),
     ("backend None", call(backend=None), "backend", True),
+    ("backends in an array", call(backend=np.array(["cpu", "torch"])), "backend", True),
     ("backends in a list", call(backend=["cpu"]), "backend", True),
     ("halting at zero", call(halt_threshold=0.0), "halt_threshold", False),
     ("halting at NaN", call(halt_threshold=float("nan")), "halt_threshold", False),
@@ -239,6 +240,12 @@ CASES = [
     (
         "from_torch with layers that it would have to invent",
         lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0), causal=True, n_layers=2),
+        "options",
+        False,
+    ),
+    (
+        "from_torch with what the layer decides",
+        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0), causal=True, d_model=9),
         "options",
         False,
     ),
