@@ -74,13 +74,17 @@ def looped_block(
     h = torch.zeros_like(e) if spec.injection == "add" else e
     history = []
     for t in range(1, most + 1):
+        if per_sample or halt_threshold is not None:
+            active = running & (t <= loops)
         carries_grad = n_grad_loops is None or t > fewest - n_grad_loops
         with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
-            u = loop_body(h + e if spec.injection == "add" else h, w, spec, mask, rotary)
+            u = h + e if spec.injection == "add" else h
+            if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
+                u = _zero_where_not(_column(active), u)
+            u = loop_body(u, w, spec, mask, rotary)
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
         if per_sample or halt_threshold is not None:
-            active = running & (t <= loops)
             used += active
             if halt_threshold is not None:
                 running = active & ~(_rms(u - h, valid) < halt_threshold * _rms(h, valid))

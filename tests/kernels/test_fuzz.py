@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from any_problem import problems
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -108,8 +108,8 @@ class Case:
             e = e[:1].expand(e.shape)
         # Without norms larger weights make scores so large that the softmax magnifies rounding at random.
         std = 0.1 if self.spec.norm == "none" else 0.3
-        shapes = self.spec.weight_shapes().values()
-        weights = [std * torch.randn(shape) + (len(shape) == 1) for shape in shapes]
+        shapes = self.spec.weight_shapes().items()
+        weights = [std * torch.randn(shape) + ("norm" in name) for name, shape in shapes]
         self.values = [x.to(self.dtype).to(F64) for x in (e, *weights)]
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
@@ -123,8 +123,9 @@ class Case:
     def apply(self, leaves: list[Tensor], backend: str, exact: bool, **options: Any) -> Any:
         """What the call returns, of leaves in the case's layouts."""
         e, *weights = leaves
+        if len(e) and (not exact or self.layout == "expanded"):  # which sums gradients
+            e = LAYOUTS[self.layout](e)
         if not exact:
-            e = LAYOUTS[self.layout](e) if len(e) else e
             weights = [LAYOUTS[self.weights_layout](w) for w in weights]
             if self.weights_layout == "expanded":
                 weights = leaves[1:]
@@ -221,6 +222,7 @@ def check(case: Case, mode: str) -> None:
     torch.set_num_threads(case.threads)
     try:
         truth = run(case, mode, "torch", exact=True)
+        assume(all(not x.numel() or x.abs().max() < 1e4 for x in truth))  # float16 holds it, too
         plain, ours = run(case, mode, "torch"), run(case, mode, "auto")
     finally:
         torch.set_num_threads(before)
@@ -256,11 +258,10 @@ def check_halting(case: Case) -> None:
                 assert torch.equal(used, expected), (backend, threshold)
                 assert (used <= never).all()
                 truth, _ = case.apply(case.leaves(F64), "torch", True, halt_threshold=threshold)
-                torch.testing.assert_close(
-                    h.double(), truth, atol=2e-4 * float(truth.abs().max() + 1), rtol=0
-                )
+                torch.testing.assert_close(h.double(), truth, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("mode", MODES)
 def test_auto_means_the_same_as_plain_pytorch(mode):
     @settings(

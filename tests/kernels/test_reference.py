@@ -230,6 +230,19 @@ def test_each_sample_runs_its_own_loops(options):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
+def test_what_a_finished_sample_would_become_reaches_no_gradient():
+    block, e = make(norm="none", d_ff=0)
+    e = e.detach().clone()
+    e[1] = 1e200  # one more loop would overflow
+    e.requires_grad_()
+    loops = torch.tensor([2, 0, 3])
+    for grads in (
+        gradients(block, e, n_loops=loops)[1],
+        gradients(block, e, n_loops=loops, n_grad_loops=1)[1],
+    ):
+        assert all(g.isfinite().all() for g in grads)
+
+
 def test_zero_dimensional_loops_mean_all_samples():
     block, e = make()
     assert torch.equal(block(e, torch.tensor(3)), block(e, 3))
