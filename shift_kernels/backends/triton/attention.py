@@ -125,17 +125,19 @@ def _forward(
                 if CAUSAL:
                     seen = seen & (keys[None, :] <= rows[:, None])
                 s = tl.where(seen, s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))  # finite: every row sees key 0
-            p = tl.exp2(s - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            # A maximum may miss a NaN. Its own term, and so the total, does not.
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # all scores so far have overflowed
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
             v = _load(v_base, keys, vn, cols, vd, length, part == 1, HEAD_DIM)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
-    some = total > 0
-    total = tl.where(some, total, 1.0)
-    _store(O + b * ob + h * oh, acc / total[:, None], rows, on, cols, od, seq_len, length, HEAD_DIM)
-    lse = tl.where(some, top, 0.0) + tl.log2(total)
+    token = rows < length  # pads see nothing; a token that does has only scores of -inf, and gets NaN
+    o = acc / tl.where(token, total, 1.0)[:, None]
+    _store(O + b * ob + h * oh, o, rows, on, cols, od, seq_len, length, HEAD_DIM)
+    lse = tl.where(token, top, 0.0) + tl.log2(tl.where(token, total, 1.0))
     tl.store(L + bh * seq_len + rows, lse, mask=rows < seq_len)
 
 

@@ -18,11 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shift_kernels.backends.triton.activation import activate_backward
 from shift_kernels.backends.triton.resident_forward import (
     NORM1,
     NORM2,
     SLOTS,
     angles,
+    apart,
     attention,
     branch_sum,
     head,
@@ -35,7 +37,9 @@ from shift_kernels.backends.triton.resident_forward import (
     rotation,
     sublayer,
     tile_of,
+    visible,
     weight_tile,
+    without_ff_pads,
 )
 
 
@@ -91,20 +95,28 @@ def attention_backward(
     for j in range(S.n_kv_heads):
         at_k = (S.n_heads + j) * S.head_pad
         at_v = (S.n_heads + S.n_kv_heads + j) * S.head_pad
-        k = head(xn, W, B, at_k, S.rope, ROTARY, pos, seq_len, S)
-        v = head(xn, W, B, at_v, False, ROTARY, pos, seq_len, S)
+        k = head(xn, W, B, at_k, S.rope, ROTARY, seq, pos, seq_len, S)
+        v = head(xn, W, B, at_v, False, ROTARY, seq, pos, seq_len, S)
+        k, taint_kv = apart(k, tl.zeros([S.rows], tl.float32), S)
+        v, taint_kv = apart(v, taint_kv, S)
         dk = tl.zeros(k.shape, tl.float32)
         dv = tl.zeros(k.shape, tl.float32)
         for i in range(group):
             h = j * group + i
-            q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, pos, seq_len, S)
-            p = probabilities(q, k, seq, pos, S)
+            q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, seq, pos, seq_len, S)
+            q, taint = apart(q, taint_kv, S)
+            wo = weight_tile(W, (heads + h) * S.head_pad, S.head_pad, S)
+            do = tl.dot(dy, tl.trans(wo), input_precision=S.precision)
+            do = tl.where((seq >= 0)[:, None], do, 0.0).to(xn.dtype)
+            do, taint = apart(do, taint, S)
+            p = probabilities(q, k, taint, seq, pos, S)
             o = tl.dot(p.to(xn.dtype), v, input_precision=S.precision).to(xn.dtype)
             keep(O, row, inside, o, h * S.head_pad, S.head_pad, o_width)
-            wo = weight_tile(W, (heads + h) * S.head_pad, S.head_pad, S)
-            do = tl.dot(dy, tl.trans(wo), input_precision=S.precision).to(xn.dtype)
             dv = tl.dot(tl.trans(p.to(xn.dtype)), do, dv, input_precision=S.precision)
             dp = tl.dot(do, tl.trans(v), input_precision=S.precision)
+            if S.packed:
+                _, allowed = visible(seq, pos, S)
+                dp = tl.where(allowed, dp, 0.0)
             ds = p * (dp - tl.sum(dp * p, 1)[:, None]) * S.score_factor
             ds = ds.to(xn.dtype)
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=S.precision)
@@ -122,30 +134,6 @@ def attention_backward(
 
 
 @triton.jit
-def activate_backward(gate, up, dy, S: tl.constexpr):
-    """The MLP's nonlinearity, and the gradients of gate and up: three times [rows, ff_chunk] f32."""
-    dup = dy
-    if S.activation == "relu":
-        y = tl.maximum(gate, 0.0)
-        dgate = tl.where(gate > 0.0, dy, 0.0)
-    elif S.activation == "gelu":
-        share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        y = gate * share
-        dgate = dy * (share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate))
-    elif S.activation == "gelu_tanh":
-        share = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
-        y = gate * share
-        dgate = dy * (share + gate * share * (1.0 - share) * slope)
-    else:
-        share = tl.sigmoid(gate)
-        y = gate * share * up
-        dgate = dy * up * share * (1.0 + gate * (1.0 - share))
-        dup = dy * gate * share
-    return y, dgate, dup
-
-
-@triton.jit
 def mlp_backward(xn, dy, W, B, row, inside, DPRE, ACT, S: tl.constexpr):
     """Gradient [rows, d_pad] f32 of the MLP's input. xn, dy [rows, d_pad] in the operand dtype."""
     first: tl.constexpr = 2 * (S.n_heads + S.n_kv_heads) * S.head_pad
@@ -156,16 +144,19 @@ def mlp_backward(xn, dy, W, B, row, inside, DPRE, ACT, S: tl.constexpr):
         w2 = weight_tile(W, last + c, S.ff_chunk, S)
         da = tl.dot(dy, tl.trans(w2), input_precision=S.precision)
         gate = project(xn, W, B, first + c, S.ff_chunk, S)
-        up = gate
         if S.activation == "swiglu":
             up = project(xn, W, B, first + S.ff_pad + c, S.ff_chunk, S)
-        y, dgate, dup = activate_backward(gate, up, da, S)
+            y, dgate = activate_backward(gate, da * up, S.activation)
+            dup = da * y
+            y *= up
+        else:
+            y, dgate = activate_backward(gate, da, S.activation)
         keep(ACT, row, inside, y.to(xn.dtype), c, S.ff_chunk, S.ff_pad)
-        dgate = dgate.to(xn.dtype)
+        dgate = without_ff_pads(dgate, c, S).to(xn.dtype)
         keep(DPRE, row, inside, dgate, c, S.ff_chunk, width)
         dn = tl.dot(dgate, weight_tile(W, first + c, S.ff_chunk, S), dn, input_precision=S.precision)
         if S.activation == "swiglu":
-            dup = dup.to(xn.dtype)
+            dup = without_ff_pads(dup, c, S).to(xn.dtype)
             keep(DPRE, row, inside, dup, S.ff_pad + c, S.ff_chunk, width)
             w_up = weight_tile(W, first + S.ff_pad + c, S.ff_chunk, S)
             dn = tl.dot(dup, w_up, dn, input_precision=S.precision)

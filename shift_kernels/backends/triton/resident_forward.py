@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shift_kernels.backends.triton.activation import activate
+
 # Slots of V, in rows of d_pad. A norm's bias is one behind its weight. loop_norm: NORM1 of "layer" n_layers.
 OUT_BIAS = tl.constexpr(0)
 MLP_BIAS = tl.constexpr(1)
@@ -85,31 +87,63 @@ def angles(ROTARY, pos, seq_len, S: tl.constexpr):
 
 
 @triton.jit
-def head(xn, W, B, row, rotate: tl.constexpr, ROTARY, pos, seq_len, S: tl.constexpr):
-    """One head's queries, keys or values [rows, head_pad] in the operand dtype, rotated if asked."""
+def head(xn, W, B, row, rotate: tl.constexpr, ROTARY, seq, pos, seq_len, S: tl.constexpr):
+    """One head's queries, keys or values [rows, head_pad] in the operand dtype, rotated if asked.
+
+    Rows that are no tokens are 0: with an infinite weight they would be NaN, and so would all that they meet.
+    """
     y = project(xn, W, B, row, S.head_pad, S)
     if rotate:
         cos, sin = angles(ROTARY, pos, seq_len, S)
         turned = tl.dot(y.to(xn.dtype), rotation(xn.dtype, S), input_precision=S.precision)
         y = y * cos + turned * sin
-    return y.to(xn.dtype)
+    return tl.where((seq >= 0)[:, None], y, 0.0).to(xn.dtype)
 
 
 @triton.jit
-def probabilities(q, k, seq, pos, S: tl.constexpr):
-    """softmax(q k^T / sqrt(head_dim)) in a row's own sequence: [rows, rows] f32; a row seeing nothing is 0.
+def apart(x, taint, S: tl.constexpr):
+    """An operand that is summed over rows, fit for a tile of several sequences: a weight of 0 times infinity is
+    NaN, which must not reach a neighbour. Returns x with 0 for what is not finite, and taint [rows] f32 plus
+    NaN where there was any (see :func:`probabilities`).
+    """
+    if S.packed:
+        wide = x.to(tl.float32)
+        taint += tl.sum(wide * 0.0, 1)
+        x = tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(x.dtype)
+    return x, taint
+
+
+@triton.jit
+def visible(seq, pos, S: tl.constexpr):
+    """Which rows are of one sequence, and which row (first) sees which (second): [rows, rows] each.
 
     seq [rows]: the sequence a row belongs to, -1 for pads. pos [rows]: position inside it.
     """
-    allowed = (seq[:, None] == seq[None, :]) & (seq[None, :] >= 0)
+    same = (seq[:, None] == seq[None, :]) & (seq[None, :] >= 0)
+    allowed = same
     if S.causal:
-        allowed = allowed & (pos[:, None] >= pos[None, :])
+        allowed = same & (pos[:, None] >= pos[None, :])
+    return same, allowed
+
+
+@triton.jit
+def probabilities(q, k, taint, seq, pos, S: tl.constexpr):
+    """softmax(q k^T / sqrt(head_dim)) in a row's own sequence: [rows, rows] f32; a row seeing nothing is 0.
+
+    All rows of a sequence of which a row is tainted are NaN. So is a row of which all scores are -inf.
+    """
+    same, allowed = visible(seq, pos, S)
     s = tl.dot(q, tl.trans(k), input_precision=S.precision) * S.score_scale
     s = tl.where(allowed, s, float("-inf"))
-    top = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    total = tl.sum(p, 1)
-    return p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    # A maximum may miss a NaN. Its own term, and so the total, does not.
+    p = tl.exp2(s - tl.where(seq >= 0, tl.max(s, 1), 0.0)[:, None])
+    if S.packed:
+        p += tl.where(same, taint[None, :], 0.0)
+    total = tl.where(seq >= 0, tl.sum(p, 1), 1.0)
+    p *= (1.0 / total)[:, None]
+    if S.packed:
+        p = tl.where(allowed, p, 0.0)
+    return p
 
 
 @triton.jit
@@ -118,12 +152,13 @@ def attention(xn, acc, W, B, V, ROTARY, seq, pos, seq_len, S: tl.constexpr):
     acc += tl.load(V + OUT_BIAS * S.d_pad + tl.arange(0, S.d_pad))[None, :]
     group: tl.constexpr = S.n_heads // S.n_kv_heads
     for j in range(S.n_kv_heads):
-        k = head(xn, W, B, (S.n_heads + j) * S.head_pad, S.rope, ROTARY, pos, seq_len, S)
-        v = head(xn, W, B, (S.n_heads + S.n_kv_heads + j) * S.head_pad, False, ROTARY, pos, seq_len, S)
+        k = head(xn, W, B, (S.n_heads + j) * S.head_pad, S.rope, ROTARY, seq, pos, seq_len, S)
+        v = head(xn, W, B, (S.n_heads + S.n_kv_heads + j) * S.head_pad, False, ROTARY, seq, pos, seq_len, S)
+        v, taint = apart(v, tl.zeros([S.rows], tl.float32), S)
         for i in range(group):
             h = j * group + i
-            q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, pos, seq_len, S)
-            p = probabilities(q, k, seq, pos, S)
+            q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, seq, pos, seq_len, S)
+            p = probabilities(q, k, taint, seq, pos, S)
             o = tl.dot(p.to(xn.dtype), v, input_precision=S.precision).to(xn.dtype)
             wo = weight_tile(W, (S.n_heads + 2 * S.n_kv_heads + h) * S.head_pad, S.head_pad, S)
             acc = tl.dot(o, wo, acc, input_precision=S.precision)
@@ -131,17 +166,10 @@ def attention(xn, acc, W, B, V, ROTARY, seq, pos, seq_len, S: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, S: tl.constexpr):
-    """The MLP's nonlinearity [rows, ff_chunk] f32; up is read by swiglu alone."""
-    if S.activation == "relu":
-        y = tl.maximum(gate, 0.0)
-    elif S.activation == "gelu":
-        y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif S.activation == "gelu_tanh":
-        # tanh(z) = 2 sigmoid(2 z) - 1, hence 0.5 x (1 + tanh(z)) = x sigmoid(2 z).
-        y = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        y = gate * tl.sigmoid(gate) * up
+def without_ff_pads(y, c, S: tl.constexpr):
+    """Hidden columns c .. c + ff_chunk, 0 where there is no such column: infinity times a 0 of W1 is NaN."""
+    if S.ff_pad != S.d_ff:
+        y = tl.where((c + tl.arange(0, S.ff_chunk) < S.d_ff)[None, :], y, 0.0)
     return y
 
 
@@ -152,11 +180,10 @@ def mlp(xn, acc, W, B, V, S: tl.constexpr):
     last: tl.constexpr = S.weight_rows - S.ff_pad
     acc += tl.load(V + MLP_BIAS * S.d_pad + tl.arange(0, S.d_pad))[None, :]
     for c in range(0, S.ff_pad, S.ff_chunk):
-        gate = project(xn, W, B, first + c, S.ff_chunk, S)
-        up = gate
+        y = activate(project(xn, W, B, first + c, S.ff_chunk, S), S.activation)
         if S.activation == "swiglu":
-            up = project(xn, W, B, first + S.ff_pad + c, S.ff_chunk, S)
-        y = activate(gate, up, S).to(xn.dtype)
+            y *= project(xn, W, B, first + S.ff_pad + c, S.ff_chunk, S)
+        y = without_ff_pads(y, c, S).to(xn.dtype)
         acc = tl.dot(y, weight_tile(W, last + c, S.ff_chunk, S), acc, input_precision=S.precision)
     return acc
 

@@ -34,7 +34,7 @@ class Tile:
 
     Args:
         rows: tokens a program owns, a power of two.
-        packed: as many whole sequences as fit share those rows, one behind the other; else one does.
+        packed: several whole sequences share those rows, one behind the other; else one has them.
         d_model, d_pad, head_dim, head_pad, n_heads, n_kv_heads, n_layers: sizes of the block.
         d_ff: hidden width, 0 without an MLP; ff_pad, ff_chunk: padded width and columns of it at a time.
         warps, stages: warps a program, stages of Triton's pipeline.
@@ -138,7 +138,7 @@ def tile(
     ff_pad = -(-spec.d_ff // chunk) * chunk
     return Tile(
         rows=rows,
-        packed=pack,
+        packed=2 * seq_len <= rows and pack,
         d_model=spec.d_model,
         d_pad=d_pad,
         n_heads=spec.n_heads,

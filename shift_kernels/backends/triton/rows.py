@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shift_kernels.backends.triton.activation import activate, activate_backward
+
 PROGRAMS = 512  # partial sums kept for norm gradients: enough to fill a GPU, few enough to add up quickly
 _BLOCK = 4096  # numbers a program of a row kernel holds at once
 
@@ -147,29 +149,6 @@ def norm_backward(
 
 
 @triton.jit
-def _tanh(x):
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
-
-
-@triton.jit
-def _act(x, KIND: tl.constexpr):
-    """The activation and its derivative, fp32. swiglu's gate is silu."""
-    if KIND == "relu":
-        y, slope = tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
-    elif KIND == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        y, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    elif KIND == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-        y, slope = 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
-    else:
-        s = 1.0 / (1.0 + tl.exp(-x))
-        y, slope = x * s, s * (1.0 + x * (1.0 - s))
-    return y, slope
-
-
-@triton.jit
 def _activation(A, BIAS, G, DG, DA, total, F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
@@ -178,21 +157,21 @@ def _activation(A, BIAS, G, DG, DA, total, F: tl.constexpr, KIND: tl.constexpr, 
     a = tl.load(A + row * WIDTH + col, mask=mask, other=0.0).to(tl.float32)
     if BIAS is not None:
         a += tl.load(BIAS + col, mask=mask, other=0.0).to(tl.float32)
-    g, slope = _act(a, KIND)
     if KIND == "swiglu":
         up = tl.load(A + row * WIDTH + F + col, mask=mask, other=0.0).to(tl.float32)
         if BIAS is not None:
             up += tl.load(BIAS + F + col, mask=mask, other=0.0).to(tl.float32)
-    if DG is not None:
-        dg = tl.load(DG + i, mask=mask, other=0.0).to(tl.float32)
-        if KIND == "swiglu":
-            tl.store(DA + row * WIDTH + F + col, (dg * g).to(DA.dtype.element_ty), mask=mask)
-            dg *= up
-        tl.store(DA + row * WIDTH + col, (dg * slope).to(DA.dtype.element_ty), mask=mask)
-    if G is not None:
+    if DG is None:
+        g = activate(a, KIND)
         if KIND == "swiglu":
             g *= up
         tl.store(G + i, g.to(G.dtype.element_ty), mask=mask)
+    else:
+        dg = tl.load(DG + i, mask=mask, other=0.0).to(tl.float32)
+        g, da = activate_backward(a, dg * up if KIND == "swiglu" else dg, KIND)
+        tl.store(DA + row * WIDTH + col, da.to(DA.dtype.element_ty), mask=mask)
+        if KIND == "swiglu":
+            tl.store(DA + row * WIDTH + F + col, (dg * g).to(DA.dtype.element_ty), mask=mask)
 
 
 def activation(a: Tensor, bias: Tensor | None, kind: str, g: Tensor) -> None:
