@@ -173,7 +173,7 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
                 const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
                 float& x = s[i / 2][2 * h + i % 2];
                 x = low[h] <= at && at < smaller(high[h], key + keys.rows) ? x * scale : -INFINITY;
-                most = fmaxf(most, x);
+                most = fmaxf(most, x);  // may miss a NaN; its own term, and so the total, does not
             }
             most = max_over_lanes<4>(most);
             const float base = most == -INFINITY ? 0.0f : most;
@@ -203,7 +203,9 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         total[h] = sum_over_lanes<4>(total[h]);
-        const float share = total[h] > 0.0f ? 1.0f / total[h] : 0.0f;  // a pad sees nothing, and gets 0
+        // A pad sees nothing, and gets 0. Who sees keys, but all with scores of -inf, gets NaN, as from a softmax.
+        const bool sees = low[h] < high[h];
+        const float share = sees ? 1.0f / total[h] : 0.0f;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
             if (16 * b < of.head_dim && p.exists(r[h])) {
@@ -212,7 +214,7 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
                 out(r[h], 16 * b + lane() % 4 * 2, make_float2(x[2 * h] * share, x[2 * h + 1] * share),
                     make_float2(y[2 * h] * share, y[2 * h + 1] * share));
             }
-        rest(r[h], total[h] > 0.0f ? top[h] + log2f(total[h]) : INFINITY);
+        rest(r[h], sees ? top[h] + log2f(total[h]) : INFINITY);
     }
 }
 

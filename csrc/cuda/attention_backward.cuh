@@ -125,7 +125,7 @@ __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& o
                 float& x = s[i / 4][i % 4];
                 const bool seen = low[h] <= at && at < smaller(high[h], key + keys.rows);
                 const float share = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) : 0.0f;
-                x = share * (dp[i / 4][i % 4] - o_do[h]) * factor;
+                x = seen ? share * (dp[i / 4][i % 4] - o_do[h]) * factor : 0.0f;
             }
             accumulate<T>(dq, s, keys.k + first, keys.ld, hd - first, keys.rows);
         });

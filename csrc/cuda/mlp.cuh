@@ -3,29 +3,10 @@
 //     act = f(xn W1_c^T + b)       to work; with swiglu a gate and its value meet in one thread's registers
 //     tile += scale (act W2_c^T + b)
 #pragma once
+#include "activation.cuh"
 #include "matmul.cuh"
 
 namespace shift_cuda {
-
-// y = f(x), with swiglu f(x) times the value; slope is f'(x).
-__device__ inline float activate(int64_t activation, float x, float& slope) {
-    if (activation == RELU) {
-        slope = x > 0.0f ? 1.0f : 0.0f;
-        return x > 0.0f ? x : 0.0f;
-    }
-    if (activation == GELU) {
-        const float share = 0.5f * (1.0f + erff(x * 0.7071067811865476f));
-        slope = share + x * 0.3989422804014327f * exp2_approx(-0.5f * LOG2_E * x * x);
-        return x * share;
-    }
-    // x sigmoid(z): tanh(z) = 2 sigmoid(2 z) - 1, so that gelu_tanh is x sigmoid(2 z).
-    const bool swiglu = activation == SWIGLU;
-    const float z = swiglu ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-    const float dz = swiglu ? 1.0f : 1.5957691216057308f * (1.0f + 0.134145f * x * x);
-    const float share = 1.0f / (1.0f + exp2_approx(-LOG2_E * z));
-    slope = share + x * share * (1.0f - share) * dz;
-    return x * share;
-}
 
 // W1_c for the hidden columns from `first` on, for the product before it.
 template <class T>
@@ -58,13 +39,12 @@ __device__ __forceinline__ void mlp(const Program<T>& p, Rows<T> xn, const Weigh
         const int n = smaller(chunk, ff - first);
         const Ahead<T> down = {w.down() + first, ff, p.d(), n};
         const auto to_work = [&](int r, int j, float2 x, float2 y) {
-            float slope;
-            float2 a = make_float2(activate(f, x.x, slope), activate(f, x.y, slope));
+            const float2 a = make_float2(activate(f, x.x), activate(f, x.y));
             if (f == SWIGLU) {
                 store(p.work() + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * y.x, a.y * y.y));
             } else {
                 store(p.work() + r * ld + j, pack<T>(a.x, a.y));
-                store(p.work() + r * ld + j + 8, pack<T>(activate(f, y.x, slope), activate(f, y.y, slope)));
+                store(p.work() + r * ld + j + 8, pack<T>(activate(f, y.x), activate(f, y.y)));
             }
         };
         project_up(p, xn, w, first, n, to_work, xn.streamed ? Ahead<T>{} : down);

@@ -28,15 +28,16 @@ __device__ __forceinline__ void mlp_backward(const Program<T>& p, Rows<T> xn, Ro
             if (r < p.inside) store(to.at + int64_t(r) * to.ld + column, pair);
         };
         project_up(p, xn, w, first, n, [&](int r, int j, float2 x, float2 y) {
-            float2 slope;
-            const auto activated = [&](float2 v) {
-                return make_float2(activate(f, v.x, slope.x), activate(f, v.y, slope.y));
+            const auto activated = [&](float2 v, float2& dy) {
+                return make_float2(activate_backward(f, v.x, dy.x), activate_backward(f, v.y, dy.y));
             };
             T* to = local.at + r * local.ld + j;
             if (swiglu) {
                 const int column = j / 16 * 8 + j % 8;
-                const float2 da = unpack<T>(load<uint32_t>(p.work() + r * ld + column)), a = activated(x);
-                const uint32_t gate = pack<T>(da.x * y.x * slope.x, da.y * y.y * slope.y);
+                const float2 da = unpack<T>(load<uint32_t>(p.work() + r * ld + column));
+                float2 d_gate = make_float2(da.x * y.x, da.y * y.y);
+                const float2 a = activated(x, d_gate);
+                const uint32_t gate = pack<T>(d_gate.x, d_gate.y);
                 const uint32_t value = pack<T>(da.x * a.x, da.y * a.y);
                 store(to, gate);
                 store(to + 8, value);
@@ -46,8 +47,9 @@ __device__ __forceinline__ void mlp_backward(const Program<T>& p, Rows<T> xn, Ro
             } else {
 #pragma unroll
                 for (int side = 0; side < 2; side++) {
-                    const float2 da = unpack<T>(load<uint32_t>(to + 8 * side)), a = activated(side ? y : x);
-                    const uint32_t pre = pack<T>(da.x * slope.x, da.y * slope.y);
+                    float2 da = unpack<T>(load<uint32_t>(to + 8 * side));
+                    const float2 a = activated(side ? y : x, da);
+                    const uint32_t pre = pack<T>(da.x, da.y);
                     store(to + 8 * side, pre);
                     keep(act, r, first + j + 8 * side, pack<T>(a.x, a.y));
                     keep(dpre, r, first + j + 8 * side, pre);

@@ -60,6 +60,21 @@ def test_every_kind_of_call_compiles_without_large_spills(calls):
         assert row["spill_stores"] <= 64, row
 
 
+def test_relu_keeps_a_nan_on_the_hardware():
+    ptx = run("""
+import json, torch
+from benchmarks.offline.compiling import launches
+from shift_kernels.backends.triton import rows
+
+with launches(90) as found:
+    x = torch.zeros(4, 8)
+    rows.activation(x, None, "relu", torch.empty_like(x))
+print(json.dumps(found[0].asm["ptx"]))
+""")
+    assert "max.NaN.f32" in ptx
+    assert "max.f32" not in ptx  # which returns the operand that is a number
+
+
 def test_another_number_of_loops_compiles_nothing():
     compiled = run("""
 import json, torch

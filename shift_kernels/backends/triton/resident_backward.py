@@ -97,7 +97,7 @@ def attention_backward(
         at_v = (S.n_heads + S.n_kv_heads + j) * S.head_pad
         k = head(xn, W, B, at_k, S.rope, ROTARY, seq, pos, seq_len, S)
         v = head(xn, W, B, at_v, False, ROTARY, seq, pos, seq_len, S)
-        k, taint_kv = apart(k, tl.zeros([S.rows], tl.float32), S)
+        k, taint_kv = apart(k, tl.zeros(seq.shape, tl.float32), S)
         v, taint_kv = apart(v, taint_kv, S)
         dk = tl.zeros(k.shape, tl.float32)
         dv = tl.zeros(k.shape, tl.float32)
@@ -118,6 +118,8 @@ def attention_backward(
                 _, allowed = visible(seq, pos, S)
                 dp = tl.where(allowed, dp, 0.0)
             ds = p * (dp - tl.sum(dp * p, 1)[:, None]) * S.score_factor
+            if S.packed:
+                ds = tl.where(allowed, ds, 0.0)
             ds = ds.to(xn.dtype)
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=S.precision)
             dq = tl.dot(ds, k, input_precision=S.precision)
@@ -139,6 +141,7 @@ def mlp_backward(xn, dy, W, B, row, inside, DPRE, ACT, S: tl.constexpr):
     first: tl.constexpr = 2 * (S.n_heads + S.n_kv_heads) * S.head_pad
     last: tl.constexpr = S.weight_rows - S.ff_pad
     width: tl.constexpr = last - first
+    kind: tl.constexpr = S.activation
     dn = tl.zeros(xn.shape, tl.float32)
     for c in range(0, S.ff_pad, S.ff_chunk):
         w2 = weight_tile(W, last + c, S.ff_chunk, S)
@@ -146,11 +149,11 @@ def mlp_backward(xn, dy, W, B, row, inside, DPRE, ACT, S: tl.constexpr):
         gate = project(xn, W, B, first + c, S.ff_chunk, S)
         if S.activation == "swiglu":
             up = project(xn, W, B, first + S.ff_pad + c, S.ff_chunk, S)
-            y, dgate = activate_backward(gate, da * up, S.activation)
+            y, dgate = activate_backward(gate, da * up, kind)
             dup = da * y
             y *= up
         else:
-            y, dgate = activate_backward(gate, da, S.activation)
+            y, dgate = activate_backward(gate, da, kind)
         keep(ACT, row, inside, y.to(xn.dtype), c, S.ff_chunk, S.ff_pad)
         dgate = without_ff_pads(dgate, c, S).to(xn.dtype)
         keep(DPRE, row, inside, dgate, c, S.ff_chunk, width)

@@ -102,7 +102,7 @@ def head(xn, W, B, row, rotate: tl.constexpr, ROTARY, seq, pos, seq_len, S: tl.c
 
 @triton.jit
 def apart(x, taint, S: tl.constexpr):
-    """An operand that is summed over rows, fit for a tile of several sequences: a weight of 0 times infinity is
+    """An operand that is summed over rows, fit for a tile of several sequences: 0 times infinity is
     NaN, which must not reach a neighbour. Returns x with 0 for what is not finite, and taint [rows] f32 plus
     NaN where there was any (see :func:`probabilities`).
     """
@@ -154,7 +154,7 @@ def attention(xn, acc, W, B, V, ROTARY, seq, pos, seq_len, S: tl.constexpr):
     for j in range(S.n_kv_heads):
         k = head(xn, W, B, (S.n_heads + j) * S.head_pad, S.rope, ROTARY, seq, pos, seq_len, S)
         v = head(xn, W, B, (S.n_heads + S.n_kv_heads + j) * S.head_pad, False, ROTARY, seq, pos, seq_len, S)
-        v, taint = apart(v, tl.zeros([S.rows], tl.float32), S)
+        v, taint = apart(v, tl.zeros(seq.shape, tl.float32), S)
         for i in range(group):
             h = j * group + i
             q = head(xn, W, B, h * S.head_pad, S.rope, ROTARY, seq, pos, seq_len, S)
@@ -178,9 +178,10 @@ def mlp(xn, acc, W, B, V, S: tl.constexpr):
     """acc + linear2(act(linear1(xn))), ff_chunk hidden columns at a time."""
     first: tl.constexpr = 2 * (S.n_heads + S.n_kv_heads) * S.head_pad
     last: tl.constexpr = S.weight_rows - S.ff_pad
+    kind: tl.constexpr = S.activation
     acc += tl.load(V + MLP_BIAS * S.d_pad + tl.arange(0, S.d_pad))[None, :]
     for c in range(0, S.ff_pad, S.ff_chunk):
-        y = activate(project(xn, W, B, first + c, S.ff_chunk, S), S.activation)
+        y = activate(project(xn, W, B, first + c, S.ff_chunk, S), kind)
         if S.activation == "swiglu":
             y *= project(xn, W, B, first + S.ff_pad + c, S.ff_chunk, S)
         y = without_ff_pads(y, c, S).to(xn.dtype)
