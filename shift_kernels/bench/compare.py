@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,6 +23,8 @@ ALLOWED = 2.0
 """Times the error of eager PyTorch in the same dtype."""
 ROUNDING = 2e-6
 """Of the largest value: what may differ beyond that where eager happens to be exact."""
+BUSY = 0.5
+"""Processes a core beyond which other people's work shows in the times."""
 ROUNDS = {"cpu": 9, "cuda": 50}
 
 
@@ -100,6 +103,11 @@ def in_a_line(error: Exception) -> str:
     return lines[0][:200]
 
 
+def _load() -> float:
+    """Running processes a core over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+
+
 HEADER = ("case", "ours, ms", "eager, ms", "torch.compile, ms", "speed-up", "matched")
 
 
@@ -133,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     rounds = args.rounds or ROUNDS[args.device]
     print(f"{device_name(torch.device(args.device))}\n{report()}\n", flush=True)
-    started, measured = time.monotonic(), []
+    started, load, measured = time.monotonic(), _load(), []
     for case in (quick if args.quick else full)(args.device):
         print(f"measuring {case.name}", file=sys.stderr, flush=True)
         measured.append(measure(case, args.device, rounds))
@@ -142,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nMedians (quartiles) of {rounds} rounds in which all take turns; {took:.0f} s in all.")
     print("Speed-up: over the faster of eager and torch.compile. Matched: the error of output and gradients")
     print(f"against float64 is at most {ALLOWED:g} times that of eager PyTorch in the same dtype.")
+    if load > BUSY:
+        print(f"The machine was busy ({load:.1f} processes a core at the start): do not trust the times.")
     for name, why in {n: why for m in measured for n, why in m.missing.items()}.items():
         print(f"Not measured: {name}: {why}")
     if args.json:

@@ -88,6 +88,16 @@ def test_a_wrong_result_of_ours_is_told_and_fails_the_command(monkeypatch, capsy
     assert "Traceback" not in said
 
 
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize(("processes", "warns"), [(0.1, False), (16.0, True)])
+def test_a_busy_machine_is_told(processes, warns, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "quick", lambda device: [TINY])
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (processes, 0.0, 0.0))
+    compare.main(["--quick", "--rounds", "2"])
+    assert ("do not trust" in capsys.readouterr().out) == warns
+
+
 def test_an_error_may_be_twice_that_of_eager_and_a_nan_is_none():
     exact, eager = torch.ones(4, dtype=torch.float64), torch.full((4,), 1.01)
     assert compare.error_over_allowed([torch.full((4,), 1.019)], [eager], [exact]) < 1
