@@ -20,7 +20,18 @@ from shift.landscape.cli import CAPTIONS
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
 from shift.landscape.valley import split, threshold
-from shift.report.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown, web_page
+from shift.report.document import (
+    Block,
+    Cell,
+    Code,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+    markdown,
+    web_page,
+)
 from shift.run.files import replace_atomically
 
 TITLE = "Does the river-valley picture of looped training hold?"
@@ -173,11 +184,14 @@ def content(study: Study, judged: Judged, pictures: Mapping[str, Path]) -> list[
         *(verdict_table(judged, task) for task in study),
         Items(
             [
-                "Each claim is one number a seed and a bound, written down in "
-                "`benchmarks/landscape/claims.py` before the runs were surveyed. Holds: the 95% interval of "
-                "the mean over seeds (Student's t) lies wholly on the predicted side of the bound; does not "
-                "hold: wholly on the other side; else undecided. Yes-or-no claims: yes on every seed, on "
-                "none, else.",
+                (
+                    "Each claim is one number a seed and a bound, written down in ",
+                    Code("benchmarks/landscape/claims.py"),
+                    " before the runs were surveyed. Holds: the 95% interval of the mean over seeds "
+                    "(Student's t) lies wholly on the predicted side of the bound; does not hold: wholly on "
+                    "the other side; else undecided. Yes-or-no claims: yes on every seed, on "
+                    "none, else.",
+                ),
                 "Each line may err one time in twenty, and there are many lines.",
                 "Landscape measures are means over the second half of training; κ and C of the Markov "
                 "language are of all eigenvalues at the end, those of hop of stochastic Lanczos densities, "
@@ -207,8 +221,11 @@ def content(study: Study, judged: Judged, pictures: Mapping[str, Path]) -> list[
         Items(
             [
                 "Mean and standard deviation over seeds of the means over the second half of training.",
-                f"Edges of stability: η λ_max = 2; in Adam's coordinates {_adam_edge(study):.0f} (see "
-                "`shift.landscape.survey`). Above them a quadratic bounces higher with each step.",
+                (
+                    f"Edges of stability: η λ_max = 2; in Adam's coordinates {_adam_edge(study):.0f} (see ",
+                    Code("shift.landscape.survey"),
+                    "). Above them a quadratic bounces higher with each step.",
+                ),
             ],
             "note",
         ),

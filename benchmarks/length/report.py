@@ -22,7 +22,7 @@ from shift.comparison.arms import FAMILIES
 from shift.eval import CAPTION
 from shift.length.heat_map import heat_map
 from shift.length.sweep import RULES, SweepConfig, sweep
-from shift.report.document import Block, Cell, Heading, Items, Paragraph, Picture, Table, markdown
+from shift.report.document import Block, Cell, Code, Heading, Items, Paragraph, Picture, Table, markdown
 from shift.report.words import each, flops, percent
 from shift.run.files import replace_atomically
 
@@ -62,12 +62,16 @@ def write(results: Results, out: Path, commands: Sequence[str]) -> Path:
     task, config = found["config"]["task"], found["config"]
     blocks: list[Block] = [
         Paragraph(
-            f"Task `{task['name']}`, trained on lengths up to {found['trained_length']}; {config['steps']} "
-            f"steps of {config['batch_size']} sequences. {found['samples']} held-out sequences of each "
-            f"length. Exact match: mean over seeds, in brackets each seed. {machine['device']}, "
-            f"{machine['threads']} thread(s), torch {first['result']['versions']['torch']}."
+            (
+                "Task ",
+                Code(task["name"]),
+                f", trained on lengths up to {found['trained_length']}; {config['steps']} steps of "
+                f"{config['batch_size']} sequences. {found['samples']} held-out sequences of each length. "
+                f"Exact match: mean over seeds, in brackets each seed. {machine['device']}, "
+                f"{machine['threads']} thread(s), torch {first['result']['versions']['torch']}.",
+            )
         ),
-        Items([f"`{command}`" for command in commands]),
+        Items([(Code(command),) for command in commands]),
         Picture(picture, f"{CAPTION} Mean over seeds."),
         Heading("What training cost"),
         cost_table(results),

@@ -12,6 +12,7 @@ from shift.comparison.verdict import caveat, mean_accuracy, verdict
 from shift.report.document import (
     Block,
     Cell,
+    Code,
     Heading,
     Items,
     Key,
@@ -19,15 +20,17 @@ from shift.report.document import (
     Picture,
     Share,
     Table,
+    Text,
     Tick,
     markdown,
     web_page,
 )
 from shift.report.words import count, duration, each, flops, goal, percent
+from shift.run.files import replace_atomically
 
 NEVER, NONE = "never", "–"
 
-NO_PICTURES = "No pictures: matplotlib is not installed (`pip install matplotlib` brings it)."
+NO_PICTURES = ("No pictures: matplotlib is not installed (", Code("pip install matplotlib"), " brings it).")
 
 CAPTIONS = {
     "cost": "Training compute until the target was first reached: a dot is a seed, a bar the mean over the "
@@ -53,11 +56,11 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
         pictures: dict[str, Path] = {}
     else:
         pictures = draw(results, directory / "figures")
-    title = f"SHIFT against Looped on `{results['task'].get('name')}`"
+    title = ("SHIFT against Looped on ", Code(str(results["task"].get("name"))))
     blocks = content(results, pictures)
     paths = [directory / "report.md", directory / "report.html"]
-    paths[0].write_text(markdown(title, blocks, directory), encoding="utf-8")
-    paths[1].write_text(web_page(title.replace("`", ""), blocks), encoding="utf-8")
+    replace_atomically(paths[0], markdown(title, blocks, directory).encode())
+    replace_atomically(paths[1], web_page(title, blocks).encode())
     return paths
 
 
@@ -168,18 +171,19 @@ def fairness_table(results: Mapping[str, Any]) -> Table:
     return Table(["", "What must hold", "Found"], [[Tick(c["ok"]), c["rule"], c["detail"]] for c in checks])
 
 
-def _introduction(results: Mapping[str, Any]) -> str:
-    seeds, task = count(len(results["seeds"]), "seed"), results["task"].get("name")
+def _introduction(results: Mapping[str, Any]) -> Text:
+    seeds, task = count(len(results["seeds"]), "seed"), str(results["task"].get("name"))
     most = results["config"].get("model", {}).get("n_loops")
     return (
         f"A looped transformer applies one block of layers T times: that solves problems which one pass "
         f"cannot, and makes a training step about T times as expensive. SHIFT trains with one pass first, "
         f"watches loss and gradient, and begins to loop (here T = {most}) when they no longer move; the "
         f"question is whether it gets to the same accuracy with less computing. To answer it, "
-        f"{len(results['arms'])} ways to train the same model on the task `{task}` were each run with "
-        f"{seeds}, from the same initial weights and on the same data, "
+        f"{len(results['arms'])} ways to train the same model on the task ",
+        Code(task),
+        f" were each run with {seeds}, from the same initial weights and on the same data, "
         f"and compared by the compute they needed until they gave {goal(results['target_accuracy'])} "
-        f"right answers on held-out data."
+        f"right answers on held-out data.",
     )
 
 
@@ -251,19 +255,19 @@ def _ratio(ratio: Mapping[str, Any] | None) -> str:
     return ", ".join(words) or NONE
 
 
-def _environment(results: Mapping[str, Any]) -> list[str]:
+def _environment(results: Mapping[str, Any]) -> list[Text]:
     machine, versions = results["machine"] or {}, results["versions"] or {}
     return [
-        f"Command: `{results['plan']['command']}`",
+        ("Command: ", Code(results["plan"]["command"])),
         f"Started: {results['plan']['created']}",
-        f"Commit: `{results['commit'] or 'unknown'}`",
+        ("Commit: ", Code(results["commit"] or "unknown")),
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value),
         "Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()),
         "Task: " + _table_words(results["task"].get("options", {})),
         "Model: " + _table_words(results["config"].get("model", {})),
         "Optimiser: " + _table_words(results["config"].get("optimiser", {})),
         "Else: " + _table_words({k: v for k, v in results["config"].items() if not isinstance(v, dict)}),
-        *(f"{arm['label']}: `{arm['schedule']}`" for arm in results["arms"].values()),
+        *((f"{arm['label']}: ", Code(str(arm["schedule"]))) for arm in results["arms"].values()),
     ]
 
 

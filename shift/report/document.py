@@ -1,6 +1,8 @@
 """A document of headings, paragraphs, lists, tables and pictures, as Markdown and as one HTML file.
 
-Text may hold `code` between backticks, and nothing else that is marked up.
+Text is plain: whatever it holds, names and messages out of files too, the reader sees those characters and
+nothing else. What is to look like code is a :class:`Code`. Control characters, which no reader can see, and
+halves of surrogate pairs, which no file can hold, become U+FFFD; line breaks become spaces.
 """
 
 from __future__ import annotations
@@ -8,36 +10,67 @@ from __future__ import annotations
 import base64
 import html
 import re
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from shift_kernels.errors import input_error
+
+
+@dataclass(frozen=True)
+class Code:
+    """A piece of text that is shown as code."""
+
+    text: str
+
+
+Text = str | tuple[str | Code, ...]
+"""Plain text, or pieces of it one after the other."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    text: str
+    text: Text
+
+
+Kind = Literal["", "lead", "note"]
+"""Of a text: "" (body), "lead" (the one thing to read) or "note" (small print)."""
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    text: str
-    kind: str = ""
-    """"" (body), "lead" (the one thing to read) or "note" (small print)."""
+    text: Text
+    kind: Kind = ""
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
 
 
 @dataclass(frozen=True)
 class Items:
-    items: Sequence[str]
-    kind: str = ""
-    """"" or "note"."""
+    items: Sequence[Text]
+    kind: Kind = ""
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
 
 
 @dataclass(frozen=True)
 class Key:
-    """A table cell with the colour that the thing has in the pictures."""
+    """A table cell with the colour that the thing has in the pictures.
 
-    text: str
+    Raises:
+        ShiftInputError: a colour that is not ``#rrggbb``.
+    """
+
+    text: Text
     colour: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.colour):
+            raise input_error("Key", "colour", self.colour, "'#rrggbb'", "Give the colour in hexadecimal.")
 
 
 @dataclass(frozen=True)
@@ -45,7 +78,7 @@ class Share:
     """A table cell shaded by its value in [0, 1]."""
 
     value: float
-    text: str
+    text: Text
 
 
 @dataclass(frozen=True)
@@ -55,12 +88,15 @@ class Tick:
     ok: bool
 
 
-Cell = str | Key | Share | Tick
+TICK = {True: "✓", False: "✗"}
+
+
+Cell = Text | Key | Share | Tick
 
 
 @dataclass(frozen=True)
 class Table:
-    header: Sequence[str]
+    header: Sequence[Text]
     rows: Sequence[Sequence[Cell]]
 
 
@@ -68,68 +104,127 @@ class Table:
 class Picture:
     path: Path
     """A PNG; the document refers to it relative to its own directory, or holds it."""
-    caption: str
+    caption: Text
 
-
-FEW_COLUMNS = 5
-"""Tables with more may be broader than the text, where the window is."""
 
 Block = Heading | Paragraph | Items | Table | Picture
 
 
-def markdown(title: str, blocks: Sequence[Block], directory: Path) -> str:
+def _check_kind(kind: str) -> None:
+    if kind not in ("", "lead", "note"):
+        raise input_error("Paragraph", "kind", kind, "'', 'lead' or 'note'", "Choose one of them.")
+
+
+def _clean(text: str) -> str:
+    """Without line breaks and what is no character."""
+    text = re.sub(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]+", " ", text)
+    # Marks that turn the direction of writing could show a text in another order than it is in.
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+
+
+def _pieces(text: Text) -> list[tuple[str, bool]]:
+    """(characters, whether they are code) of each piece."""
+    pieces = (text,) if isinstance(text, str) else text
+    return [
+        (_clean(piece.text if isinstance(piece, Code) else piece), isinstance(piece, Code))
+        for piece in pieces
+    ]
+
+
+# Markdown
+
+
+def markdown(title: Text, blocks: Sequence[Block], directory: Path) -> str:
     """The document as GitHub-flavoured Markdown that stands in ``directory``."""
-    return "\n\n".join([f"# {title}", *(block_markdown(block, directory) for block in blocks)]) + "\n"
-
-
-def web_page(title: str, blocks: Sequence[Block]) -> str:
-    """The document as one HTML file that needs no other."""
-    body = "\n".join(_html(block) for block in blocks)
-    return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
+    parts = [f"# {_markdown(title)}", *(block_markdown(block, directory) for block in blocks)]
+    return "\n\n".join(parts) + "\n"
 
 
 def block_markdown(block: Block, directory: Path) -> str:
     """One block of it; ``directory`` as for :func:`markdown`."""
     match block:
         case Heading():
-            return f"## {block.text}"
+            return f"## {_markdown(block.text)}"
         case Paragraph():
-            return f"**{block.text}**" if block.kind == "lead" else block.text
+            text = _markdown(block.text)
+            return f"**{text}**" if text and block.kind == "lead" else text
         case Items():
-            return "\n".join(f"- {item}" for item in block.items)
+            return "\n".join(f"- {_markdown(item)}" for item in block.items)
         case Picture():
-            return f"![{block.caption}]({block.path.relative_to(directory).as_posix()})\n\n{block.caption}"
+            path = urllib.parse.quote(block.path.relative_to(directory).as_posix())
+            caption = _markdown(block.caption)
+            return f"![{caption}]({path})\n\n{caption}"
         case Table():
-            rows = [block.header, ["---"] * len(block.header)]
-            rows += [[_plain(cell).replace("|", "\\|") for cell in row] for row in block.rows]
+            rows = [[_markdown_cell(cell) for cell in row] for row in (block.header, *block.rows)]
+            rows.insert(1, ["---"] * len(block.header))
             return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _plain(cell: Cell) -> str:
+def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, Tick):
-        return "✓" if cell.ok else "✗"
-    return cell if isinstance(cell, str) else cell.text
+        return TICK[cell.ok]
+    text = cell.text if isinstance(cell, (Key, Share)) else cell
+    # A stroke ends the cell, within code too, where no backslash helps.
+    pieces = (text,) if isinstance(text, str) else text
+    return _markdown(tuple(p.text if isinstance(p, Code) and "|" in p.text else p for p in pieces))
 
 
-def _html(block: Block) -> str:
+def _markdown(text: Text) -> str:
+    written = "".join(_code_span(part) if code else _escape(part) for part, code in _pieces(text)).strip(" ")
+    # What would begin a quotation, list, rule or table at the start of a line.
+    return re.sub(r"^(\d{1,9}(?=[.)])|(?=[>+=:-]))", r"\1\\", written)
+
+
+def _escape(text: str) -> str:
+    """Each character that Markdown might take as its own stands behind a backslash."""
+    text = re.sub(r"[\\`*<&|~$#]", r"\\\g<0>", text)
+    # Between letters or digits an underscore never begins or ends emphasis.
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
+    # Brackets are links only where something of this follows, or a box to tick at the start.
+    links = re.search(r"\][\[(:]|!\[|\[\^|^ *\[[ xX]\]", text)
+    return re.sub(r"[\[\]]", r"\\\g<0>", text) if links else text
+
+
+def _code_span(text: str) -> str:
+    """Between more backticks than ever stand together in it."""
+    if not text.strip():
+        return text
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+# HTML
+
+
+def web_page(title: Text, blocks: Sequence[Block]) -> str:
+    """The document as one HTML file that needs no other."""
+    parts = {
+        "name": html.escape("".join(part for part, _ in _pieces(title))),
+        "title": _html(title),
+        "body": "\n".join(_block_html(block) for block in blocks),
+    }
+    return re.sub(r"\{(name|title|body)\}", lambda mark: parts[mark[1]], PAGE)
+
+
+def _block_html(block: Block) -> str:
     match block:
         case Heading():
-            return f"<h2>{_text(block.text)}</h2>"
+            return f"<h2>{_html(block.text)}</h2>"
         case Paragraph():
-            return f"<p{_class(block.kind)}>{_text(block.text)}</p>"
+            return f"<p{_class(block.kind)}>{_html(block.text)}</p>"
         case Items():
-            return (
-                f"<ul{_class(block.kind)}>" + "".join(f"<li>{_text(i)}</li>" for i in block.items) + "</ul>"
-            )
+            items = "".join(f"<li>{_html(item)}</li>" for item in block.items)
+            return f"<ul{_class(block.kind)}>{items}</ul>"
         case Picture():
             data = base64.b64encode(block.path.read_bytes()).decode()
-            caption = html.escape(block.caption, quote=True)
+            caption = html.escape("".join(part for part, _ in _pieces(block.caption)))
             return (
                 f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{_text(block.caption)}</figcaption></figure>"
+                f"<figcaption>{_html(block.caption)}</figcaption></figure>"
             )
         case Table():
-            head = "".join(f"<th>{_text(cell)}</th>" for cell in block.header)
+            head = "".join(f"<th>{_html(cell)}</th>" for cell in block.header)
             rows = "".join(f"<tr>{''.join(_html_cell(cell) for cell in row)}</tr>\n" for row in block.rows)
             return (
                 f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -140,22 +235,23 @@ def _html_cell(cell: Cell) -> str:
     match cell:
         case Key():
             dot = f'<span class="dot" style="background:{cell.colour}"></span>'
-            return f'<td class="key">{dot}{_text(cell.text)}</td>'
+            return f'<td class="key">{dot}{_html(cell.text)}</td>'
         case Share():
             shade = f"background:rgba(0,114,178,{0.55 * min(max(cell.value, 0), 1) ** 2:.2f})"
-            return f'<td class="share" style="{shade}">{_text(cell.text)}</td>'
+            return f'<td class="share" style="{shade}">{_html(cell.text)}</td>'
         case Tick():
-            return f'<td class="{"yes" if cell.ok else "no"}">{_plain(cell)}</td>'
+            return f'<td class="{"yes" if cell.ok else "no"}">{TICK[cell.ok]}</td>'
         case _:
-            return f"<td>{_text(cell)}</td>"
+            return f"<td>{_html(cell)}</td>"
 
 
-def _class(kind: str) -> str:
+def _class(kind: Kind) -> str:
     return f' class="{kind}"' if kind else ""
 
 
-def _text(text: str) -> str:
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False))
+def _html(text: Text) -> str:
+    escaped = ((html.escape(part, quote=False), code) for part, code in _pieces(text))
+    return "".join(f"<code>{part}</code>" if code else part for part, code in escaped)
 
 
 PAGE = """<!DOCTYPE html>
@@ -164,7 +260,7 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light">
-<title>{title}</title>
+<title>{name}</title>
 <style>
 body { margin: 0; background: #fff; color: #1c1f23;
   font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
@@ -179,7 +275,6 @@ p.lead { font-size: 1.15rem; font-weight: 600; background: #f3f6f9; border-left:
 figure { margin: 1.2rem 0; overflow-x: auto; }
 img { display: block; width: 100%; min-width: 560px; height: auto; }
 .wide { overflow-x: auto; margin: .8rem 0; }
-@media (min-width: 1100px) { .broad { margin: .8rem -130px; } }
 table { border-collapse: collapse; font-size: .88rem; line-height: 1.4; min-width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .7rem; border-bottom: 1px solid #e8ebee; }
