@@ -18,7 +18,7 @@ install: $(VENV)/train.stamp
 demo: install
 	$(BIN)/shift-compare --preset demo --out runs/demo
 
-# One process a core, each with one thread; whoever is done takes over from the others.
+# One process a core, each with one thread. A process that is done takes tests over from the others.
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 

@@ -149,9 +149,9 @@ def patch_once_a_launch() -> None:
 
 
 def check_overflow_at_once() -> None:
-    """The interpreter computes whether integers overflow, in ten operations, and tells nobody.
+    """The interpreter checks integers for overflow in ten operations and drops the result.
 
-    That was two fifths of all time.
+    The checks took two fifths of all time. Here one operation checks, and an overflow raises.
     """
 
     def binary_op_sanitize_overflow_impl(self, a, b, op):
@@ -166,7 +166,7 @@ def check_overflow_at_once() -> None:
 
 
 def name_types_when_asked() -> None:
-    """The interpreter derives a type for every tuple, of shapes most often, that nobody asks for."""
+    """Derive the type of a tuple when it is read; the interpreter derives every one, and most are never read."""
 
     def __init__(self, args, type=None):
         self.values = list(args)

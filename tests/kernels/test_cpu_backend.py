@@ -236,7 +236,7 @@ def test_any_problem_in_bfloat16(problem):
     block, e = make(batch, seq_len, seed, **options)
     for p in block.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1) * 0.5, std=0.1)
-    # Among so many small tensors plain bfloat16 is right by luck in some: a unit in its last place on top.
+    # Plain bfloat16 is right by luck in some of these small tensors: a unit in its last place is added.
     check(block, e, call, dtypes=AUTOCAST, slack=2**-8)
 
 
@@ -271,7 +271,7 @@ def test_nan_in_pads_reaches_nothing():
 
 
 class Framed:
-    """torch, for the backend's allocations: each lies between bands of NaN that nobody may touch."""
+    """torch, for the backend's allocations: each lies between bands of NaN that no kernel may touch."""
 
     BAND = 64
 
@@ -381,7 +381,7 @@ def test_halting_stops_where_the_reference_stops():
 
 @needs_library
 def test_a_step_does_not_write_into_what_another_step_saved():
-    # The buffer for activations is used again, but only once nobody holds it.
+    # The buffer for activations is used again, but only once no graph holds it.
     block, e = make()
     e.requires_grad_()
     first = block(e, 2, backend="cpu")
@@ -446,7 +446,7 @@ def test_operator_passes_opcheck(call):
         compute_dtype=torch.float32,
         backend="cpu",
     )
-    # Not the comparison of all outputs with a traced run: what is saved has parts that nobody reads.
+    # Not the comparison of all outputs with a traced run: parts of what is saved are never read.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.shift_kernels.looped_block, args, test_utils=checks)
 

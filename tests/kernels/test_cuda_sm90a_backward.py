@@ -46,7 +46,7 @@ SPLIT_CALLS = {
 
 
 def on_hopper(monkeypatch, shared_bytes, watched=False):
-    """The emulated GPU with so much shared memory. What the kernel must write is NaN until it does."""
+    """The emulated GPU with ``shared_bytes`` of shared memory. What the kernel must write is NaN until it does."""
     library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
@@ -61,7 +61,7 @@ def on_hopper(monkeypatch, shared_bytes, watched=False):
 
 
 def on_small_hopper(monkeypatch, spec, seq_len, split, watched=False):
-    """The same with just as little as has sequences split over so many blocks."""
+    """The same with the most shared memory that still splits a sequence over ``split`` blocks."""
     for limit in range(227 * KB, 0, -KB):
         library = on_hopper(monkeypatch, limit, watched)
         if plan(spec, 2, seq_len, limit, True, sm90a=True).split == split:

@@ -90,7 +90,7 @@ def result(run_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run nobody disturbs; a child process as the others are."""
+    """A run that is not interrupted, in a child process like the others."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     assert exit_code(run, CONFIG, run_dir) == 0
     assert result(run_dir)["switch_step"] == SWITCH
