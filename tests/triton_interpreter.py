@@ -166,7 +166,7 @@ def check_overflow_at_once() -> None:
 
 
 def name_types_when_asked() -> None:
-    """Derive the type of a tuple when it is read; the interpreter derives every one, and most are never read."""
+    """Derive the type of a tuple when it is read. The interpreter derives all; most are never read."""
 
     def __init__(self, args, type=None):
         self.values = list(args)

@@ -46,7 +46,7 @@ SPLIT_CALLS = {
 
 
 def on_hopper(monkeypatch, shared_bytes, watched=False):
-    """The emulated GPU with ``shared_bytes`` of shared memory. What the kernel must write is NaN until it does."""
+    """The emulated GPU with ``shared_bytes`` of shared memory. Its outputs are NaN before a run."""
     library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme, tables
+from shift.schedules.registry import SCHEDULES
+from shift.tasks import TASKS
+from shift_kernels import backends
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -92,6 +95,20 @@ def test_every_command_exists(page):
         assert importlib.util.find_spec(module) is not None, module
     for extras in re.findall(r"\[([a-z,]+)\]\"", text):
         assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), extras
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("README.md", backends()),
+        ("docs/kernels.md", backends()),
+        ("docs/schedules.md", SCHEDULES),
+        ("docs/training.md", TASKS),
+    ],
+    ids=["backends", "backends and their limits", "schedules", "tasks"],
+)
+def test_a_page_that_lists_a_registry_lists_all_of_it(page, names):
+    assert [name for name in names if f"`{name}`" not in (ROOT / page).read_text()] == []
 
 
 @each_page
