@@ -166,13 +166,17 @@ def _markdown_cell(cell: Cell) -> str:
     text = cell.text if isinstance(cell, (Key, Share)) else cell
     # A stroke ends the cell, within code too, where no backslash helps.
     pieces = (text,) if isinstance(text, str) else text
-    return _markdown(tuple(p.text if isinstance(p, Code) and "|" in p.text else p for p in pieces))
+    return _inline(tuple(p.text if isinstance(p, Code) and "|" in p.text else p for p in pieces))
 
 
 def _markdown(text: Text) -> str:
-    written = "".join(_code_span(part) if code else _escape(part) for part, code in _pieces(text)).strip(" ")
-    # What would begin a quotation, list, rule or table at the start of a line.
-    return re.sub(r"^(\d{1,9}(?=[.)])|(?=[>+=:-]))", r"\1\\", written)
+    written = _inline(text)
+    # What would begin a quotation, a list or a rule at the start of a line.
+    return re.sub(r"^(\d{1,9}(?=[.)](?: |$))|(?=>|[+-](?:[ -]|$)))", r"\1\\", written)
+
+
+def _inline(text: Text) -> str:
+    return "".join(_code_span(part) if code else _escape(part) for part, code in _pieces(text)).strip(" ")
 
 
 def _escape(text: str) -> str:
