@@ -1,10 +1,10 @@
 """Kernels for a transformer block that is applied T times with the same weights.
 
-Public names: BlockSpec, LoopedBlock, looped_block, attention, explain, backends.
+Public names: BlockSpec, LoopedBlock, looped_block, attention; explain, explain_attention, backends, register.
 """
 
 from shift_kernels.api import attention, looped_block
-from shift_kernels.dispatch import backends, explain
+from shift_kernels.dispatch import backends, explain, explain_attention, register
 from shift_kernels.errors import BackendFallbackWarning, ShiftInputError, ShiftTypeError
 from shift_kernels.module import LoopedBlock
 from shift_kernels.spec import BlockSpec
@@ -20,5 +20,7 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "explain_attention",
     "looped_block",
+    "register",
 ]

@@ -6,25 +6,22 @@ import contextlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from shift_kernels import dispatch, reference
-from shift_kernels import ops as _register_operators  # noqa: F401
-from shift_kernels.asked import Asked
-from shift_kernels.backends.triton import backend as triton_backend
-from shift_kernels.eager import EagerLoopedBlock
+from shift_kernels.autograd import EagerLoopedBlock
+from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
+from shift_kernels.call import AttentionProblem, CallOptions, Problem
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
-from shift_kernels.problem import Problem
 from shift_kernels.spec import (
     BlockSpec,
     check_bool,
     check_call,
-    check_choice,
     check_floating,
     check_offsets,
     own_per_sample,
 )
+from shift_kernels.torch_internals import must_be_observed, transforms_are_active
 
 _ME = "shift_kernels.looped_block"
 
@@ -77,28 +74,35 @@ def looped_block(
     if can_autocast and torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     grad = torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values()))
+    options = CallOptions(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     problem = Problem(
-        spec, e.shape[0], e.shape[1], e.dtype, compute_dtype, e.device, grad, halt_threshold is not None
+        spec,
+        e.shape[0],
+        e.shape[1],
+        e.dtype,
+        compute_dtype,
+        e.device,
+        grad,
+        halting=halt_threshold is not None,
+        n_loops=options.known_loops(),
     )
     chosen = dispatch.plan_and_warn(problem, backend)
-    asked = Asked(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     inputs = (e, *ordered.values())
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
-        if torch.compiler.is_compiling() or (chosen.backend != "torch" and _are_watched(inputs)):
-            h, used = _as_operator(e, ordered, spec, asked, grad, chosen.backend)
+        if torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
+            h, used = _as_operator(e, ordered, spec, options, grad, chosen.backend)
         elif chosen.backend == "torch":
-            h, used = reference.looped_block(e, ordered, spec, **vars(asked))
+            h, used = reference.looped_block(e, ordered, spec, **vars(options))
         elif grad:
             inputs = tuple(x.resolve_neg() for x in inputs)
-            module = dispatch.module_of(chosen.backend)
-            h, used = EagerLoopedBlock.apply(module, spec, asked, *inputs)
+            h, used = EagerLoopedBlock.apply(LOOPED_BLOCK.get(chosen.backend), spec, options, *inputs)
         else:
-            module = dispatch.module_of(chosen.backend)
+            kernels = LOOPED_BLOCK.get(chosen.backend)
             ordered = {name: w.resolve_neg() for name, w in ordered.items()}
-            h, used, _ = module.forward(e.resolve_neg(), ordered, spec, asked, for_backward=False)
+            h, used, _ = kernels.forward(e.resolve_neg(), ordered, spec, options, for_backward=False)
     if cu_seqlens is not None:
         h = h[..., sample, position, :]
     return h if halt_threshold is None else (h, used)
@@ -106,9 +110,7 @@ def looped_block(
 
 def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:
     """Kernels know reverse mode alone: a tangent would be lost without a word."""
-    level = forward_ad._current_level  # asked first, for what it spares every other call
-    tangents = level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
-    if tangents or torch._C._are_functorch_transforms_active():
+    if transforms_are_active(inputs):
         raise input_error(
             _ME,
             "backend",
@@ -118,35 +120,22 @@ def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def _are_watched(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether someone must see what is done to them: a tracer, a mode, fake tensors or another subclass.
-
-    Kernels read memory by its address, which these do not notice, or do not have.
-    """
-    plain = (Tensor, nn.Parameter)
-    return (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in plain for x in inputs)
-    )
-
-
 def _as_operator(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, grad: bool, backend: str
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """One opaque call in the graph: how torch.compile sees a looped block."""
-    n_loops, per_sample = asked.n_loops, isinstance(asked.n_loops, Tensor)
+    n_loops, per_sample = options.n_loops, isinstance(options.n_loops, Tensor)
     h, used, _ = torch.ops.shift_kernels.looped_block(
         e,
         list(weights.values()),
         spec.key,
         0 if per_sample else n_loops,
         n_loops if per_sample else None,
-        asked.seq_lens,
-        asked.return_all_loops,
-        asked.n_grad_loops,
-        asked.halt_threshold,
-        asked.compute_dtype,
+        options.seq_lens,
+        options.return_all_loops,
+        options.n_grad_loops,
+        options.halt_threshold,
+        options.compute_dtype,
         grad,
         backend,
     )
@@ -212,8 +201,7 @@ def attention(
         k, v: [batch, n_kv_heads, seq_len, head_dim]; n_kv_heads divides n_heads.
         causal: position i sees positions <= i.
         seq_lens: int [batch]; pads may hold anything and return 0. A sample of length 0 is all pads.
-        backend: ``torch``, ``triton`` (flash attention on CUDA tensors, not yet run on hardware), or
-            ``auto``: ``torch`` until that has been measured.
+        backend: ``auto``, or a name; :func:`shift_kernels.explain_attention` says which serves this, and why.
 
     Returns:
         [batch, n_heads, seq_len, head_dim], dtype of q.
@@ -246,16 +234,7 @@ def attention(
     if seq_lens is not None:
         seq_lens = own_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
     check_bool(me, "causal", causal)
-    check_choice(me, "backend", backend, ("auto", "torch", "triton"))
-    if backend == "triton":
-        why = triton_backend.unavailable()
-        if why is None:
-            from shift_kernels.backends.triton import (
-                attention as kernels,
-            )  # late: Triton only where it is used
-
-            why = kernels.refusal(q)
-        if why is not None:
-            raise input_error(me, "backend", backend, f"what it serves: {why}", "Use backend='torch'.")
-        return kernels.attention(q, k, v, causal=causal, seq_lens=seq_lens)
-    return reference.attention(q, k, v, causal=causal, seq_lens=seq_lens)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    problem = AttentionProblem(batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad)
+    chosen = dispatch.plan_attention(problem, backend)
+    return ATTENTION.get(chosen.backend).attention(q, k, v, causal=causal, seq_lens=seq_lens)

@@ -1,26 +1,26 @@
-"""Which backend runs a looped block, and why. Decided by arithmetic on sizes, never by try and except."""
+"""Which backend runs a call, and why. Decided by arithmetic and the measured table, never by trying.
+
+a name    that backend, or an error with its reason
+auto      where the shape was measured on this device: the fastest that was verified; elsewhere the first
+          of the registry that serves it and needs no verification
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch
 
-from shift_kernels.backends import cpu as cpu_backend
-from shift_kernels.backends import cuda as cuda_backend
-from shift_kernels.backends import torch as torch_backend
-from shift_kernels.backends.triton import backend as triton_backend
-from shift_kernels.errors import (
-    BackendFallbackWarning,
-    input_error,
-    refuses_unknown_keywords,
-    type_error,
-)
-from shift_kernels.problem import Problem
+from shift_kernels import measured
+from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
+from shift_kernels.backends.base import Backend, Kind, Registry, WhyNot
+from shift_kernels.call import AttentionProblem, Problem
+from shift_kernels.errors import BackendFallbackWarning, input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import (
     MAX_LOOPS,
     MAX_TOKENS,
@@ -31,14 +31,7 @@ from shift_kernels.spec import (
     check_dtype,
     check_int,
 )
-
-# In the order in which "auto" asks them; the last one serves everything. Each is a module with NAME,
-# unavailable, meant_for, refusal, how (in a phrase), saved_bytes,
-#     forward(e, weights, spec, asked: Asked, for_backward) -> h, loops used, saved
-#     backward(grad_h, e, weights, spec, asked, saved) -> gradients of e and of the weights, in their order
-# and SAVES: if true, forward returns tensors for backward and saved_like(e, spec, n_loops, compute_dtype)
-# gives their shapes. ONLY_BY_NAME: why "auto" leaves it alone, or None.
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, cuda_backend, cpu_backend, torch_backend)
+from shift_kernels.torch_internals import constant_for_dynamo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,100 +41,147 @@ class Plan:
     Args:
         backend: its name.
         why: one sentence.
-        saved_bytes_per_loop: bytes kept for the backward pass for each loop (0 without gradients).
         refused: backends asked before it, with their reasons.
     """
 
     backend: str
     why: str
-    saved_bytes_per_loop: int
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, WhyNot], ...]
 
 
 def backends() -> dict[str, str]:
     """Every backend by name, with ``"available"`` or the reason why it is not."""
-    return {b.NAME: b.unavailable() or "available" for b in BACKENDS}
+    reasons = {b.name: b.why_not(None) for b in LOOPED_BLOCK}
+    return {name: "available" if no is None else no.words for name, no in reasons.items()}
 
 
-def module_of(name: str) -> ModuleType:
-    """The module that implements the backend of this name."""
-    return next(b for b in BACKENDS if name == b.NAME)
+def register(backend: Backend) -> None:
+    """Make a backend of your own a candidate: ``auto`` asks it before all others.
+
+    Args:
+        backend: an object with the methods of :class:`shift_kernels.backends.base.Backend`.
+
+    Raises:
+        ShiftTypeError: it lacks one of them.
+    """
+    LOOPED_BLOCK.register(backend)
+    forget()
 
 
 def plan(problem: Problem, backend: str = "auto") -> Plan:
-    """Choose the backend for a problem.
+    """Choose the backend for a looped block.
 
     Raises:
-        ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem;
-            or ``auto`` would fall back while ``SHIFT_KERNELS_STRICT=1``.
+        ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem.
     """
-    names = [b.NAME for b in BACKENDS]
-    check_choice("shift_kernels.looped_block", "backend", backend, ["auto", *names])
-    refused: list[tuple[str, str]] = []
-    for candidate in BACKENDS:
-        if backend not in ("auto", candidate.NAME):
-            continue
-        reason = _reason_against(candidate, problem, backend)
-        if reason is None:
-            saved = candidate.saved_bytes(problem) if problem.grad else 0
-            why = "asked for" if backend != "auto" else "first of " + ", ".join(names) + " that serves this"
-            return Plan(candidate.NAME, why, saved, tuple(refused))
-        if backend != "auto":
-            raise input_error(
-                "shift_kernels.looped_block",
-                "backend",
-                backend,
-                f"what it serves: {reason}",
-                "Use backend='auto' or 'torch'.",
-            )
-        refused.append((candidate.NAME, reason))
+    check_choice(LOOPED_BLOCK.function, "backend", backend, ["auto", *LOOPED_BLOCK.names()])
+    if torch.compiler.is_compiling():  # sizes may be symbols, and a cache is nothing to trace
+        return _plan(problem, backend)
+    return _cached_plan(problem, backend)
+
+
+def _plan(problem: Problem, backend: str) -> Plan:
+    if backend == "auto":
+        for name in measured.fastest_first(problem):
+            if name in candidates(problem):
+                return Plan(name, "the fastest that was verified on this device", ())
+    return _choose(LOOPED_BLOCK, problem, backend)
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def forget() -> None:
+    """Plan every problem anew: after a registration or a measurement."""
+    _cached_plan.cache_clear()
+    measured.forget()
+
+
+def plan_attention(problem: AttentionProblem, backend: str = "auto") -> Plan:
+    """As :func:`plan`, for :func:`shift_kernels.attention`."""
+    check_choice(ATTENTION.function, "backend", backend, ["auto", *ATTENTION.names()])
+    return _choose(ATTENTION, problem, backend)
+
+
+def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
+    """The backend of that name; for "auto" the first of the registry with nothing in its way."""
+    if backend != "auto":
+        no = registry.get(backend).why_not(problem)
+        if no is None or no.kind is Kind.UNVERIFIED:
+            return Plan(backend, "asked for", ())
+        raise input_error(
+            registry.function,
+            "backend",
+            backend,
+            f"what it serves: {no.words}",
+            "Use backend='auto' or 'torch'.",
+        )
+    refused: list[tuple[str, WhyNot]] = []
+    for candidate in registry:
+        no = candidate.why_not(problem)
+        if no is None:
+            why = "first of " + ", ".join(registry.names()) + " that serves this"
+            return Plan(candidate.name, why, tuple(refused))
+        refused.append((candidate.name, no))
     raise AssertionError("the torch backend serves everything")
 
 
-def _reason_against(candidate: ModuleType, problem: Problem, backend: str) -> str | None:
-    return _not_asked(candidate, problem, backend) or candidate.refusal(problem)
-
-
-def _not_asked(candidate: ModuleType, problem: Problem, backend: str) -> str | None:
-    """Why a backend is no candidate: not on this machine, for other tensors, or only by name."""
-    by_name = candidate.ONLY_BY_NAME if backend == "auto" else None
-    return candidate.unavailable() or candidate.meant_for(problem) or by_name
+def candidates(problem: Problem) -> list[str]:
+    """Backends that could run a problem, whether verified on this device or not."""
+    reasons = {b.name: b.why_not(problem) for b in LOOPED_BLOCK}
+    return [name for name, no in reasons.items() if no is None or no.kind is Kind.UNVERIFIED]
 
 
 def plan_and_warn(problem: Problem, backend: str) -> Plan:
-    """As :func:`plan`; says once for each reason when ``auto`` takes a slower path than it should."""
+    """As :func:`plan`; says once for each reason when ``auto`` takes a slower path than it should.
+
+    Raises:
+        ShiftInputError: as :func:`plan`; or ``auto`` would take a slow path while ``SHIFT_KERNELS_STRICT=1``.
+    """
     chosen = plan(problem, backend)
+    if backend == "auto" and not torch.compiler.is_compiling() and _measures_at_first_use(problem):
+        from shift_kernels.calibrate import calibrate  # late: it calls looped blocks itself
+
+        calibrate([problem], say=lambda line: print(line, file=sys.stderr))
+        chosen = plan(problem, backend)
     if backend == "auto" and chosen.refused:
         _say_slow(problem, chosen)
     return chosen
+
+
+def _measures_at_first_use(problem: Problem) -> bool:
+    """True if the user wants shapes measured when they first occur, and this one can be."""
+    wanted = os.environ.get("SHIFT_KERNELS_CALIBRATE") == "first_use"
+    return wanted and problem.n_loops is not None and measured.lookup(problem) is None
 
 
 _SAID: set[str] = set()
 
 
 def _say_slow(problem: Problem, chosen: Plan) -> None:
-    # Only a backend that refuses a problem of its own kind is a surprise.
-    reasons = "; ".join(
-        f"{name}: {why}"
-        for name, why in chosen.refused
-        if _not_asked(module_of(name), problem, "auto") is None
-    )
-    if not reasons:
-        return
-    if os.environ.get("SHIFT_KERNELS_STRICT") == "1":
+    slow = "; ".join(f"{name}: {no.words}" for name, no in chosen.refused if no.kind is Kind.UNSERVED)
+    unverified = [name for name, no in chosen.refused if no.kind is Kind.UNVERIFIED]
+    if slow and os.environ.get("SHIFT_KERNELS_STRICT") == "1":
         raise input_error(
-            "shift_kernels.looped_block",
+            LOOPED_BLOCK.function,
             "backend",
             "auto",
-            f"problems that a fast backend serves while SHIFT_KERNELS_STRICT=1 ({reasons})",
+            f"problems that a fast backend serves while SHIFT_KERNELS_STRICT=1 ({slow})",
             "Change the block, or unset SHIFT_KERNELS_STRICT.",
         )
-    _say_once(
-        f"shift_kernels.looped_block: slow path, running on '{chosen.backend}' because {reasons}. "
-        "shift_kernels.explain(...) tells more; pass backend= to choose and silence this."
-    )
+    if slow:
+        _say_once(
+            f"{LOOPED_BLOCK.function}: slow path, running on '{chosen.backend}' because {slow}. "
+            "shift_kernels.explain(...) tells more; pass backend= to choose and silence this."
+        )
+    elif unverified and problem.device.type != "cpu":  # there only Triton's interpreter would be one
+        _say_once(
+            f"{LOOPED_BLOCK.function}: running on '{chosen.backend}': {' and '.join(unverified)} were not "
+            "measured on this device for this shape. Run shift-calibrate, or pass backend= to choose."
+        )
 
 
+@constant_for_dynamo
 def _say_once(text: str) -> None:
     """Warn where the user's code called torch or us."""
     if text in _SAID:
@@ -151,10 +191,6 @@ def _say_once(text: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, BackendFallbackWarning, stacklevel=level)
-
-
-# torch.compile calls it where it traces; as in cuda_backend.
-_say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @refuses_unknown_keywords("shift_kernels.explain")
@@ -176,33 +212,78 @@ def explain(
         dtype: dtype of e.
         device: where e would live; it need not exist on this machine.
         grad: whether a backward pass follows.
-        n_loops: T, for the memory figures.
+        n_loops: T, for the memory figures and the measured table.
         backend: as for ``looped_block``.
 
     Raises:
         ShiftInputError: no such block can be called, or the named backend does not serve it.
     """
-    if not isinstance(spec, BlockSpec):
-        raise type_error(
-            "shift_kernels.explain", "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
-        )
     me = "shift_kernels.explain"
+    if not isinstance(spec, BlockSpec):
+        raise type_error(me, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
     batch = check_int(me, "batch", batch, 1, MAX_TOKENS)
     seq_len = check_int(me, "seq_len", seq_len, 1, MAX_TOKENS)
     n_loops = check_int(me, "n_loops", n_loops, 0, MAX_LOOPS)
     check_dtype(me, "dtype", dtype)
     place = check_device(me, "device", device)
     check_bool(me, "grad", grad)
-    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad)
+    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops)
     chosen = plan(problem, backend)
+    running = LOOPED_BLOCK.get(chosen.backend)
     lines = [
         f"looped_block [{batch}, {seq_len}, {spec.d_model}] {str(dtype).removeprefix('torch.')} on {device}, "
         f"{n_loops} loop{'s' if n_loops != 1 else ''}, {'with' if grad else 'without'} gradients",
-        f"  runs on   {chosen.backend}: {chosen.why}",
-        f"  how       {module_of(chosen.backend).how(problem)}",
+        *_choice_lines(chosen, running.describe(problem)),
     ]
     if grad:
-        mib = n_loops * chosen.saved_bytes_per_loop / 2**20
-        lines.append(f"  backward  keeps about {mib:.1f} MiB ({n_loops} x {mib / max(n_loops, 1):.2f})")
-    lines += [f"  not       {name}: {why}" for name, why in chosen.refused]
+        mib = n_loops * running.saved_bytes(problem) / 2**20
+        lines.insert(3, f"  backward  keeps about {mib:.1f} MiB ({n_loops} x {mib / max(n_loops, 1):.2f})")
+    row = measured.lookup(problem) or {}
+    lines += [f"  measured  {name}: {verdict}" for name, verdict in row.items()]
     return "\n".join(lines)
+
+
+@refuses_unknown_keywords("shift_kernels.explain_attention")
+def explain_attention(
+    batch: int,
+    n_heads: int,
+    seq_len: int,
+    head_dim: int,
+    *,
+    n_kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    grad: bool = True,
+    backend: str = "auto",
+) -> str:
+    """Say in words which backend would run :func:`shift_kernels.attention`, and why.
+
+    Args:
+        batch, n_heads, seq_len, head_dim: shape of q.
+        n_kv_heads: heads of k and v; default ``n_heads``.
+        dtype, device: of q, k and v; the device need not exist on this machine.
+        grad: whether a backward pass follows.
+        backend: as for ``attention``.
+
+    Raises:
+        ShiftInputError: no such attention can be called, or the named backend does not serve it.
+    """
+    me = "shift_kernels.explain_attention"
+    shape = dict(batch=batch, n_heads=n_heads, seq_len=seq_len, head_dim=head_dim)
+    shape |= {"n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads}
+    sizes = {name: check_int(me, name, size, 1, MAX_TOKENS) for name, size in shape.items()}
+    if sizes["n_heads"] % sizes["n_kv_heads"]:
+        raise input_error(me, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}", "Change either.")
+    check_dtype(me, "dtype", dtype)
+    check_bool(me, "grad", grad)
+    problem = AttentionProblem(**sizes, dtype=dtype, device=check_device(me, "device", device), grad=grad)
+    chosen = plan_attention(problem, backend)
+    how = ATTENTION.get(chosen.backend).describe(problem)
+    shown = f"{str(dtype).removeprefix('torch.')} on {device}"
+    head = f"attention [{batch}, {n_heads}, {seq_len}, {head_dim}] {shown}"
+    return "\n".join([head, *_choice_lines(chosen, how)])
+
+
+def _choice_lines(chosen: Plan, how: str) -> list[str]:
+    lines = [f"  runs on   {chosen.backend}: {chosen.why}", f"  how       {how}"]
+    return lines + [f"  not       {name}: {no.words}" for name, no in chosen.refused]

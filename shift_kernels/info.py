@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import shift_kernels
+from shift_kernels.machine import version_of
 from shift_kernels.native import cpu, cuda
 
 
@@ -23,7 +21,7 @@ def report() -> str:
         ("platform", platform.platform()),
         ("torch", torch.__version__),
         ("numpy", np.__version__),
-        ("triton", _version("triton")),
+        ("triton", version_of("triton")),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
         ("cpu library", cpu.load()[1]),
@@ -33,29 +31,9 @@ def report() -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
-def device_name(device: torch.device) -> str:
-    """What the maker calls this device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:  # platform.processor() is empty on most Linux systems
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """``shift-info``."""
     print(report())
-
-
-def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return "not installed"
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "installed, version unknown"
 
 
 def _cuda() -> str:

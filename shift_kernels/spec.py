@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels.errors import input_error, near_miss, refuses_unknown_keywords, type_error
+from shift_kernels.torch_internals import has_no_values
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
 NORMS = ("layernorm", "rmsnorm", "none")
@@ -137,6 +138,9 @@ class BlockSpec:
             )
         object.__setattr__(self, "key", json.dumps(self.to_dict(), sort_keys=True))
         object.__setattr__(self, "_shapes", self._weight_shapes())
+
+    def __hash__(self) -> int:
+        return hash(self.key)  # a string keeps its hash: plans are looked up by it in every call
 
     def _resolve(self, name: str, default: int) -> None:
         if getattr(self, name) is None:
@@ -358,7 +362,7 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
     if torch.compiler.is_compiling():
         return torch.ops.shift_kernels.own_copy(x)
     x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
-    if x.device.type == "cpu" and not _is_fake(x):
+    if x.device.type == "cpu" and not has_no_values(x):
         smallest, largest = int(x.min()), int(x.max())
         if smallest < low or largest > high:
             bad = smallest if smallest < low else largest
@@ -375,10 +379,6 @@ def check_offsets(function: str, name: str, x: Tensor) -> None:
     if x.is_nested or x.layout != torch.strided:
         given = "a nested tensor" if x.is_nested else x.layout
         raise type_error(function, name, given, "a dense tensor", "Use torch.tensor(...).")
-
-
-def _is_fake(x: Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor) or x.is_meta
 
 
 def _refuse(name: str, value: object, allowed: str, remedy: str) -> NoReturn:

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.gpu.cases import CASES, DIRECTIONS, Attention, Block, runners
 from shift_kernels import BlockSpec, LoopedBlock, attention
-from shift_kernels.asked import Asked
 from shift_kernels.bench.baseline import PLAIN, sdpa
+from shift_kernels.call import CallOptions
 
 SECONDS_A_RUNNER = 1.0  # of timed calls
 ROUNDS = (10, 200)
@@ -56,7 +56,7 @@ def _streamed(e: Tensor, block: LoopedBlock, n_loops: int) -> Callable[[], Tenso
     from shift_kernels.backends.triton import streamed as layer
 
     names = list(block.spec.weight_shapes())
-    asked = Asked(n_loops, e.dtype)
+    asked = CallOptions(n_loops, e.dtype)
 
     class Streamed(torch.autograd.Function):
         @staticmethod

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.asked import Asked
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.backends.triton import resident_plan
+from shift_kernels.call import CallOptions
 
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
 HEAD_DIM = 32
@@ -44,7 +44,7 @@ def block(
     spec = spec_of(d_model, **options)
     weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
     e = torch.zeros(1, seq_len, d_model, dtype=dtype)
-    asked = Asked(
+    asked = CallOptions(
         n_loops=torch.ones(1, dtype=torch.int64) if own_loops else 1,
         compute_dtype=dtype,
         seq_lens=torch.tensor([seq_len]) if ragged else None,
@@ -52,11 +52,11 @@ def block(
         halt_threshold=0.1 if halt else None,
     )
     if grad:
-        saved = triton_backend.saved_like(e, spec, 1)
+        saved = triton_backend.TRITON.saved_like(e, spec, 1)
         grad_h = e[None] if keep_all else e
-        triton_backend.backward(grad_h, e, weights, spec, asked, saved)
+        triton_backend.TRITON.backward(grad_h, e, weights, spec, asked, saved)
     else:
-        triton_backend.forward(e, weights, spec, asked, for_backward=training and not halt)
+        triton_backend.TRITON.forward(e, weights, spec, asked, for_backward=training and not halt)
 
 
 def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:
@@ -80,6 +80,6 @@ def layer(d_model: int, dtype: torch.dtype) -> None:
         spec = spec_of(d_model, **options)
         weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
         e = torch.zeros(1, 16, d_model, dtype=dtype)
-        asked = Asked(1, dtype)
+        asked = CallOptions(1, dtype)
         h, _, saved = streamed.forward(e, weights, spec, asked, for_backward=True)
         streamed.backward(h, e, weights, spec, asked, saved)

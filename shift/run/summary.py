@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from shift.tasks.base import Task
-from shift_kernels.info import device_name
+from shift_kernels.machine import device_name
 
 ROOT = Path(__file__).parents[2]
 

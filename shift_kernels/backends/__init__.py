@@ -1,1 +1,14 @@
-"""What can run a looped block, one backend a module."""
+"""The backends, in the order in which ``auto`` asks them: the last one serves everything."""
+
+from shift_kernels.backends.base import ATTENTION, LOOPED_BLOCK
+from shift_kernels.backends.cpu import CPU
+from shift_kernels.backends.cuda import CUDA
+from shift_kernels.backends.torch import TORCH, TORCH_ATTENTION
+from shift_kernels.backends.triton.backend import TRITON, TRITON_ATTENTION
+
+for _backend in (TORCH, CPU, CUDA, TRITON):  # a registration goes before those that were there
+    LOOPED_BLOCK.register(_backend)
+for _attention in (TORCH_ATTENTION, TRITON_ATTENTION):
+    ATTENTION.register(_attention)
+
+__all__ = ["ATTENTION", "LOOPED_BLOCK"]

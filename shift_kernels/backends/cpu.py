@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
-from shift_kernels.asked import Asked
+from shift_kernels.backends.base import Kind, WhyNot
+from shift_kernels.call import CallOptions, Problem
 from shift_kernels.native import block
 from shift_kernels.native import cpu as native
-from shift_kernels.problem import Problem
 from shift_kernels.spec import BlockSpec
-
-NAME = "cpu"
-SAVES = True
-ONLY_BY_NAME = None
 
 ROWS_PER_TILE = 64
 """Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""
@@ -49,16 +45,16 @@ _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """Said of every tensor that the library writes to: torch's defaults belong to the user."""
 
 
-# Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
+# CallOptions once, here, so that torch.compile finds a constant where it traces the choice of a backend.
 _LIBRARY, _STATUS = native.load()
 
 
-def unavailable() -> str | None:
+def _absent() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
     return _STATUS if _LIBRARY is None else None
 
 
-def meant_for(problem: Problem) -> str | None:
+def _foreign(problem: Problem) -> str | None:
     """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != "cpu":
         return f"is for CPU tensors, not {problem.device.type}"
@@ -68,34 +64,13 @@ def meant_for(problem: Problem) -> str | None:
     return None
 
 
-def refusal(problem: Problem) -> str | None:
+def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     if problem.seq_len > MAX_SEQ_LEN:
         return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
     if problem.spec.n_layers > MAX_LAYERS:
         return f"n_layers = {problem.spec.n_layers} > {MAX_LAYERS}"
     return None
-
-
-def how(problem: Problem) -> str:
-    """In a phrase, with what the backward reads."""
-    kept = _keeps(problem.batch * problem.seq_len, _kept_width(problem.spec, problem.compute_dtype))
-    backward = f"; the backward {'reads kept activations' if kept else 'recomputes each loop'}"
-    return f"one C++ call for all loops{backward if problem.grad else ''}"
-
-
-def saved_bytes(problem: Problem) -> int:
-    """Bytes kept for the backward pass, per loop."""
-    rows, spec = problem.batch * problem.seq_len, problem.spec
-    width = _kept_width(spec, problem.compute_dtype)
-    return 4 * rows * (width if _keeps(rows, width) else spec.d_model)
-
-
-def saved_like(
-    e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Empty tensors shaped as what :func:`forward` saves."""
-    return [e.new_empty(_saved_shape(e, spec, n_loops, compute_dtype or e.dtype), dtype=torch.float32)]
 
 
 def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> tuple[int, ...]:
@@ -121,62 +96,16 @@ def _padded(n: int) -> int:
     return (n + 15) // 16 * 16
 
 
-def forward(
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    asked: Asked,
-    for_backward: bool,
-    isa: str | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
-    call, keep = _call(e, weights, spec, asked)
-    shape = (call.most_loops, *e.shape) if asked.return_all_loops else e.shape
-    new = torch.empty if asked.seq_lens is None else torch.zeros  # pads are never written
-    out, used = _allocate(new, shape), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
-    to_save = _saved_shape(e, spec, call.most_loops, asked.compute_dtype)
-    saved = [_buffer(to_save)] if for_backward else []
-    call.out, call.used = out.data_ptr(), used.data_ptr()
-    _set_saved(call, saved)
-    native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
-    del keep
-    return out.to(e.dtype), used, saved
-
-
-def backward(
-    grad_h: Tensor,
-    e: Tensor,
-    weights: dict[str, Tensor],
-    spec: BlockSpec,
-    asked: Asked,
-    saved: list[Tensor],
-    isa: str | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of e and of the weights, in the order of ``weights``."""
-    call, keep = _call(e, weights, spec, asked)
-    call.most_loops = len(saved[0])  # of the forward: more are not there to be read
-    grad_h = grad_h.to(torch.float32).contiguous()
-    grad_e = torch.zeros(e.shape, **_HERE)
-    grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
-    addresses = block.addresses(grads, spec)
-    _set_saved(call, saved)
-    call.grad_out = grad_h.data_ptr()
-    call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
-    native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
-    del keep
-    return grad_e.to(e.dtype), [g.to(weights[name].dtype) for name, g in grads.items()]
-
-
 def _call(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions
 ) -> tuple[native.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
     loops, lengths = (
         torch.as_tensor(x, dtype=torch.int64, device="cpu").expand(batch).contiguous()
-        for x in (asked.n_loops, seq_len if asked.seq_lens is None else asked.seq_lens)
+        for x in (options.n_loops, seq_len if options.seq_lens is None else options.seq_lens)
     )
-    most = max(int(loops.max()), 0) if isinstance(asked.n_loops, Tensor) else asked.n_loops
+    most = max(int(loops.max()), 0) if isinstance(options.n_loops, Tensor) else options.n_loops
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
@@ -189,11 +118,11 @@ def _call(
         most_loops=most,
         n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
         n_threads=torch.get_num_threads(),
-        return_all=asked.return_all_loops,
-        n_grad_loops=min(asked.n_grad_loops or 0, most),
-        halting=asked.halt_threshold is not None,
-        halt_threshold=asked.halt_threshold or 0.0,
-        bf16=asked.compute_dtype == torch.bfloat16,
+        return_all=options.return_all_loops,
+        n_grad_loops=min(options.n_grad_loops or 0, most),
+        halting=options.halt_threshold is not None,
+        halt_threshold=options.halt_threshold or 0.0,
+        bf16=options.compute_dtype == torch.bfloat16,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
@@ -249,3 +178,85 @@ def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
     for x in saved:
         assert x.is_contiguous()
         setattr(call, "kept" if x.ndim == 2 else "boundaries", x.data_ptr())
+
+
+class CpuBackend:
+    """All loops in one C++ call; see the top of this file."""
+
+    name, saves = "cpu", True
+
+    def why_not(self, problem: Problem | None) -> WhyNot | None:
+        """A library that was not built is a slow path to be told of: every machine with a compiler has it."""
+        missing = _absent()
+        if problem is None:
+            return WhyNot.of(Kind.ABSENT, missing)
+        return WhyNot.of(Kind.FOREIGN, _foreign(problem)) or WhyNot.of(
+            Kind.UNSERVED, missing or _unserved(problem)
+        )
+
+    def describe(self, problem: Problem) -> str:
+        """In a phrase, with what the backward reads."""
+        kept = _keeps(problem.batch * problem.seq_len, _kept_width(problem.spec, problem.compute_dtype))
+        backward = f"; the backward {'reads kept activations' if kept else 'recomputes each loop'}"
+        return f"one C++ call for all loops{backward if problem.grad else ''}"
+
+    def saved_bytes(self, problem: Problem) -> int:
+        """Bytes kept for the backward pass, per loop."""
+        rows, spec = problem.batch * problem.seq_len, problem.spec
+        width = _kept_width(spec, problem.compute_dtype)
+        return 4 * rows * (width if _keeps(rows, width) else spec.d_model)
+
+    def saved_like(
+        self, e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Empty tensors shaped as what :func:`forward` saves."""
+        return [e.new_empty(_saved_shape(e, spec, n_loops, compute_dtype or e.dtype), dtype=torch.float32)]
+
+    def forward(
+        self,
+        e: Tensor,
+        weights: dict[str, Tensor],
+        spec: BlockSpec,
+        options: CallOptions,
+        for_backward: bool,
+        isa: str | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
+        call, keep = _call(e, weights, spec, options)
+        shape = (call.most_loops, *e.shape) if options.return_all_loops else e.shape
+        new = torch.empty if options.seq_lens is None else torch.zeros  # pads are never written
+        out, used = _allocate(new, shape), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
+        to_save = _saved_shape(e, spec, call.most_loops, options.compute_dtype)
+        saved = [_buffer(to_save)] if for_backward else []
+        call.out, call.used = out.data_ptr(), used.data_ptr()
+        _set_saved(call, saved)
+        native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
+        del keep
+        return out.to(e.dtype), used, saved
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        e: Tensor,
+        weights: dict[str, Tensor],
+        spec: BlockSpec,
+        options: CallOptions,
+        saved: list[Tensor],
+        isa: str | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of e and of the weights, in the order of ``weights``."""
+        call, keep = _call(e, weights, spec, options)
+        call.most_loops = len(saved[0])  # of the forward: more are not there to be read
+        grad_h = grad_h.to(torch.float32).contiguous()
+        grad_e = torch.zeros(e.shape, **_HERE)
+        grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
+        addresses = block.addresses(grads, spec)
+        _set_saved(call, saved)
+        call.grad_out = grad_h.data_ptr()
+        call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
+        native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
+        del keep
+        return grad_e.to(e.dtype), [g.to(weights[name].dtype) for name, g in grads.items()]
+
+
+CPU = CpuBackend()

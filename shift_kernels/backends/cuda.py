@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
-from shift_kernels.asked import Asked
+from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
+from shift_kernels.call import CallOptions, Problem, without_pads
 from shift_kernels.native import block, cuda
-from shift_kernels.problem import Problem
-from shift_kernels.ragged import without_pads
 from shift_kernels.spec import BlockSpec, spec_from_key
-
-NAME = "cuda"
-SAVES = True
-ONLY_BY_NAME: str | None = "not yet run on hardware: name it to try it"
+from shift_kernels.torch_internals import constant_for_dynamo
 
 OPERAND_BYTES = 512 * 2**20
 """Of weight-gradient operands alive at once: bounds the loops in a launch of the backward."""
@@ -48,11 +44,11 @@ HOPPER = Limits(227 * 1024, 132)
 """The device taken where there is none."""
 _FOREVER = 2**31 - 1  # more loops than any sample asks for: its own number decides
 
-# Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
+# CallOptions once, here, so that torch.compile finds a constant where it traces the choice of a backend.
 _LIBRARY, _STATUS = cuda.load()
 
 
-def unavailable() -> str | None:
+def _absent() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
     if _LIBRARY is None:
         return _STATUS
@@ -68,7 +64,7 @@ def _emulated() -> bool:
     return _LIBRARY is not None and not _LIBRARY.archs
 
 
-def meant_for(problem: Problem) -> str | None:
+def _foreign(problem: Problem) -> str | None:
     """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != ("cpu" if _emulated() else "cuda"):
         return f"is for CUDA tensors, not {problem.device.type}"
@@ -78,7 +74,7 @@ def meant_for(problem: Problem) -> str | None:
     return None
 
 
-def refusal(problem: Problem) -> str | None:
+def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     return _refusal(
         problem.spec.key,
@@ -98,6 +94,7 @@ def _rows(seq_len: int) -> int:
     return next((rows for rows in range(16, LONG, 16) if seq_len <= rows), LONG)
 
 
+@constant_for_dynamo
 def _refusal(
     spec_key: str,
     seq_len: int,
@@ -120,28 +117,6 @@ def _refusal(
     return None
 
 
-# What torch.compiler.assume_constant_result does, which takes seconds to import.
-_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def how(problem: Problem) -> str:
-    """The tile of a program, of the backward's where there is one, and where it is."""
-    assert _LIBRARY is not None, "asked only if available"
-    p = problem
-    call = sizes(p.spec, p.batch, p.seq_len, p.dtype, p.compute_dtype, _limits(p.device))
-    parts = []
-    for backward in (False, True)[: 1 + p.grad]:
-        plan = _LIBRARY.plan(call, backward=backward)
-        where = "in shared memory" if plan.tile_in_shared else "in L2"
-        if plan.split > 1:
-            where += f" of {plan.split} programs a sequence"
-        parts.append(
-            f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
-            f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory"
-        )
-    return "; ".join(["resident, all loops in one launch", *parts])
-
-
 def _limits(device: torch.device) -> Limits:
     if device.type != "cuda" or not torch.cuda.is_available():
         return HOPPER
@@ -150,77 +125,6 @@ def _limits(device: torch.device) -> Limits:
     assert _LIBRARY is not None, "checked by the backend's choice"
     sm90a = (properties.major, properties.minor) == (9, 0) and "sm_90a" in _LIBRARY.archs
     return Limits(most, properties.multi_processor_count, sm90a)
-
-
-def saved_bytes(problem: Problem) -> int:
-    """Bytes kept for the backward pass, per loop: its boundary."""
-    return problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
-
-
-def saved_like(
-    e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Empty tensors of the shapes that :func:`forward` saves: h_0 .. h_{T-1}."""
-    return [e.new_empty(n_loops, *e.shape)]
-
-
-def forward(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, for_backward: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h_T (or all h_t), the loops used [batch]; for a backward, the loop boundaries."""
-    loops = asked.own_loops(e.device)
-    # The number of states to return or keep is needed on the host, and only then.
-    host = loops is None or asked.return_all_loops or for_backward
-    most = asked.most_loops() if host else _FOREVER
-    halts = asked.halt_threshold is not None
-    used = (
-        torch.full((len(e),), most, device=e.device) if loops is None else loops.clone() if halts else loops
-    )
-    out = e.new_empty((most, *e.shape) if asked.return_all_loops else e.shape)
-    saved = saved_like(e, spec, most) if for_backward else []
-    call, keep = _call(e, weights, spec, asked, loops)
-    call.most_loops, call.save = most, for_backward
-    call.halting, call.halt_threshold = halts, asked.halt_threshold or 0.0
-    call.out, call.used = out.data_ptr(), used.data_ptr()
-    call.boundaries = saved[0].data_ptr() if saved else None
-    _run(call, e, backward=False)
-    del keep
-    return out, used, saved
-
-
-def backward(
-    grad_h: Tensor, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, saved: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
-    assert _LIBRARY is not None, "checked by the backend's choice"
-    loops, n_grad_loops = asked.own_loops(e.device), asked.n_grad_loops
-    boundaries, grad_h = saved[0], grad_h.contiguous()
-    most, tokens = len(boundaries), e.shape[0] * e.shape[1]
-    call, keep = _call(e, weights, spec, asked, loops)
-    call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
-    plan = _LIBRARY.plan(call, backward=True)
-    dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
-    if not asked.return_all_loops:
-        dh += without_pads(grad_h, asked.seq_lens)
-    de = torch.zeros_like(dh) if spec.injection == "add" else dh
-    vectors = dh.new_zeros(plan.programs, spec.n_layers + 1, len(block.NORM_WEIGHTS), spec.d_model)
-    call.dh, call.de, call.dv = dh.data_ptr(), de.data_ptr(), vectors.data_ptr()
-    grads = WeightGradients(spec, plan.ff_pad, e.new_empty(0, dtype=asked.compute_dtype))
-    step = max(1, OPERAND_BYTES // grads.bytes_per_loop(tokens))
-    # Where samples have loops of their own, nobody knows here which are the last k of each.
-    end = 0 if loops is not None or n_grad_loops is None else max(most - n_grad_loops, 0)
-    for high in range(most, end, -step):
-        call.low, call.high = max(high - step, end), high
-        operands = grads.operands((high - call.low) * tokens, untouched=loops is not None)
-        for name, x in operands.items():
-            setattr(call, name, x.data_ptr())
-        _run(call, e, backward=True)
-        grads.add(operands)
-    del keep
-    if end > 0 and spec.injection != "add":  # every sample's first loops carry no gradient
-        de = torch.zeros_like(de)
-    found = grads.by_name() | _norms(vectors.sum(0), spec)
-    return de.to(e.dtype), [found[name].to(w.dtype) for name, w in weights.items()]
 
 
 class WeightGradients:
@@ -311,11 +215,11 @@ def sizes(
 
 
 def _call(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, loops: Tensor | None
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, loops: Tensor | None
 ) -> tuple[cuda.Call, Sequence[object]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
-    lengths = None if asked.seq_lens is None else asked.seq_lens.to(e.device, torch.int64).contiguous()
+    lengths = None if options.seq_lens is None else options.seq_lens.to(e.device, torch.int64).contiguous()
     rotary = None
     if spec.position == "rope":
         rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
@@ -323,8 +227,8 @@ def _call(
     weight_dtype = _common_dtype(weights)
     values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)
-    call = sizes(spec, batch, seq_len, e.dtype, asked.compute_dtype, _limits(e.device))
-    call.return_all, call.n_grad_loops = asked.return_all_loops, asked.n_grad_loops or 0
+    call = sizes(spec, batch, seq_len, e.dtype, options.compute_dtype, _limits(e.device))
+    call.return_all, call.n_grad_loops = options.return_all_loops, options.n_grad_loops or 0
     call.own_loops, call.ragged = loops is not None, lengths is not None
     call.weight_dtype = cuda.DTYPES.index(weight_dtype)
     call.e, call.weights = e.data_ptr(), ctypes.addressof(addresses)
@@ -356,3 +260,113 @@ def _run(call: cuda.Call, e: Tensor, *, backward: bool) -> None:
     with on_device:
         stream = torch.cuda.current_stream().cuda_stream if e.is_cuda else 0
         _LIBRARY.run(call, backward=backward, stream=stream)
+
+
+class CudaBackend:
+    """Resident kernels in CUDA C++; see the top of this file."""
+
+    name, saves = "cuda", True
+
+    def why_not(self, problem: Problem | None) -> WhyNot | None:
+        found = WhyNot.of(Kind.ABSENT, _absent())
+        if found is None and problem is not None:
+            found = WhyNot.of(Kind.FOREIGN, _foreign(problem)) or WhyNot.of(Kind.UNSERVED, _unserved(problem))
+            found = found or UNVERIFIED
+        return found
+
+    def describe(self, problem: Problem) -> str:
+        """The tile of a program, of the backward's where there is one, and where it is."""
+        assert _LIBRARY is not None, "asked only if available"
+        p = problem
+        call = sizes(p.spec, p.batch, p.seq_len, p.dtype, p.compute_dtype, _limits(p.device))
+        parts = []
+        for backward in (False, True)[: 1 + p.grad]:
+            plan = _LIBRARY.plan(call, backward=backward)
+            where = "in shared memory" if plan.tile_in_shared else "in L2"
+            if plan.split > 1:
+                where += f" of {plan.split} programs a sequence"
+            parts.append(
+                f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
+                f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory"
+            )
+        return "; ".join(["resident, all loops in one launch", *parts])
+
+    def saved_bytes(self, problem: Problem) -> int:
+        """Bytes kept for the backward pass, per loop: its boundary."""
+        return problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
+
+    def saved_like(
+        self, e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Empty tensors of the shapes that :func:`forward` saves: h_0 .. h_{T-1}."""
+        return [e.new_empty(n_loops, *e.shape)]
+
+    def forward(
+        self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """h_T (or all h_t), the loops used [batch]; for a backward, the loop boundaries."""
+        loops = options.own_loops(e.device)
+        # The number of states to return or keep is needed on the host, and only then.
+        host = loops is None or options.return_all_loops or for_backward
+        most = options.most_loops() if host else _FOREVER
+        halts = options.halt_threshold is not None
+        used = (
+            torch.full((len(e),), most, device=e.device)
+            if loops is None
+            else loops.clone()
+            if halts
+            else loops
+        )
+        out = e.new_empty((most, *e.shape) if options.return_all_loops else e.shape)
+        saved = self.saved_like(e, spec, most) if for_backward else []
+        call, keep = _call(e, weights, spec, options, loops)
+        call.most_loops, call.save = most, for_backward
+        call.halting, call.halt_threshold = halts, options.halt_threshold or 0.0
+        call.out, call.used = out.data_ptr(), used.data_ptr()
+        call.boundaries = saved[0].data_ptr() if saved else None
+        _run(call, e, backward=False)
+        del keep
+        return out, used, saved
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        e: Tensor,
+        weights: dict[str, Tensor],
+        spec: BlockSpec,
+        options: CallOptions,
+        saved: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
+        assert _LIBRARY is not None, "checked by the backend's choice"
+        loops, n_grad_loops = options.own_loops(e.device), options.n_grad_loops
+        boundaries, grad_h = saved[0], grad_h.contiguous()
+        most, tokens = len(boundaries), e.shape[0] * e.shape[1]
+        call, keep = _call(e, weights, spec, options, loops)
+        call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
+        plan = _LIBRARY.plan(call, backward=True)
+        dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
+        if not options.return_all_loops:
+            dh += without_pads(grad_h, options.seq_lens)
+        de = torch.zeros_like(dh) if spec.injection == "add" else dh
+        vectors = dh.new_zeros(plan.programs, spec.n_layers + 1, len(block.NORM_WEIGHTS), spec.d_model)
+        call.dh, call.de, call.dv = dh.data_ptr(), de.data_ptr(), vectors.data_ptr()
+        grads = WeightGradients(spec, plan.ff_pad, e.new_empty(0, dtype=options.compute_dtype))
+        step = max(1, OPERAND_BYTES // grads.bytes_per_loop(tokens))
+        # Where samples have loops of their own, nobody knows here which are the last k of each.
+        end = 0 if loops is not None or n_grad_loops is None else max(most - n_grad_loops, 0)
+        for high in range(most, end, -step):
+            call.low, call.high = max(high - step, end), high
+            operands = grads.operands((high - call.low) * tokens, untouched=loops is not None)
+            for name, x in operands.items():
+                setattr(call, name, x.data_ptr())
+            _run(call, e, backward=True)
+            grads.add(operands)
+        del keep
+        if end > 0 and spec.injection != "add":  # every sample's first loops carry no gradient
+            de = torch.zeros_like(de)
+        found = grads.by_name() | _norms(vectors.sum(0), spec)
+        return de.to(e.dtype), [found[name].to(w.dtype) for name, w in weights.items()]
+
+
+CUDA = CudaBackend()

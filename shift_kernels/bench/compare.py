@@ -17,7 +17,8 @@ from torch import Tensor
 
 from shift_kernels.bench import timing
 from shift_kernels.bench.cases import LIBRARY, OURS, Case, full, quick
-from shift_kernels.info import device_name, report
+from shift_kernels.info import report
+from shift_kernels.machine import device_name
 
 ALLOWED = 2.0
 """Times the error of eager PyTorch in the same dtype."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.cases import Block
-from shift_kernels import BlockSpec, LoopedBlock, attention, backends, dispatch, reference
-from shift_kernels.problem import Problem
+from shift_kernels import BlockSpec, LoopedBlock, attention, backends, reference
+from shift_kernels.backends import LOOPED_BLOCK
+from shift_kernels.call import Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,7 +78,7 @@ CALLS = {
     ),
     "every loop, truncated": dict(return_all_loops=True, n_grad_loops=2),
 }
-BACKENDS = {name: dispatch.module_of(name) for name in ("cuda", "triton")}
+BACKENDS = {name: LOOPED_BLOCK.get(name) for name in ("cuda", "triton")}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -123,7 +123,7 @@ def test_explain_tells_the_tile_and_what_is_kept(gpu):
     programs = "1 programs of 63" if cuda_backend.HOPPER.sm90a else "3 programs of 16"
     for direction in ("forward", "backward"):
         assert f"{direction} {programs} tokens, residual stream in shared memory" in text
-    kept = cuda_backend.saved_like(e, block.spec, 3)[0].nbytes
+    kept = cuda_backend.CUDA.saved_like(e, block.spec, 3)[0].nbytes
     assert f"{kept / 2**20:.1f} MiB" in text
     assert backends()["cuda"] == "available"
 

@@ -18,8 +18,8 @@ from test_reference import OPTIONS as REFERENCE_OPTIONS
 
 from benchmarks.gpu.cases import KINDS
 from shift_kernels import BlockSpec, LoopedBlock, reference
-from shift_kernels.asked import Asked
 from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.call import CallOptions
 from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -100,9 +100,9 @@ def in_dtype(block, e, call, dtype):
 
 def on_kernels(block, e, call, grad=cotangent):
     weights = {name: w.detach() for name, w in block.weights().items()}
-    asked = Asked(**{"n_loops": 2, "compute_dtype": e.dtype, **call})
-    h, _, saved = cuda_backend.forward(e, weights, block.spec, asked, for_backward=True)
-    grad_e, grads = cuda_backend.backward(grad(h).to(e.dtype), e, weights, block.spec, asked, saved)
+    asked = CallOptions(**{"n_loops": 2, "compute_dtype": e.dtype, **call})
+    h, _, saved = cuda_backend.CUDA.forward(e, weights, block.spec, asked, for_backward=True)
+    grad_e, grads = cuda_backend.CUDA.backward(grad(h).to(e.dtype), e, weights, block.spec, asked, saved)
     return [h, grad_e, *grads]
 
 
@@ -218,8 +218,8 @@ def test_each_sample_halts_where_the_reference_halts(gpu):
     lens = torch.tensor([7, 3, 1, 7, 5, 2])
     weights = {name: w.detach() for name, w in block.weights().items()}
     for threshold in (0.3, 0.05):
-        asked = Asked(12, e.dtype, lens, halt_threshold=threshold)
-        _, used, _ = cuda_backend.forward(e, weights, block.spec, asked, for_backward=False)
+        asked = CallOptions(12, e.dtype, lens, halt_threshold=threshold)
+        _, used, _ = cuda_backend.CUDA.forward(e, weights, block.spec, asked, for_backward=False)
         exact = {name: w.double() for name, w in weights.items()}
         _, expected = reference.looped_block(
             e.double(), exact, block.spec, 12, halt_threshold=threshold, seq_lens=lens

@@ -1,7 +1,7 @@
 """Who runs a block, and whether users are told."""
 
+import dataclasses
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,35 +14,49 @@ from shift_kernels import (
     backends,
     dispatch,
     explain,
+    register,
 )
-from shift_kernels.problem import Problem
+from shift_kernels.backends.base import LOOPED_BLOCK, Kind, WhyNot
+from shift_kernels.call import Problem
 
 SPEC = BlockSpec(d_model=8, n_heads=2)
 PROBLEM = Problem(SPEC, 2, 3, torch.float32, torch.float32, torch.device("cpu"), True)
 
 
-def fast_backend(missing=None, refuses=None, other_kind=None):
-    return SimpleNamespace(
-        NAME="fast",
-        ONLY_BY_NAME=None,
-        meant_for=lambda p: other_kind,
-        SAVES=False,
-        unavailable=lambda: missing,
-        refusal=lambda p: refuses,
-        how=lambda p: "in one go",
-        saved_bytes=lambda p: 7,
-    )
+class Toy:
+    """A third party's backend: registered, not derived from anything of ours."""
+
+    name, saves = "toy", False
+
+    def __init__(self, no=None):
+        self.no = no
+
+    def why_not(self, problem):
+        return self.no
+
+    def describe(self, problem):
+        return "in one go"
+
+    def saved_bytes(self, problem):
+        return 7
+
+    def saved_like(self, e, spec, n_loops, compute_dtype=None):
+        return []
+
+    def forward(self, e, weights, spec, options, for_backward):
+        return e + options.n_loops, torch.full((len(e),), options.n_loops), []
+
+    def backward(self, grad_h, e, weights, spec, options, saved):
+        return 2 * grad_h, [torch.zeros_like(w) for w in weights.values()]
 
 
 @pytest.fixture
-def with_fast(monkeypatch):
-    def install(**how):
-        rows = (fast_backend(**how), dispatch.BACKENDS[-1])
-        monkeypatch.setattr(dispatch, "BACKENDS", rows)
-        monkeypatch.setattr(dispatch, "_SAID", set())
-        monkeypatch.delenv("SHIFT_KERNELS_STRICT", raising=False)
-
-    return install
+def with_toy(monkeypatch):
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.delenv("SHIFT_KERNELS_STRICT", raising=False)
+    yield lambda *no: register(Toy(WhyNot(*no) if no else None))
+    LOOPED_BLOCK.remove("toy")
+    dispatch.forget()
 
 
 def test_torch_backend_serves_on_every_machine():
@@ -50,31 +64,52 @@ def test_torch_backend_serves_on_every_machine():
     assert dispatch.plan(PROBLEM, "torch").backend == "torch"
 
 
-def test_auto_takes_the_first_backend_that_serves(with_fast):
-    with_fast()
-    assert dispatch.plan(PROBLEM).backend == "fast"
+def test_a_registered_backend_is_asked_first_and_runs_in_both_directions(with_toy):
+    with_toy()
+    assert backends()["toy"] == "available"
+    assert "in one go" in explain(SPEC, 2, 3)
+    e = torch.zeros(2, 3, 8, requires_grad=True)
+    h = LoopedBlock(SPEC)(e, 5)
+    h.sum().backward()
+    assert (h == 5).all()
+    assert (e.grad == 2).all()
 
 
-HOWS = [{"missing": "no compiler"}, {"refuses": "d_model > 4"}, {"other_kind": "float32 only"}]
+def test_what_is_no_backend_is_refused_with_what_it_lacks():
+    with pytest.raises(ShiftInputError, match="describe"):
+        register(object())
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_auto_falls_back_and_says_why_in_the_plan(with_fast, how):
-    with_fast(**how)
+NO = [
+    (Kind.ABSENT, "no compiler"),
+    (Kind.UNSERVED, "d_model > 4"),
+    (Kind.FOREIGN, "float32 only"),
+    (Kind.UNVERIFIED, "not verified"),
+]
+
+
+@pytest.mark.parametrize("no", NO, ids=lambda no: no[0].name)
+def test_auto_falls_back_and_says_why_in_the_plan(with_toy, no):
+    with_toy(*no)
     chosen = dispatch.plan(PROBLEM)
-    assert chosen.backend == "torch"
-    assert chosen.refused == (("fast", *how.values()),)
+    assert chosen.backend != "toy"
+    assert chosen.refused[0] == ("toy", no)
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_a_named_backend_never_falls_back(with_fast, how):
-    with_fast(**how)
-    with pytest.raises(ShiftInputError, match=next(iter(how.values()))):
-        dispatch.plan(PROBLEM, "fast")
+@pytest.mark.parametrize("no", NO[:3], ids=lambda no: no[0].name)
+def test_a_named_backend_never_falls_back(with_toy, no):
+    with_toy(*no)
+    with pytest.raises(ShiftInputError, match=no[1]):
+        dispatch.plan(PROBLEM, "toy")
 
 
-def test_a_slow_path_is_told_once(with_fast):
-    with_fast(refuses="d_model > 4")
+def test_a_backend_that_was_not_verified_here_runs_by_name(with_toy):
+    with_toy(Kind.UNVERIFIED, "not verified")
+    assert dispatch.plan(PROBLEM, "toy").backend == "toy"
+
+
+def test_a_slow_path_is_told_once(with_toy):
+    with_toy(Kind.UNSERVED, "d_model > 4")
     block, e = LoopedBlock(SPEC), torch.randn(2, 3, 8)
     with pytest.warns(BackendFallbackWarning, match="d_model > 4") as told:
         block(e, 1)
@@ -84,26 +119,31 @@ def test_a_slow_path_is_told_once(with_fast):
         block(e, 1)
 
 
-@pytest.mark.parametrize("how", [{"missing": "no compiler"}, {"other_kind": "float32 only"}])
-def test_a_backend_that_is_not_for_this_is_no_news(with_fast, how):
-    with_fast(**how)
+@pytest.mark.parametrize("kind", [Kind.ABSENT, Kind.FOREIGN])
+def test_a_backend_that_is_not_for_this_is_no_news(with_toy, kind):
+    with_toy(kind, "not for this")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
 
 
-def test_strict_mode_makes_the_slow_path_an_error(with_fast, monkeypatch):
-    with_fast(refuses="d_model > 4")
+def test_an_unmeasured_shape_names_the_command_that_measures_it(with_toy):
+    with_toy(Kind.UNVERIFIED, "not verified")
+    with pytest.warns(BackendFallbackWarning, match="shift-calibrate"):
+        dispatch.plan_and_warn(dataclasses.replace(PROBLEM, device=torch.device("cuda")), "auto")
+
+
+def test_strict_mode_makes_the_slow_path_an_error(with_toy, monkeypatch):
+    with_toy(Kind.UNSERVED, "d_model > 4")
     monkeypatch.setenv("SHIFT_KERNELS_STRICT", "1")
     with pytest.raises(ShiftInputError, match="SHIFT_KERNELS_STRICT"):
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
 
 
-def test_explain_names_backend_reason_memory_and_refusals(with_fast):
-    with_fast(refuses="d_model > 4")
+def test_explain_names_backend_reason_memory_and_refusals(with_toy):
+    with_toy(Kind.UNSERVED, "d_model > 4")
     text = explain(SPEC, batch=64, seq_len=32, n_loops=4)
-    assert "torch" in text
-    assert "not       fast: d_model > 4" in text
+    assert "not       toy: d_model > 4" in text
     assert "MiB" in text
     assert "MiB" not in explain(SPEC, batch=64, seq_len=32, grad=False)
 

@@ -14,10 +14,10 @@ if DEVICE != "cpu":
     pytest.skip("runs in Triton's interpreter; tests/gpu is for this machine", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.asked import Asked
 from shift_kernels.backends import torch as torch_backend
 from shift_kernels.backends.triton import graph, rows
 from shift_kernels.backends.triton import streamed as layer
+from shift_kernels.call import CallOptions
 
 F64 = torch.float64
 # What the reference in the same dtype may gain by luck; relative to the largest number of a tensor.
@@ -37,7 +37,7 @@ def problem(spec, dtype=torch.float32, seed=0):
 
 def run(backend, e, weights, spec, n_loops, grad_seed=1, grad=None, **call):
     """h, loops used, grad_e, gradients of the weights."""
-    asked = Asked(n_loops, **{"compute_dtype": e.dtype, **call})
+    asked = CallOptions(n_loops, **{"compute_dtype": e.dtype, **call})
     with torch.no_grad():
         h, used, saved = backend.forward(e, weights, spec, asked, for_backward=True)
         if grad is None:
@@ -145,9 +145,9 @@ def test_nan_in_pads_reaches_nothing_and_pads_return_zero():
 def test_halting_stops_each_sample_where_the_reference_does(seq_lens, threshold):
     spec = BlockSpec(**BASE, injection="add")
     e, weights = problem(spec)
-    asked = Asked(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
+    asked = CallOptions(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
     h, used, saved = layer.forward(e, weights, spec, asked, for_backward=False)
-    expected, expected_used, _ = torch_backend.forward(e, weights, spec, asked, for_backward=False)
+    expected, expected_used, _ = torch_backend.TORCH.forward(e, weights, spec, asked, for_backward=False)
     assert torch.equal(used, expected_used)
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
     assert saved == []
@@ -175,7 +175,7 @@ def test_the_same_call_gives_the_same_bits():
 def test_only_boundaries_are_kept():
     spec = BlockSpec(**BASE)
     e, weights = problem(spec)
-    *_, saved = layer.forward(e, weights, spec, Asked(3, e.dtype), for_backward=True)
+    *_, saved = layer.forward(e, weights, spec, CallOptions(3, e.dtype), for_backward=True)
     assert [x.shape for x in saved] == [(3, *e.shape)]
     assert torch.equal(saved[0][0], e)
 

@@ -81,14 +81,14 @@ import json, torch
 from benchmarks.offline.compiling import launches
 from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.backends.triton import backend as backend
-from shift_kernels.asked import Asked
+from shift_kernels.call import CallOptions
 
 spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
 weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
 with launches(90) as found:
     for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
         e = torch.randn(batch, seq_len, 16)
-        asked = Asked(n_loops, e.dtype)
+        asked = CallOptions(n_loops, e.dtype)
         backend.forward(e, weights, spec, asked, for_backward=True)
         saved = backend.saved_like(e, spec, n_loops)
         backend.backward(e, e, weights, spec, asked, saved)

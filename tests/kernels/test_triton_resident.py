@@ -18,10 +18,9 @@ if importlib.util.find_spec("triton") is None:
 from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
-from shift_kernels.asked import Asked
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.backends.triton import resident_plan, tuned
-from shift_kernels.problem import Problem
+from shift_kernels.call import CallOptions, Problem
 
 F64 = torch.float64
 # Ours may be twice as far from float64 as torch in the same dtype, plus a few roundings where torch is lucky.
@@ -253,7 +252,7 @@ def test_blocks_too_large_for_a_tile_are_streamed(seq_len):
     problem = Problem(
         BlockSpec(132, 2, d_ff=8), 2, seq_len, torch.float32, torch.float32, torch.device(DEVICE), True
     )
-    assert "streamed" in triton_backend.how(problem)
+    assert "streamed" in triton_backend.TRITON.describe(problem)
     check_gradients({"injection": "add"}, size=size)
     _, ours, theirs = forward({"loop_norm": True}, size=size)
     assert ours <= 2 * theirs + FLOOR[torch.float32]
@@ -265,14 +264,16 @@ def test_what_is_kept_is_what_the_planner_says(d_model, n_layers):
     spec, e, weights = make(batch=2, seq_len=20, d_model=d_model, n_layers=n_layers, loop_norm=True)
     kept = looped_block_saves(e.float(), cast(weights, torch.float32), spec, n_loops=3)
     problem = Problem(spec, 2, 20, torch.float32, torch.float32, torch.device(DEVICE), True)
-    assert sum(x.nbytes for x in kept) == 3 * triton_backend.saved_bytes(problem)
+    assert sum(x.nbytes for x in kept) == 3 * triton_backend.TRITON.saved_bytes(problem)
     assert [x.shape.numel() for x in kept] == [
-        x.shape.numel() for x in triton_backend.saved_like(e.float(), spec, 3)
+        x.shape.numel() for x in triton_backend.TRITON.saved_like(e.float(), spec, 3)
     ]
 
 
 def looped_block_saves(e, weights, spec, n_loops):
-    return triton_backend.forward(e, weights, spec, Asked(n_loops, e.dtype), for_backward=True)[2]
+    return triton_backend.TRITON.forward(e, weights, spec, CallOptions(n_loops, e.dtype), for_backward=True)[
+        2
+    ]
 
 
 def test_auto_never_takes_the_interpreter_for_cpu_tensors():

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shift_kernels.call import AttentionProblem
 from shift_kernels.errors import input_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -231,12 +232,12 @@ def _backward_dkv(
     _store(DV + b * dvb + kv_head * dvh, dv, keys, dvn, cols, dvd, seq_len, length, HEAD_DIM)
 
 
-def refusal(q: Tensor) -> str | None:
-    """Why these kernels do not serve attention over such queries, or None."""
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype} (float32, float16 and bfloat16 are served)"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} (up to {MAX_HEAD_DIM} is served)"
+def unserved(problem: AttentionProblem) -> str | None:
+    """Why these kernels do not serve such an attention, or None."""
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} (float32, float16 and bfloat16 are served)"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {problem.head_dim} (up to {MAX_HEAD_DIM} is served)"
     return None
 
 

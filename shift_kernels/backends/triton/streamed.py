@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from shift_kernels import reference
-from shift_kernels.asked import Asked
 from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward
+from shift_kernels.call import CallOptions
 from shift_kernels.spec import BlockSpec
 
 OPERAND_BYTES = 2**30
@@ -361,19 +361,19 @@ def _clean(x: Tensor, seq_lens: Tensor | None) -> Tensor:
 
 
 def forward(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, for_backward: bool
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used, and for the backward [h_0 .. h_{T-1}]; see ``torch_backend``."""
     batch, seq_len, d = e.shape
     e = e.detach()
-    lens = None if asked.seq_lens is None else asked.seq_lens.to(e.device)
+    lens = None if options.seq_lens is None else options.seq_lens.to(e.device)
     e = _clean(e, lens)
-    body = _body(e, weights, spec, asked.compute_dtype)
-    loops, halt_threshold = _loops(asked.n_loops, batch), asked.halt_threshold
+    body = _body(e, weights, spec, options.compute_dtype)
+    loops, halt_threshold = _loops(options.n_loops, batch), options.halt_threshold
     most, add = max(loops), spec.injection == "add"
     used = torch.zeros(batch, dtype=torch.int64, device=e.device)
     out = torch.empty_like(e)
-    history = e.new_empty((most, *e.shape)) if asked.return_all_loops else None
+    history = e.new_empty((most, *e.shape)) if options.return_all_loops else None
     # A boundary beyond a sample's own loops is never read; zeros, so that it is never garbage either.
     boundaries = e.new_zeros((most, *e.shape)) if for_backward else None
     for at, own in _chunks(loops, _chunk_size(spec, e, body.compute.itemsize), e.device):
@@ -424,24 +424,29 @@ def _halt(after: Tensor, before: Tensor, lens: Tensor | None, running: Tensor, t
 
 
 def backward(
-    grad_h: Tensor, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, asked: Asked, saved: list[Tensor]
+    grad_h: Tensor,
+    e: Tensor,
+    weights: dict[str, Tensor],
+    spec: BlockSpec,
+    options: CallOptions,
+    saved: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``, from the loop boundaries."""
     batch, seq_len, d = e.shape
-    lens = None if asked.seq_lens is None else asked.seq_lens.to(e.device)
+    lens = None if options.seq_lens is None else options.seq_lens.to(e.device)
     e, grad_h = _clean(e.detach(), lens), _clean(grad_h.detach(), lens)
-    body = _body(e, weights, spec, asked.compute_dtype)
-    loops = _loops(asked.n_loops, batch)
+    body = _body(e, weights, spec, options.compute_dtype)
+    loops = _loops(options.n_loops, batch)
     size, most, add = _chunk_size(spec, e, body.compute.itemsize), max(loops), spec.injection == "add"
-    window = max(most, 1) if asked.n_grad_loops is None else asked.n_grad_loops
+    window = max(most, 1) if options.n_grad_loops is None else options.n_grad_loops
     grads = _Gradients(body, size * seq_len, seq_len * max(1, sum(min(t, window) for t in loops)))
     grad_e = torch.zeros_like(e)
     for at, own in _chunks(loops, size, e.device):
         x, own_lens = e[at], None if lens is None else lens[at]
-        dh = torch.zeros_like(x) if asked.return_all_loops else grad_h[at].clone()
+        dh = torch.zeros_like(x) if options.return_all_loops else grad_h[at].clone()
         de = torch.zeros_like(x, dtype=torch.float32)
         for t in range(most, 0, -1):
-            if asked.return_all_loops:
+            if options.return_all_loops:
                 dh += grad_h[t - 1][at]
             n = sum(t <= T for T in own)
             cut = sum(t <= T - window for T in own)  # their last loops have been passed: no gradient below

@@ -1,19 +1,62 @@
-"""The looped block as a registered operator, so that torch.compile sees one opaque call.
+"""The looped block for autograd: an eager function, and a registered operator for whoever must see one.
 
 ``shift_kernels::looped_block`` takes the number of loops as data: a compiled model that passes it as a
 tensor is never recompiled when it changes, one that passes an int is compiled once more at most.
-The autocast rule: matmul operands in autocast's dtype, the residual stream and the result in e's.
+Its autocast rule: matmul operands in autocast's dtype, the residual stream and the result in e's.
+Outside torch.compile the eager function makes the same backend calls without the operator's overhead, over a
+millisecond a step in Python, where a small block's whole step takes five.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from shift_kernels import dispatch
-from shift_kernels.asked import Asked
+from shift_kernels.backends import LOOPED_BLOCK
+from shift_kernels.backends.base import Backend
+from shift_kernels.call import CallOptions
 from shift_kernels.errors import input_error
-from shift_kernels.spec import spec_from_key
+from shift_kernels.spec import BlockSpec, spec_from_key
+from shift_kernels.torch_internals import outside_of_dynamo, without_autocast_key
+
+
+class EagerLoopedBlock(torch.autograd.Function):
+    """``apply(backend, spec, options, e, *weights)`` returns h and the loops used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Backend, spec: BlockSpec, options: CallOptions, e: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        named = dict(zip(spec.weight_shapes(), weights, strict=True))
+        h, used, saved = backend.forward(e, named, spec, options, for_backward=True)
+        ctx.backend, ctx.spec, ctx.options, ctx.n_weights = backend, spec, options, len(weights)
+        ctx.save_for_backward(e, *weights, *saved)
+        ctx.mark_non_differentiable(used)
+        return h, used
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise input_error(
+                "shift_kernels.looped_block",
+                "backend",
+                ctx.backend.name,
+                "backend='torch' outside torch.compile for second derivatives",
+                "Call looped_block(..., backend='torch').",
+            )
+        e, *tensors = ctx.saved_tensors
+        weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
+        named = dict(zip(ctx.spec.weight_shapes(), weights, strict=True))
+        grad_e, grads = ctx.backend.backward(_in_memory(grad_h), e, named, ctx.spec, ctx.options, saved)
+        return None, None, None, grad_e, *grads
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """The same values where kernels find them: autograd may leave a negation to do, or store no zeros."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
+
 
 _LIB = torch.library.Library("shift_kernels", "DEF")
 # sample_loops: one T per sample, n_loops is then ignored. weights: in the order of weight_shapes().
@@ -46,36 +89,36 @@ def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:
     return dict(zip(spec_from_key(spec_key).weight_shapes(), weights, strict=True))
 
 
-def _asked(e, compute_dtype, n_loops, sample_loops, *options) -> Asked:
-    """``options`` are the others as in the schemas, in the order of the fields."""
-    return Asked(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *options)
+def _options(e, compute_dtype, n_loops, sample_loops, *others) -> CallOptions:
+    """``others`` as in the schemas, in the order of the fields."""
+    return CallOptions(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *others)
 
 
 # Where outputs' sizes depend on data, torch.compile may leave the operator outside its graph, and would then
 # look for something to compile inside.
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
-@torch._disable_dynamo
+@outside_of_dynamo
 def _forward(e, weights, spec, *options):
-    *asked, compute_dtype, for_backward, backend = options
-    return dispatch.module_of(backend).forward(
-        e, _named(weights, spec), spec_from_key(spec), _asked(e, compute_dtype, *asked), for_backward
+    *call, compute_dtype, for_backward, backend = options
+    return LOOPED_BLOCK.get(backend).forward(
+        e, _named(weights, spec), spec_from_key(spec), _options(e, compute_dtype, *call), for_backward
     )
 
 
 @torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")
-@torch._disable_dynamo
+@outside_of_dynamo
 def _backward(grad_h, e, weights, saved, spec, *options):
-    *asked, compute_dtype, backend = options
-    return dispatch.module_of(backend).backward(
-        grad_h, e, _named(weights, spec), spec_from_key(spec), _asked(e, compute_dtype, *asked), saved
+    *call, compute_dtype, backend = options
+    return LOOPED_BLOCK.get(backend).backward(
+        grad_h, e, _named(weights, spec), spec_from_key(spec), _options(e, compute_dtype, *call), saved
     )
 
 
 @torch.library.register_fake("shift_kernels::looped_block", lib=_LIB)
 def _forward_fake(e, weights, spec, n_loops, sample_loops, *options):
     _, return_all_loops, _, _, compute_dtype, for_backward, backend = options
-    module = dispatch.module_of(backend)
-    saves = for_backward and module.SAVES
+    module = LOOPED_BLOCK.get(backend)
+    saves = for_backward and module.saves
     if sample_loops is not None and (return_all_loops or saves):
         n_loops = torch.library.get_ctx().new_dynamic_size()  # the largest entry: known only when it runs
     h = e.new_empty((n_loops, *e.shape) if return_all_loops else e.shape)
@@ -135,7 +178,7 @@ torch.library.register_autograd(
 def _autocast_rule(device_type: str, key: str) -> None:
     def rule(*args):
         *head, compute_dtype, for_backward, backend = args
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        with without_autocast_key(key):
             return torch.ops.shift_kernels.looped_block(
                 *head, compute_dtype or torch.get_autocast_dtype(device_type), for_backward, backend
             )

@@ -1,0 +1,160 @@
+"""What a backend is, and the registries that ``auto`` chooses from. A third party registers its own:
+
+class Mine:                          # no base class: the methods of Backend are the contract
+    name, saves = "mine", False
+    def why_not(self, problem): ...
+    ...
+
+shift_kernels.register(Mine())       # from now on a candidate of looped_block(backend="auto" or "mine")
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from shift_kernels.call import AttentionProblem, CallOptions, Problem
+from shift_kernels.errors import type_error
+from shift_kernels.spec import BlockSpec
+
+
+class Kind(enum.Enum):
+    """The kinds of no, which ``auto`` treats differently."""
+
+    ABSENT = "cannot run on this machine"
+    FOREIGN = "is for other tensors"
+    UNSERVED = "does not serve a problem of its own kind: a slow path that the user is told of"
+    UNVERIFIED = "serves it, but only by name or once it was verified on this device"
+
+
+class WhyNot(NamedTuple):
+    """Why a backend does not serve a problem."""
+
+    kind: Kind
+    words: str
+
+    @classmethod
+    def of(cls, kind: Kind, words: str | None) -> WhyNot | None:
+        """None where there are no words."""
+        return None if words is None else cls(kind, words)
+
+
+UNVERIFIED = WhyNot(Kind.UNVERIFIED, "not verified on this device: run shift-calibrate, or name it to try it")
+
+
+class Backend(Protocol):
+    """Runs looped blocks.
+
+    Attributes:
+        name: what ``backend=`` takes.
+        saves: whether ``forward`` keeps tensors for ``backward``.
+    """
+
+    name: str
+    saves: bool
+
+    def why_not(self, problem: Problem | None) -> WhyNot | None:
+        """Why the backend does not serve a problem; None where it does.
+
+        Asked with None it speaks of the machine alone. ``UNVERIFIED`` only if nothing else is in the way.
+        """
+
+    def describe(self, problem: Problem) -> str:
+        """How it would run a problem, in a phrase."""
+
+    def saved_bytes(self, problem: Problem) -> int:
+        """Bytes kept for the backward pass, per loop."""
+
+    def saved_like(
+        self, e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Empty tensors shaped as what ``forward`` saves; e's sizes and n_loops may be symbolic."""
+
+    def forward(
+        self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """h_T (or all h_t), the loops used int64 [batch], and what ``backward`` needs beside the inputs."""
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        e: Tensor,
+        weights: dict[str, Tensor],
+        spec: BlockSpec,
+        options: CallOptions,
+        saved: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of e and of the weights, in the order of ``weights``."""
+
+
+class AttentionBackend(Protocol):
+    """Runs :func:`shift_kernels.attention`."""
+
+    name: str
+
+    def why_not(self, problem: AttentionProblem | None) -> WhyNot | None:
+        """As :meth:`Backend.why_not`."""
+
+    def describe(self, problem: AttentionProblem) -> str:
+        """How it would run a problem, in a phrase."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, seq_lens: Tensor | None) -> Tensor:
+        """The attention of checked arguments, differentiable."""
+
+
+B = TypeVar("B", Backend, AttentionBackend)
+
+
+class Registry(Generic[B]):
+    """The backends of one function, in the order in which ``auto`` asks them; the last one serves everything.
+
+    Args:
+        function: its name, as the user calls it.
+        contract: the methods that a backend must have.
+    """
+
+    def __init__(self, function: str, contract: type) -> None:
+        self.function, self._contract = function, contract
+        self._backends: list[B] = []
+
+    def __iter__(self) -> Iterator[B]:
+        return iter(self._backends)
+
+    def names(self) -> list[str]:
+        """In order."""
+        return [b.name for b in self]
+
+    def get(self, name: str) -> B:
+        """The backend of this name, which must be one of :meth:`names`."""
+        return next(b for b in self if b.name == name)
+
+    def register(self, backend: B) -> None:
+        """Let ``auto`` ask this backend first; an earlier one of the same name is replaced.
+
+        Raises:
+            ShiftTypeError: it lacks a method or attribute of the contract.
+        """
+        needed = [n for n in (*self._contract.__annotations__, *vars(self._contract)) if n[0] != "_"]
+        missing = [name for name in needed if not hasattr(backend, name)]
+        if missing:
+            raise type_error(
+                "shift_kernels.register",
+                "backend",
+                type(backend).__name__,
+                f"an object with {', '.join(needed)}",
+                f"Add {', '.join(missing)}.",
+            )
+        self.remove(backend.name)
+        self._backends.insert(0, backend)
+
+    def remove(self, name: str) -> None:
+        """Take a backend out, if it is there."""
+        self._backends = [b for b in self._backends if b.name != name]
+
+
+LOOPED_BLOCK: Registry[Backend] = Registry("shift_kernels.looped_block", Backend)
+ATTENTION: Registry[AttentionBackend] = Registry("shift_kernels.attention", AttentionBackend)

@@ -1,0 +1,66 @@
+"""Torch's private names, all in one place: what a new torch version may move is mended here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable)
+
+outside_of_dynamo = torch._disable_dynamo
+
+
+def constant_for_dynamo(function: F) -> F:
+    """torch.compile calls the function where it traces and keeps the result.
+
+    This is what torch.compiler.assume_constant_result does, which takes seconds to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def transforms_are_active(tensors: tuple[Tensor, ...]) -> bool:
+    """True under torch.func and in forward-mode differentiation of these tensors."""
+    level = forward_ad._current_level  # asked first, for what it spares every other call
+    tangents = level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return tangents or torch._C._are_functorch_transforms_active()
+
+
+def must_be_observed(tensors: tuple[Tensor, ...]) -> bool:
+    """True if a tracer, dispatch mode or tensor subclass must observe the call.
+
+    It then goes through the operator: kernels read memory by its address, which these do not notice, or do
+    not have.
+    """
+    plain = (Tensor, nn.Parameter)
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in plain for x in tensors)
+    )
+
+
+def has_no_values(x: Tensor) -> bool:
+    """True of fake and meta tensors."""
+    return isinstance(x, torch._subclasses.FakeTensor) or x.is_meta
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let autograd record inside an operator's implementation, which runs below it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def without_autocast_key(key: str) -> contextlib.AbstractContextManager[object]:
+    """Below an autocast rule: the operator's next implementation, not the rule again."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))

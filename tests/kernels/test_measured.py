@@ -1,0 +1,177 @@
+"""``auto`` by measurement: the table, what it decides, and how it is filled."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import warnings
+
+import fake_backends
+import pytest
+import torch
+from fake_backends import FAKES
+
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, dispatch, explain, measured
+from shift_kernels.backends.base import LOOPED_BLOCK
+from shift_kernels.calibrate import calibrate, trial
+from shift_kernels.call import Problem
+from shift_kernels.measured import CRASHED, TIMED_OUT, VERIFIED, WRONG, Verdict
+
+fake_backends.forget_them()  # until a test wants them
+SPEC = BlockSpec(d_model=16, n_heads=2, d_ff=16)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def problem(device=CPU, **changes):
+    sizes = dict(batch=3, seq_len=5, dtype=torch.float32, compute_dtype=torch.float32, grad=True, n_loops=2)
+    return Problem(SPEC, device=device, **{**sizes, **changes})
+
+
+def right(ms):
+    return Verdict(VERIFIED, "", 1.0, ms, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch, tmp_path):
+    """An empty cache folder, a device name of our own, and the fake backends."""
+    monkeypatch.setenv("SHIFT_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "device_name", lambda device: f"Fake {device.type}")
+    for fake in FAKES:
+        LOOPED_BLOCK.register(fake)
+    dispatch.forget()
+    yield
+    fake_backends.forget_them()
+    dispatch.forget()
+
+
+def test_without_a_row_nothing_unverified_is_taken():
+    assert dispatch.plan(problem()).backend in ("cpu", "torch")
+    assert dispatch.plan(problem(CUDA)).backend == "torch"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_auto_takes_the_fastest_that_was_verified(device):
+    row = {"torch": right(3.0), "fake_slow": right(9.0), "fake_fast": right(1.0)}
+    row["fake_wrong"] = Verdict(WRONG, "h is off", 7.0)
+    measured.record(problem(device), row)
+    dispatch.forget()
+    assert dispatch.plan(problem(device)).backend == "fake_fast"
+
+
+def test_auto_takes_pytorch_where_it_was_faster():
+    measured.record(problem(), {"torch": right(1.0), "cpu": right(2.0)})
+    dispatch.forget()
+    assert dispatch.plan(problem()).backend == "torch"
+    assert "1 ms" in explain(SPEC, 3, 5, n_loops=2)
+
+
+@pytest.mark.parametrize("changed", [{"grad": False}, {"batch": 9}, {"seq_len": 9}, {"n_loops": 5}])
+def test_a_row_holds_for_its_shape_class_alone(changed):
+    measured.record(problem(), {"fake_fast": right(1.0)})
+    dispatch.forget()
+    assert dispatch.plan(problem(batch=4, seq_len=8)).backend == "fake_fast"  # the same powers of two
+    assert dispatch.plan(problem(**changed)).backend != "fake_fast"
+
+
+@pytest.mark.parametrize("fact", ["device", "driver", "torch", "triton", "kernels"])
+def test_a_table_of_another_identity_is_not_used(fact, monkeypatch):
+    measured.record(problem(), {"fake_fast": right(1.0)})
+    other = {**measured.identity(CPU), fact: "another"}
+    monkeypatch.setattr(measured, "identity", lambda device: other)
+    dispatch.forget()
+    assert dispatch.plan(problem()).backend != "fake_fast"
+
+
+def test_a_measured_backend_that_is_gone_is_passed_over():
+    measured.record(problem(), {"no_longer_there": right(0.1), "fake_fast": right(1.0)})
+    dispatch.forget()
+    assert dispatch.plan(problem()).backend == "fake_fast"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rows": 1}', '{"rows": {"a": {"b": {"c": 1}}}}', "[" * 5000]
+)
+def test_a_damaged_table_is_said_and_not_used(text):
+    path = measured.record(problem(), {"fake_fast": right(1.0)})
+    path.write_text(text)
+    dispatch.forget()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert dispatch.plan(problem()).backend != "fake_fast"
+
+
+def test_rows_of_processes_that_write_at_once_are_all_kept():
+    script = (
+        "import sys, torch; from test_measured import problem, right; from shift_kernels import measured\n"
+        "measured.device_name = lambda device: f'Fake {device.type}'\n"
+        "for i in range(8):\n"
+        "    measured.record(problem(seq_len=2 ** (8 * int(sys.argv[1]) + i)), {'torch': right(1.0)})"
+    )
+    path = [p for p in sys.path if p]
+    code = (
+        f"import sys; sys.path[:0] = {[*path, str(__import__('pathlib').Path(__file__).parent)]!r}\n{script}"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(2)]
+    assert [w.wait() for w in writers] == [0, 0]
+    table = json.loads(measured.table_path(CPU).read_text())
+    assert len(table["rows"]) == 16
+
+
+def test_ranks_take_the_rows_that_rank_0_measured():
+    measured.record(problem(), {"fake_slow": right(1.0)})
+    measured.adopt({measured.shape_class(problem()): {"fake_fast": right(1.0)}})
+    dispatch.forget()
+    try:
+        assert dispatch.plan(problem()).backend == "fake_fast"
+    finally:
+        measured.drop_adopted()
+
+
+@pytest.mark.parametrize("halting", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_right_backend_is_verified_and_timed(grad, halting):
+    found = trial(problem(grad=grad and not halting, halting=halting), "fake_fast")
+    assert found.outcome == VERIFIED
+    assert found.ms > 0
+    assert found.worst_error <= 2
+
+
+def test_a_backend_that_is_a_little_off_is_wrong():
+    found = trial(problem(), "fake_wrong")
+    assert found.outcome == WRONG
+    assert "h is off by" in found.why
+
+
+def test_candidates_that_crash_or_hang_are_marked_and_this_process_goes_on(monkeypatch):
+    told, rows = [], {}
+    for names, limit_s, n_loops in ((["fake_fast", "fake_crashing"], 100, 2), (["fake_hanging"], 3, 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "candidates", lambda _, names=names: names)
+            rows |= calibrate([problem(n_loops=n_loops)], limit_s=limit_s, say=told.append)
+    outcomes = {name: verdict.outcome for row in rows.values() for name, verdict in row.items()}
+    assert outcomes == {"fake_fast": VERIFIED, "fake_crashing": CRASHED, "fake_hanging": TIMED_OUT}
+    assert dispatch.plan(problem()).backend == "fake_fast"
+    assert any("fake_crashing" in line and "exit code" in line for line in told)
+
+
+def test_first_use_measures_once_and_then_runs_what_won(monkeypatch):
+    measurements = []
+
+    def measure(problems, **_):
+        measurements.append(problems)
+        measured.record(problems[0], {"fake_slow": right(1.0)})
+
+    monkeypatch.setattr("shift_kernels.calibrate.calibrate", measure)
+    monkeypatch.setenv("SHIFT_KERNELS_CALIBRATE", "first_use")
+    block, e = LoopedBlock(SPEC), torch.randn(3, 5, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            block(e, 2)
+    ((asked,),) = measurements
+    assert dataclasses.replace(asked, grad=False) == problem(grad=False)
+
+
+@pytest.mark.parametrize("limit_s", [0, -1, float("nan")])
+def test_a_time_limit_that_is_none_is_refused(limit_s):
+    with pytest.raises(ShiftInputError, match="limit_s"):
+        calibrate([problem()], limit_s=limit_s)
