@@ -14,6 +14,7 @@ from benchmarks.savings.paired import best_fixed_switch
 from benchmarks.savings.report import ratio_table, sentences, summary_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
+from shift.comparison.summary import read_summary
 from shift.report.document import Block, Table, block_markdown
 from shift.report.words import flops, percent
 from shift_kernels.bench.cases import LIBRARY
@@ -28,9 +29,15 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+@functools.cache
+def comparisons(name: str) -> dict[str, dict[str, Any]]:
+    """``benchmarks/results/<name>/summary.json``, by task."""
+    return read_summary(RESULTS / name / "summary.json")
+
+
 def demo() -> str:
     """Every way to train of the demo: answers, compute to the target over Looped's, compute in all."""
-    r = read("demo/results")
+    (r,) = comparisons("demo").values()
     rows = []
     for arm in r["arms"].values():
         against = arm["against_looped"]
@@ -45,7 +52,7 @@ def demo() -> str:
 
 def savings() -> str:
     """The arms over all tasks of the suite: mean ratio, runs lost and late of those that Looped won."""
-    r = read("savings/full/results")
+    r = comparisons("savings/full")
     won = sum(s["flops_to_target"] is not None for t in r.values() for s in t["arms"]["looped"]["seeds"])
     rows = []
     for name in ("shift", "climb", AGAIN):
@@ -65,17 +72,17 @@ def _over_tasks(arms: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 def savings_tasks() -> str:
     """A row a task."""
-    return _markdown(summary_table(read("savings/full/results")))
+    return _markdown(summary_table(comparisons("savings/full")))
 
 
 def savings_arms() -> str:
     """Every arm on every task."""
-    return _markdown(ratio_table(read("savings/full/results")))
+    return _markdown(ratio_table(comparisons("savings/full")))
 
 
 def savings_sentences() -> str:
     """A sentence an arm."""
-    return _markdown(sentences(read("savings/full/results")))
+    return _markdown(sentences(comparisons("savings/full")))
 
 
 COLUMNS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]

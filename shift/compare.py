@@ -4,7 +4,8 @@
     shift-compare --task parity --arms single looped shift fixed:0.25 looped:2 --seeds 0 1 2 --out runs/parity
 
 For each seed all arms start from the same weights and see the same data in the same order. ``--out`` gets
-one run directory for each arm and seed, ``results.json``, ``report.md``, ``report.html`` and ``figures/``.
+one run directory for each arm and seed, ``results.json``, ``summary.json`` (a line a run), ``report.md``,
+``report.html`` and ``figures/``.
 The same command again goes on where an interrupted one stopped, and reuses what is finished.
 
 Exit codes: 0 done; 1 failed; 2 unusable input; 75 interrupted. After 1 and 75 start again to go on.
@@ -33,6 +34,7 @@ from shift.comparison.pool import default_jobs, train_all
 from shift.comparison.ratios import reached_on_all
 from shift.comparison.report import write_report
 from shift.comparison.results import Run, Runs, collect, read_run, seed_facts, share_of_looped
+from shift.comparison.summary import write_summary
 from shift.comparison.verdict import caveat, verdict
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
 from shift.run.files import make_directory, replace_atomically
@@ -160,6 +162,7 @@ def compare_arms(
     results = collect(comparison.runs(list(arms.values())), labels, target, plan)
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_atomically(out / "results.json", text.encode())
+    write_summary(out / "summary.json", {base.task.name: results})
     return results, write_report(results, out)
 
 

@@ -1,4 +1,4 @@
-"""``results.json``, ``report.md`` and ``report.html`` of the study."""
+"""``results.json``, ``summary.json``, ``report.md`` and ``report.html`` of the study."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from shift.report.document import (
     markdown,
     web_page,
 )
+from shift.report.rows import write_rows
 from shift.run.files import replace_atomically
 
 TITLE = "Does the river-valley picture of looped training hold?"
@@ -47,7 +48,9 @@ def write_study_report(study: Study, work: Path, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     verdicts = judge_all(study)
-    replace_atomically(out / "results.json", json.dumps(results(study, verdicts)).encode())
+    found = results(study, verdicts)
+    replace_atomically(out / "results.json", json.dumps(found).encode())
+    write_rows(out / "summary.json", summary_rows(found), {key: found[key] for key in ABOUT})
     pictures = figures.draw(study, out / "figures") | run_pictures(study, work, out / "figures")
     blocks = content(study, verdicts, pictures)
     paths = [out / "report.md", out / "report.html"]
@@ -103,6 +106,7 @@ def results(study: Study, judged: Judged) -> dict[str, Any]:
             task: {
                 arm: [
                     {
+                        "seed": seen.runs[arm].config["seed"],
                         "switch_step": seen.runs[arm].result["switch_step"],
                         "accuracy": final_accuracy(seen, arm),
                         "flops_to_target": cost(seen, arm),
@@ -116,6 +120,20 @@ def results(study: Study, judged: Judged) -> dict[str, Any]:
             for task, seeds in study.items()
         },
     }
+
+
+ABOUT = ("machine", "versions", "configs", "surveys", "switches", "claims")
+"""What ``summary.json`` holds beside its rows; each claim has its value on each seed."""
+
+
+def summary_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a run."""
+    return [
+        {"task": task, "arm": arm, **run}
+        for task, arms in found["runs"].items()
+        for arm, runs in arms.items()
+        for run in runs
+    ]
 
 
 def _numbers(point: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from shift.eval import CAPTION
 from shift.length.heat_map import heat_map
 from shift.length.sweep import RULES, SweepConfig, sweep
 from shift.report.document import Block, Cell, Code, Heading, Items, Paragraph, Picture, Table, markdown
+from shift.report.rows import write_rows
 from shift.report.words import each, flops, percent
 from shift.run.files import replace_atomically
 
@@ -47,7 +48,7 @@ def measure(comparison: Path, config: SweepConfig) -> Results:
 
 
 def write(results: Results, out: Path, commands: Sequence[str]) -> Path:
-    """Write ``results.json``, ``heat_map.png`` and ``report.md``; returns the path of the last.
+    """Write ``results.json``, ``summary.json``, ``heat_map.png`` and ``report.md``; returns the last's path.
 
     Args:
         results: of :func:`measure`.
@@ -56,8 +57,9 @@ def write(results: Results, out: Path, commands: Sequence[str]) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     replace_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
+    write_rows(out / "summary.json", summary_rows(results), about(results, commands))
     picture = heat_map({arm: mean_sweep(seeds) for arm, seeds in results.items()}, out / "heat_map.png")
-    first = next(iter(next(iter(results.values())).values()))
+    first = _first(results)
     found, machine = first["sweep"], first["result"]["machine"]
     task, config = found["config"]["task"], found["config"]
     blocks: list[Block] = [
@@ -83,6 +85,37 @@ def write(results: Results, out: Path, commands: Sequence[str]) -> Path:
     return path
 
 
+def _first(results: Results) -> Mapping[str, Any]:
+    return next(iter(next(iter(results.values())).values()))
+
+
+def summary_rows(results: Results) -> list[dict[str, Any]]:
+    """A row a run; lists are by length."""
+    rows = []
+    for arm, seeds in results.items():
+        for seed, found in seeds.items():
+            result, lengths = found["result"], found["sweep"]["rows"]
+            row = {"arm": arm, "seed": int(seed), "flops": result["flops_total"]}
+            row |= {key: result[key] for key in ("switch_step", "skipped_steps")}
+            row["trained_loops"] = found["sweep"]["trained_loops"]
+            for rule in RULES:
+                for key in ("exact", "accuracy", "loops"):
+                    row[f"{rule}: {key}"] = [at["rules"][rule][key] for at in lengths]
+            rows.append(row)
+    return rows
+
+
+def about(results: Results, commands: Sequence[str]) -> dict[str, Any]:
+    """What all runs share."""
+    found, result = (_first(results)[key] for key in ("sweep", "result"))
+    return {
+        "commands": list(commands),
+        "lengths": [row["length"] for row in found["rows"]],
+        **{key: found[key] for key in ("trained_length", "samples", "max_loops", "config")},
+        **{key: result[key] for key in ("machine", "versions", "commit")},
+    }
+
+
 def mean_sweep(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The sweeps of several seeds as one, whose exact match is their mean."""
     sweeps = [found["sweep"] for found in seeds.values()]
@@ -99,7 +132,7 @@ def mean_sweep(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def cost_table(results: Results) -> Table:
-    """Compute of training, median over seeds, and where a schedule left one loop."""
+    """Compute of training, median over seeds, and each seed's switch step."""
     rows: list[list[Cell]] = []
     for arm, seeds in results.items():
         runs = [found["result"] for found in seeds.values()]
@@ -107,7 +140,7 @@ def cost_table(results: Results) -> Table:
         switches = ["–" if run["switch_step"] is None else str(run["switch_step"]) for run in runs]
         loops = [found["sweep"]["trained_loops"] for found in seeds.values()]
         rows.append([arm, compute, ", ".join(switches), each(loops)])
-    return Table(["arm", "compute", "one loop until step (each seed)", "loops at the end"], rows)
+    return Table(["arm", "compute", "last switch at step (each seed)", "loops at the end"], rows)
 
 
 def rule_table(results: Results, rule: str) -> Table:

@@ -1,4 +1,4 @@
-"""``results.json``, ``report.md`` and ``report.html`` of a suite, from its tasks' ``results.json``."""
+"""``results.json``, ``summary.json`` and both reports of a suite, from the ``results.json`` of its tasks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.savings.overall import hindsight, overall
 from benchmarks.savings.paired import best_fixed_switch, costs, p_cheaper
 from shift.comparison.arms import AGAIN, SMALLEST, declared
 from shift.comparison.ratios import stopped_at
+from shift.comparison.summary import write_summary
 from shift.comparison.verdict import mean_accuracy
 from shift.report.document import (
     Block,
@@ -45,6 +46,7 @@ def write_suite_report(results: Results, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({task: _slim(r) for task, r in results.items()}, indent=1, allow_nan=False)
     replace_atomically(out / "results.json", text.encode())
+    write_summary(out / "summary.json", results)
     blocks = content(results, _pictures(results, out / "figures"))
     paths = [out / "report.md", out / "report.html"]
     replace_atomically(paths[0], markdown(TITLE, blocks, out).encode())
@@ -194,10 +196,10 @@ def switch_table(results: Results) -> Table:
             if arm is None:
                 cells.append(NONE)
                 continue
-            ends = [s["loops"][-1] for s in arm["seeds"] if s["loops"]]
-            at = [100 * (step - 1) / r["config"]["steps"] for step, n_loops in ends if n_loops == most]
+            steps, seeds = r["config"]["steps"], [s for s in arm["seeds"] if s["final_loops"] is not None]
+            at = [100 * (s["switch_step"] or 0) / steps for s in seeds if s["final_loops"] == most]
             words = _spread(at, lambda x: f"{x:.0f}%")
-            cells.append(words + (f" [{NEVER}: {len(ends) - len(at)}]" if len(at) < len(ends) else ""))
+            cells.append(words + (f" [{NEVER}: {len(seeds) - len(at)}]" if len(at) < len(seeds) else ""))
         rows.append([label(results, name), *cells])
     return Table(["Arm", *results], rows)
 

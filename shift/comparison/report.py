@@ -56,12 +56,16 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
         pictures: dict[str, Path] = {}
     else:
         pictures = draw(results, directory / "figures")
-    title = ("SHIFT against Looped on ", Code(str(results["task"].get("name"))))
     blocks = content(results, pictures)
     paths = [directory / "report.md", directory / "report.html"]
-    replace_atomically(paths[0], markdown(title, blocks, directory).encode())
-    replace_atomically(paths[1], web_page(title, blocks).encode())
+    replace_atomically(paths[0], markdown(title(results), blocks, directory).encode())
+    replace_atomically(paths[1], web_page(title(results), blocks).encode())
     return paths
+
+
+def title(results: Mapping[str, Any]) -> Text:
+    """Of the report."""
+    return "SHIFT against Looped on ", Code(str(results["task"].get("name")))
 
 
 def content(results: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[Block]:
@@ -119,7 +123,7 @@ def headline_table(results: Mapping[str, Any]) -> Table:
         if name == "looped" and results.get("looped_at_shift_compute", {}).get("seeds"):
             rows.append(_stopped_row(results["looped_at_shift_compute"], colour[name]))
     header = ["Arm", "Right answers at the end (by seed)", "Reached the target", "Compute to it, × Looped",
-              "Compute in all", "Wall time", "Loops begin after step"]  # fmt: skip
+              "Compute in all", "Wall time", "Last switch at step"]  # fmt: skip
     return Table(header, rows)
 
 
@@ -161,7 +165,7 @@ def seed_table(results: Mapping[str, Any]) -> Table:
                 ]
             )
     header = ["Arm", "Seed", "Right answers", "Steps to target", "Compute to target", "× Looped",
-              "Compute in all", "Wall time", "Loops begin after", "Skipped steps"]  # fmt: skip
+              "Compute in all", "Wall time", "Last switch at step", "Skipped steps"]  # fmt: skip
     return Table(header, rows)
 
 

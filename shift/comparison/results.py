@@ -101,6 +101,7 @@ def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
         "wall_s": result.get("wall_s"),
         "cpu_s": result.get("cpu_s"),
         "switch_step": _switch_step(run.config, train),
+        "final_loops": train[-1]["n_loops"] if train else None,
         "switch_ms": result.get("switch_ms"),
         "skipped_steps": sum(row["skipped"] for row in train),
         "initial_weights_sha256": result.get("initial_weights_sha256"),

@@ -2,15 +2,32 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
-from synthetic_runs import collected, reaches, switches, write_arm
+from synthetic_runs import LOOP_FLOPS, collected, reaches, switches, write_arm
 
 from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
-from benchmarks.savings.report import switch_table, write_suite_report
+from benchmarks.savings.report import (
+    cost_table,
+    fairness_table,
+    ratio_table,
+    sentences,
+    summary_table,
+    switch_table,
+    write_suite_report,
+)
+from benchmarks.savings.report import (
+    test_table as paired_test_table,
+)
 from benchmarks.savings.suite import SUITES, load_suite
+from shift.comparison.summary import read_summary, write_summary
+from shift.report.document import block_markdown
+from shift.report.rows import read_rows
 from shift_kernels import ShiftInputError
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks/results/savings/full"
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in SUITES.glob("*.toml")))
@@ -109,7 +126,7 @@ def test_the_report_says_where_arms_switched_and_that_some_never_did(results):
     table = switch_table(results)
     assert table.rows == [["SHIFT", "30%"]]
     for seed in results["a_task"]["arms"]["shift"]["seeds"][:2]:
-        seed["loops"] = [[1, 1]]
+        seed["final_loops"] = 1
     assert switch_table(results).rows == [["SHIFT", "30% [never: 2]"]]
 
 
@@ -123,3 +140,29 @@ def test_the_report_shows_ratios_tests_and_failures(results, tmp_path):
     assert "<html" in page.read_text()
     written = json.loads((tmp_path / "report" / "results.json").read_text())
     assert written["a_task"]["arms"]["shift"]["against_looped"]["mean"] == shift
+
+
+TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_summary_holds_all_that_a_table_is_made_of(table, results, tmp_path):
+    write_summary(tmp_path / "summary.json", results)
+    assert table(read_summary(tmp_path / "summary.json")) == table(results)
+
+
+def test_the_summary_has_a_line_a_run(results, tmp_path):
+    write_summary(tmp_path / "summary.json", results)
+    lines = (tmp_path / "summary.json").read_text().splitlines()
+    assert sum(line.startswith('["a_task", ') for line in lines) == 5 * 5
+    rows, about = read_rows(tmp_path / "summary.json")
+    assert about["a_task"]["used_for"] == "held out"
+    row = next(row for row in rows if (row["arm"], row["seed"]) == ("shift", 1))
+    assert (row["reached"], row["switch_step"], row["final_loops"]) == (True, 30, 4)
+    assert row["share_of_looped"] == row["flops_to_target"] / (4 * 70 * LOOP_FLOPS)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_committed_report_says_what_its_summary_says(table):
+    made = block_markdown(table(read_summary(COMMITTED / "summary.json")), COMMITTED)
+    assert made in (COMMITTED / "report.md").read_text()
