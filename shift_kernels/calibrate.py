@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import dispatch, measured
+from shift_kernels.accuracy import ALLOWED, error_ratio
 from shift_kernels.backends import LOOPED_BLOCK
 from shift_kernels.call import Problem
 from shift_kernels.errors import input_error
@@ -37,8 +38,6 @@ from shift_kernels.spec import spec_from_key
 
 LIMIT_S = 180.0
 """Seconds that a candidate may take, compiling included."""
-ALLOWED = 2.0
-"""A backend's error over that of PyTorch in the same dtype."""
 BUDGET_S, FEWEST, MOST = 1.0, 5, 50
 """Seconds to repeat calls for, and the bounds of their number."""
 
@@ -137,7 +136,7 @@ def trial(problem: Problem, backend: str) -> Verdict:
         ours = _runner(problem, backend, case, problem.dtype)()
         plain = _runner(problem, "torch", case, problem.dtype)()
         truth = _runner(problem, "torch", case, torch.float64)()
-        ratios = {name: _error_ratio(ours[name], plain[name], truth[name]) for name in truth}
+        ratios = {name: error_ratio(ours[name], plain[name], truth[name]) for name in truth}
         name = max(ratios, key=ratios.__getitem__)
         if ratios[name] > ALLOWED:
             kind = case.__name__.removeprefix("_")
@@ -228,15 +227,6 @@ def _runner(
         return {"h": h.detach(), **dict(zip(names, grads, strict=grad))}
 
     return run
-
-
-def _error_ratio(ours: Tensor, plain: Tensor, truth: Tensor) -> float:
-    """The largest error over PyTorch's; to that comes what one rounding of the largest number makes."""
-    if not ours.isfinite().all():
-        return float("inf")
-    rounding = torch.finfo(ours.dtype).eps * truth.abs().max().clamp(min=1e-3)
-    ours_off, plain_off = ((x.double() - truth).abs().max() for x in (ours, plain))
-    return float(ours_off / (plain_off + rounding))
 
 
 def _seconds(run: Callable[[], dict[str, Tensor]]) -> float:

@@ -15,15 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shift_kernels.accuracy import ALLOWED, error_ratio
 from shift_kernels.bench import timing
 from shift_kernels.bench.cases import LIBRARY, OURS, Case, full, quick
 from shift_kernels.info import report
 from shift_kernels.machine import device_name
 
-ALLOWED = 2.0
-"""Times the error of eager PyTorch in the same dtype."""
-ROUNDING = 2e-6
-"""Of the largest value: what may differ beyond that where eager happens to be exact."""
 BUSY = 0.5
 """Processes a core beyond which other people's work shows in the times."""
 ROUNDS = {"cpu": 9, "cuda": 50}
@@ -36,8 +33,8 @@ class Measured:
     Args:
         case: its name.
         ms: milliseconds of each round, by runner.
-        error: by runner of ours: the largest error of output and gradients against float64, over the one that
-            is allowed. The results match if it is at most 1.
+        error: by runner of ours: the largest :func:`error_ratio` of the output and of all gradients. The
+            results match if it is at most :data:`ALLOWED`.
         missing: by runner that could not run: why, in a line.
     """
 
@@ -51,7 +48,7 @@ class Measured:
         """Case, times of ours and of the library, speed-up over the faster of these, whether ours matched."""
         ours = min(self.error, key=lambda name: statistics.median(self.ms[name]), default=None)
         others = [name for name in LIBRARY if name in self.ms]
-        wrong = [name for name, error in self.error.items() if not error <= 1]
+        wrong = [name for name, error in self.error.items() if error > ALLOWED]
         return [
             self.case,
             f"{ours} {timing.spread(self.ms[ours])}" if ours else "-",
@@ -81,21 +78,11 @@ def measure(case: Case, device: str, rounds: int, warm_up: int = 2) -> Measured:
             missing[name] = in_a_line(failure)
             del calls[name]
     error = {
-        name: error_over_allowed(results[name], results["eager"], exact)
+        name: max(map(error_ratio, results[name], results["eager"], exact))
         for name in OURS[device]
         if name in results
     }
     return Measured(case.name, timing.interleave(calls, rounds, warm_up, device), error, missing)
-
-
-def error_over_allowed(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest error of ours over :data:`ALLOWED` times eager's, tensor by tensor; NaN is infinite."""
-    worst = 0.0
-    for a, b, c in zip(ours, eager, exact, strict=True):
-        found, theirs = (float((x.double() - c).abs().max()) for x in (a, b))
-        ratio = found / (ALLOWED * theirs + ROUNDING * float(c.abs().max()) + 1e-7)
-        worst = max(worst, ratio) if ratio == ratio else float("inf")
-    return worst
 
 
 def in_a_line(error: Exception) -> str:
@@ -159,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = {"device": device_name(torch.device(args.device)), "report": report(), "rounds": rounds}
         rows = [dataclasses.asdict(m) for m in measured]
         args.json.write_text(json.dumps(data | {"cases": rows}, indent=1) + "\n")
-    return int(any(not e <= 1 for m in measured for e in m.error.values()))
+    return int(any(e > ALLOWED for m in measured for e in m.error.values()))
 
 
 if __name__ == "__main__":
