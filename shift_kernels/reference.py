@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shift_kernels.halting import has_settled
+from shift_kernels.rotary import rotary_table, rotate
 from shift_kernels.spec import BlockSpec
 
 
@@ -67,16 +69,16 @@ def looped_block(
 
     loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
     per_sample = isinstance(n_loops, Tensor)
-    most = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
-    fewest = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
+    max_loops = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
+    min_loops = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
     running = torch.ones(batch, dtype=torch.bool, device=e.device)
     used = torch.zeros(batch, dtype=torch.int64, device=e.device)
     h = torch.zeros_like(e) if spec.injection == "add" else e
     history = []
-    for t in range(1, most + 1):
+    for t in range(1, max_loops + 1):
         if per_sample or halt_threshold is not None:
             active = running & (t <= loops)
-        carries_grad = n_grad_loops is None or t > fewest - n_grad_loops
+        carries_grad = n_grad_loops is None or t > min_loops - n_grad_loops
         with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
             u = h + e if spec.injection == "add" else h
             if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
@@ -87,7 +89,7 @@ def looped_block(
         if per_sample or halt_threshold is not None:
             used += active
             if halt_threshold is not None:
-                running = active & ~(_rms(u - h, valid) < halt_threshold * _rms(h, valid))
+                running = active & ~has_settled(u, h, halt_threshold, valid)
             u = torch.where(_column(active), u, h)
         else:
             used += 1
@@ -96,13 +98,13 @@ def looped_block(
             history.append(h)
         if halt_threshold is not None and not running.any():
             if return_all_loops:
-                history += [h] * (most - t)
+                history += [h] * (max_loops - t)
             break
     if return_all_loops:
         h = torch.stack(history) if history else e.new_empty(0, *e.shape)
     if valid is not None:
         h = _zero_where_not(valid[..., None], h)
-    if most < 1 or n_grad_loops is not None:
+    if max_loops < 1 or n_grad_loops is not None:
         # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
         h = h + torch.cat([x.flatten()[:0] for x in (e, *weights.values())]).sum()
     return h, used
@@ -214,21 +216,6 @@ def attention_mask(seq_len: int, causal: bool, valid: Tensor | None, device: tor
     return Mask(allowed, otherwise)
 
 
-def rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
-    """cos and sin of position * frequency: float64 [2, seq_len, head_dim / 2]."""
-    half = spec.head_dim // 2
-    frequency = spec.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-    angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + head_dim/2}) by their angle. x: [..., seq_len, head_dim]."""
-    cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
 def mlp(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, prefix: str) -> Tensor:
     """linear -> activation -> linear; with swiglu the first map's rows are the gate, then the values."""
     y = _linear(x, w, prefix + "linear1.weight", prefix + "linear1.bias")
@@ -258,11 +245,3 @@ def _zero_where_not(keep: Tensor, x: Tensor) -> Tensor:
 
 def _column(per_sample: Tensor) -> Tensor:
     return per_sample[:, None, None]
-
-
-def _rms(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Root mean square per sample over its valid positions: [batch]."""
-    square = x.double().square().mean(-1)
-    if valid is None:
-        return square.mean(-1).sqrt()
-    return ((square * valid).sum(-1) / valid.sum(-1).clamp(min=1)).sqrt()

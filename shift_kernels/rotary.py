@@ -1,0 +1,23 @@
+"""Rotary positions (Su et al., arXiv 2104.09864), the halves of a head rotated: for the reference and all kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shift_kernels.spec import BlockSpec
+
+
+def rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
+    """cos and sin of position * frequency: float64 [2, seq_len, head_dim / 2]."""
+    half = spec.head_dim // 2
+    frequency = spec.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + head_dim/2}) by their angle. x: [..., seq_len, head_dim]."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
