@@ -19,7 +19,7 @@ from shift_kernels.backends.base import Backend
 from shift_kernels.call import CallOptions
 from shift_kernels.errors import input_error
 from shift_kernels.spec import BlockSpec, spec_from_key
-from shift_kernels.torch_internals import outside_of_dynamo, without_autocast_key
+from shift_kernels.torch_internals import in_memory, outside_of_dynamo, without_autocast_key
 
 
 class EagerLoopedBlock(torch.autograd.Function):
@@ -49,13 +49,8 @@ class EagerLoopedBlock(torch.autograd.Function):
         e, *tensors = ctx.saved_tensors
         weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
         named = dict(zip(ctx.spec.weight_shapes(), weights, strict=True))
-        grad_e, grads = ctx.backend.backward(_in_memory(grad_h), e, named, ctx.spec, ctx.options, saved)
+        grad_e, grads = ctx.backend.backward(in_memory(grad_h), e, named, ctx.spec, ctx.options, saved)
         return None, None, None, grad_e, *grads
-
-
-def _in_memory(x: Tensor) -> Tensor:
-    """The same values where kernels find them: autograd may leave a negation to do, or store no zeros."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
 
 
 _LIB = torch.library.Library("shift_kernels", "DEF")

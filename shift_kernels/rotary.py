@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864), the halves of a head rotated: for the reference and all kernels."""
+"""Rotary positions (Su et al., arXiv 2104.09864), halves of a head rotated: for the reference and kernels."""
 
 from __future__ import annotations
 

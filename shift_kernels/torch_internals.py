@@ -50,6 +50,11 @@ def has_no_values(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor) or x.is_meta
 
 
+def in_memory(x: Tensor) -> Tensor:
+    """The same values where kernels find them: autograd may leave a negation to do, or store no zeros."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Let autograd record inside an operator's implementation, which runs below it."""

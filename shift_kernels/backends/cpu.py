@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shift_kernels import reference
 from shift_kernels.backends.base import Kind, WhyNot
 from shift_kernels.call import CallOptions, Problem
 from shift_kernels.native import block
 from shift_kernels.native import cpu as native
+from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec
 
 ROWS_PER_TILE = 64
@@ -108,7 +108,7 @@ def _call(
     most = max(int(loops.max()), 0) if isinstance(options.n_loops, Tensor) else options.n_loops
     rotary = None
     if spec.position == "rope":
-        rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
+        rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.to(torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
     addresses = block.addresses(values, spec)

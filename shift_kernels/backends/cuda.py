@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shift_kernels import reference
 from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
 from shift_kernels.call import CallOptions, Problem, without_pads
 from shift_kernels.native import block, cuda
+from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec, spec_from_key
 from shift_kernels.torch_internals import constant_for_dynamo
 
@@ -222,7 +222,7 @@ def _call(
     lengths = None if options.seq_lens is None else options.seq_lens.to(e.device, torch.int64).contiguous()
     rotary = None
     if spec.position == "rope":
-        rotary = reference.rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
+        rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.contiguous()
     weight_dtype = _common_dtype(weights)
     values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shift_kernels import BlockSpec, LoopedBlock, reference
+from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels.rotary import rotary_table, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,7 +93,7 @@ class PlainTrmBlock(PlainBlock):
         return F.rms_norm(x + y, x.shape[-1:], p.norm2.weight, eps)
 
     def positioned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.rotate(q, self.table), reference.rotate(k, self.table)
+        return rotate(q, self.table), rotate(k, self.table)
 
     def forward(self, e: Tensor, n_loops: int | Tensor) -> Tensor:
         self.table = _rotary_table(e.shape[1], self.spec, e.device, e.dtype)
@@ -101,7 +102,7 @@ class PlainTrmBlock(PlainBlock):
 
 @functools.lru_cache
 def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return reference.rotary_table(seq_len, spec, device).to(dtype)
+    return rotary_table(seq_len, spec, device).to(dtype)
 
 
 PLAIN = {"gpt": PlainBlock, "trm": PlainTrmBlock}

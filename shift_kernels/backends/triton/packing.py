@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shift_kernels.backends.triton.resident_plan import Tile
-from shift_kernels.reference import rotary_table
+from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec
 
 # Slots of the vectors along d_model, as resident_forward.py numbers them.

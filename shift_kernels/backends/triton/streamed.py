@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from shift_kernels import reference
 from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward
 from shift_kernels.call import CallOptions
+from shift_kernels.halting import has_settled
+from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec
 
 OPERAND_BYTES = 2**30
@@ -333,7 +334,7 @@ def _body(e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, compute: torch
     }
     table = None
     if spec.position == "rope":
-        table = reference.rotary_table(e.shape[1], spec, e.device).float()
+        table = rotary_table(e.shape[1], spec, e.device).float()
     return Body(spec, w, e.shape[1], compute, table)
 
 
@@ -417,7 +418,7 @@ def _halt(after: Tensor, before: Tensor, lens: Tensor | None, running: Tensor, t
     valid = None
     if lens is not None:
         valid = torch.arange(after.shape[1], device=after.device) < lens[:, None]
-    settled = reference._rms(after - before, valid) < threshold * reference._rms(before, valid)
+    settled = has_settled(after, before, threshold, valid)
     after = torch.where(running[:, None, None], after, before)
     running &= ~settled
     return after
