@@ -61,8 +61,8 @@ $(VENV)/constraints.txt: constraints.txt
 	@mv $@.new $@
 
 $(VENV)/train.stamp: $(VENV)/constraints.txt pyproject.toml setup.py build_native.py \
-    $(wildcard csrc/*/* csrc/*/*/*)
-	$(PIP) "setuptools>=77"
+    $(wildcard csrc/* csrc/*/* csrc/*/*/*)
+	$(PIP) "setuptools>=77" "pybind11>=2.13" ninja
 	$(PIP) $(HERE) ".[train,plots]"
 	@touch $@
 

@@ -1,23 +1,26 @@
-"""Compiles csrc into shared libraries: plain C to the outside, for ctypes; no torch and no Python headers.
+"""Compiles csrc by ninja: g++ once for each instruction set of the CPU, and nvcc where there is one.
 
-An object is compiled again only when its command, its source or a header that it includes has changed.
-Whoever installs needs no build tool but the compilers.
+Each library has a build.ninja of its own in the folder of its objects. Ninja compiles again only what has
+changed: a command, a source, or a header that it includes.
 """
 
+import functools
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import sysconfig
 from pathlib import Path
 
-SCRATCH = Path("build/native")  # stays: an editable install throws setuptools' own folder away
+ROOT = Path(__file__).resolve().parent
+SCRATCH = ROOT / "build" / "native"  # stays: an editable install throws setuptools' own folder away
 
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 CPU_FLAGS += ["-Wno-psabi", "-Wno-ignored-attributes"]  # vectors wider than the portable build has registers
 CPU_FLAGS += ["-Wno-uninitialized"]  # g++ 12 warns of its own intrinsics
+MODULE_FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
 ISAS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
@@ -40,6 +43,11 @@ def nvcc():
     return _first("CUDACXX", "nvcc", "/usr/local/cuda/bin/nvcc")
 
 
+def _first(variable, *names):
+    candidates = [os.environ[variable]] if os.environ.get(variable) else names
+    return next((shlex.split(n) for n in candidates if shutil.which(shlex.split(n)[0])), None)
+
+
 def cuda_archs():
     """Architectures to compile for: $CUDA_ARCHS, as "sm_80 sm_90a"; "default" is that; "" is none.
 
@@ -51,30 +59,20 @@ def cuda_archs():
 
 def cuda_sources():
     """What nvcc compiles, each to an object of its own."""
-    return sorted(Path("csrc/cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
-    """Compile csrc/cpu into ``target``: once for each instruction set, side by side, and link.
+    """Compile csrc/cpu and its module into ``target``, for the Python that runs this.
+
+    Args:
+        target, scratch: the library; a folder for its objects.
+        extra: more flags, for everything.
 
     Raises:
         RuntimeError: no compiler, or it failed; the message is what it said.
     """
-    cxx = compiler()
-    if cxx is None:
-        raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
-
-    def build(openmp):
-        flags = [*cxx, *CPU_FLAGS, *openmp, *extra, "-c"]
-        jobs = {"plan": [*flags, "csrc/cpu/plan.cpp"]}
-        for isa, more in ISAS.items():
-            jobs[isa] = [*flags, f"-DSHIFT_ISA={isa}", *more, "csrc/cpu/block.cpp"]
-        compile_and_link(target, scratch, jobs, [*cxx, "-shared", *openmp, *extra])
-
-    try:
-        build(["-fopenmp"])
-    except RuntimeError:
-        build([])  # no OpenMP here (or a real error, which shows itself again): one thread
+    ninja(target, scratch, *cpu_library(extra))
 
 
 def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
@@ -87,13 +85,32 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
     Raises:
         RuntimeError: no architecture is asked for, no nvcc, or it failed; the message is what it said.
     """
+    ninja(target, scratch, *cuda_library(archs))
+
+
+def cpu_library(extra=()):
+    """What it is compiled from, name -> (command, source), and the command that links it."""
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
+    openmp = ["-fopenmp"] if _has_openmp(*cxx) else []  # without: one thread
+    flags, source = [*cxx, *CPU_FLAGS, *openmp, *extra], ROOT / "csrc" / "cpu"
+    jobs = {name: (flags, source / f"{name}.cpp") for name in ("entry", "team")}
+    for isa, more in ISAS.items():
+        jobs[isa] = ([*flags, f"-DSHIFT_ISA={isa}", *more], source / "block.cpp")
+    jobs["module"] = ([*cxx, *MODULE_FLAGS, *python_headers(), *extra], ROOT / "csrc" / "module.cpp")
+    return jobs, [*cxx, "-shared", *openmp, *extra]
+
+
+def cuda_library(archs=None):
+    """As :func:`cpu_library`."""
     archs = cuda_archs() if archs is None else archs
     if not archs:
         raise RuntimeError("no NVIDIA device here, and CUDA_ARCHS is not set")
     cuda = nvcc()
     if cuda is None:
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
-    flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"', "-c"]
+    flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"']
     jobs = {}
     sources = cuda_sources()
     for source in sources:
@@ -102,8 +119,8 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
         own = [arch for arch in archs if _is_named_for(arch, source)]
         rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in sources)]
         code = [f"-gencode={_gencode(arch)}" for arch in own or rest or archs]
-        jobs[source.stem] = [*flags, *code, str(source)]
-    compile_and_link(target, scratch, jobs, [*cuda, "-shared", "-cudart", "static"])
+        jobs[source.stem] = ([*flags, *code], source)
+    return jobs, [*cuda, "-shared", "-cudart", "static"]
 
 
 def _is_named_for(arch, source):
@@ -116,44 +133,62 @@ def _gencode(arch):
     return f"arch={virtual},code={arch if arch[-1].isalpha() else f'[{arch},{virtual}]'}"
 
 
-def _first(variable, *names):
-    candidates = [os.environ[variable]] if os.environ.get(variable) else names
-    return next((shlex.split(n) for n in candidates if shutil.which(shlex.split(n)[0])), None)
+def python_headers():
+    """Flags that find Python's own headers and pybind11's."""
+    import pybind11
+
+    paths = sysconfig.get_paths()
+    folders = dict.fromkeys([pybind11.get_include(), paths["include"], paths["platinclude"]])
+    return [f"-I{folder}" for folder in folders]
 
 
-def compile_and_link(target, scratch, jobs, link):
-    """Compile every job (name -> command) to an object in ``scratch``, side by side, and link them."""
+@functools.cache
+def _has_openmp(*cxx):
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
+    command = [*cxx, "-fopenmp", "-xc++", "-", "-o", os.devnull]
+    return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
+
+
+def ninja(target, scratch, jobs, link):
+    """Write ``scratch``/build.ninja and run it: compile every job to an object, side by side, and link them.
+
+    What a compiler said stays beside each object, as .log.
+
+    Args:
+        target: what is linked.
+        scratch: a folder that may be there, with what an earlier build has left.
+        jobs: name of an object -> (command, source).
+        link: command.
+
+    Raises:
+        RuntimeError: a command failed; the message is what it said.
+    """
+    scratch, target = scratch.resolve(), target.resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    objects = [scratch / f"{name}.o" for name in jobs]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_object, jobs.values(), objects))
-    _run([*link, "-o", f"{target}.new", *map(str, objects)])
-    os.replace(f"{target}.new", target)
-
-
-def compile_object(command, out):
-    """Run a compiler unless what it would make is there; its messages stay beside the object, as .log."""
-    depends, record = out.with_suffix(".d"), out.with_suffix(".command")
-    command = [*command, "-MD", "-MF", str(depends), "-o", str(out)]
-    if _is_current(record, depends, shlex.join(command)):
-        return
-    record.unlink(missing_ok=True)
-    start = time.time()
-    out.with_suffix(".log").write_text(_run(command))
-    record.write_text(shlex.join(command))
-    os.utime(record, (start, start))  # what is edited while the compiler runs is newer
-
-
-def _is_current(record, depends, command):
-    if not record.exists() or record.read_text() != command:
-        return False
-    files = depends.read_text().split(":", 1)[1].replace("\\\n", " ").split()
-    return all(Path(f).exists() and Path(f).stat().st_mtime < record.stat().st_mtime for f in files)
-
-
-def _run(command):
+    lines = [
+        "rule compile",
+        "  command = $compiler -MD -MF $out.d -c $in -o $out > $log 2>&1 || { cat $log; exit 1; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",  # beside the target first: a library that a process has loaded must not be written to
+        "  command = $linker -o $out.new $in && mv $out.new $out",
+    ]
+    for name, (command, source) in jobs.items():
+        lines.append(f"build {name}.o: compile {_path(source)}")
+        lines += [f"  compiler = {_words(command)}", f"  log = {name}.log"]
+    lines.append(f"build {_path(target)}: link {' '.join(f'{name}.o' for name in jobs)}")
+    lines.append(f"  linker = {_words(link)}")
+    (scratch / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "ninja", "-C", str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def _path(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _words(command):
+    return shlex.join(command).replace("$", "$$")

@@ -1,9 +1,10 @@
-"""Builds the compiled parts; everything declarative is in pyproject.toml.
+"""Builds the compiled modules; everything declarative is in pyproject.toml.
 
-Each becomes a library in shift_kernels/native; build_native.py tells how. What cannot be built, for want of
-a compiler or because it failed, the install goes on without and says so once; the torch backend then serves.
+build_native.py tells how. What cannot be built, for want of a compiler or because it failed, the install goes
+on without; the reason is kept beside where the module would be, for shift-info and the first slow call.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,28 +15,51 @@ sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file with anothe
 
 from build_native import build_cpu_library, build_cuda_library
 
-LIBRARIES = {
-    "shift_kernels.native.libshift_cpu": build_cpu_library,
+MODULES = {
+    "shift_kernels._native": build_cpu_library,
     "shift_kernels.native.libshift_cuda": build_cuda_library,
 }
 
 
-class BuildLibraries(build_ext):
-    """Builds what needs no Python ABI, and goes on without what cannot be built."""
+def reason_file(module):
+    """Where it is kept why a module was not built: as shift_kernels/compiled.py reads it."""
+    return module.with_name(module.name.partition(".")[0] + ".reason.txt")
+
+
+class BuildModules(build_ext):
+    """Goes on without what cannot be built."""
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split(".")).with_suffix(".so"))
+        if fullname.endswith(".libshift_cuda"):  # no module
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
+        reason = reason_file(target)
+        reason.unlink(missing_ok=True)
         try:
-            LIBRARIES[ext.name](target)
+            MODULES[ext.name](target)
         except RuntimeError as error:
-            print(f"shift-kernels: installing without {target.name}: {error}", file=sys.stderr)
+            target.unlink(missing_ok=True)  # of an earlier build, from other sources
+            reason.parent.mkdir(parents=True, exist_ok=True)
+            reason.write_text(f"{error}\n")
+            print(f"shift-kernels: installing without {ext.name}: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self):
+        """An editable install: the reasons, too."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            name = self.get_ext_filename(self.get_ext_fullname(ext.name))
+            built, here = Path(self.build_lib, name), Path(__file__).parent / name
+            reason_file(here).unlink(missing_ok=True)
+            if reason_file(built).exists():
+                here.unlink(missing_ok=True)
+                shutil.copy(reason_file(built), reason_file(here))
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension(name, [], optional=True) for name in LIBRARIES],
-        cmdclass={"build_ext": BuildLibraries},
+        ext_modules=[Extension(name, [], optional=True) for name in MODULES],
+        cmdclass={"build_ext": BuildModules},
     )

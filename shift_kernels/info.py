@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 import shift_kernels
+from shift_kernels import compiled
 from shift_kernels.machine import version_of
-from shift_kernels.native import cpu, cuda
+from shift_kernels.native import cuda
+
+MOST_LINES = 30
+"""Of what a compiler said, the last ones."""
 
 
 def report() -> str:
-    """Versions, devices and backends, one fact a line."""
+    """Versions, devices and backends, one fact a line; and what the compiler said of what was not built."""
     rows = [
         ("shift_kernels", shift_kernels.__version__),
         ("python", sys.version.split()[0]),
@@ -24,11 +28,15 @@ def report() -> str:
         ("triton", version_of("triton")),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
-        ("cpu library", cpu.load()[1]),
+        ("cpu library", compiled.load("_native")[1]),
         ("cuda library", cuda.load()[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+    lines = [f"{name:<16}{value}" for name, value in rows]
+    for name in ("_native", "_native_cuda"):
+        words = compiled.reason(name).splitlines()[-MOST_LINES:]
+        lines += [f"why there is no {name}:", *(f"  {line}" for line in words)] if words else []
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def runtime(name: str) -> str:
 
 
 with tempfile.TemporaryDirectory() as scratch:
-    library = Path(scratch) / "libshift_cpu.so"
+    library = Path(scratch) / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = [
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",

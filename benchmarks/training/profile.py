@@ -27,10 +27,11 @@ import torch
 from benchmarks.training.report import heading, write
 from shift.config import ScheduleConfig, TrainConfig, load_config
 from shift.run.trainer import Trainer
+from shift_kernels import compiled
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.bench.timing import spread
-from shift_kernels.native import cpu as native
 
+native, _ = compiled.load("_native")
 WARM_UP, ROUNDS, STEPS = 40, 15, 20  # steps before the first round, rounds, steps a round
 PARTS = (
     "block: C++ calls",

@@ -1,10 +1,9 @@
 // The MLP's activations and their derivatives.
 #pragma once
+#include "../block.h"
 #include "normal.h"
 
 namespace {
-
-enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
 
 constexpr float TANH_A = 0.7978845608f, TANH_B = 0.044715f;  // sqrt(2 / pi), and the cubic's share
 

@@ -12,7 +12,12 @@
 #include <algorithm>
 #include <cstdlib>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "layer.h"
+#include "team.h"
 
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -155,8 +160,6 @@ void fill_weights(const Shape& s, const float* const* from, bool backward, Layer
     if (backward) pack_rows<P>(from[DOWN_W], s.f, s.d, s.f, s.fp, s.d, mut(w.down_t));
 }
 
-constexpr int MOST_LAYERS = 64;
-
 template <class P>
 struct Model {
     Shape shape;
@@ -203,13 +206,6 @@ struct Workspace {
         }
     }
 };
-
-// Floats that are kept of a row in a loop; what is cheap to compute again is not.
-template <class P>
-int64_t kept_width(const Call& c, const Shape& s) {
-    const int sums = s.placement == PRE ? 0 : 2 * s.dp, numbers = padded((s.qp + s.ap + s.up) / P::NUMBERS);
-    return c.n_layers * int64_t(2 * s.dp + sums + numbers) + (c.loop_norm ? s.dp : 0);
-}
 
 void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     for (int i = 0; i < n; i++) std::memcpy(to + i * ld_to, from + i * ld_from, columns * sizeof(float));
@@ -273,7 +269,7 @@ struct Tile {
 template <class P>
 void bind(const Call& c, const Shape& s, const Tile& tile, int64_t t, int64_t from, Workspace<P>& ws) {
     if (!c.kept) return;
-    float* at = c.kept + (tile.rows_before * c.most_loops + (t - 1) * tile.rows) * kept_width<P>(c, s);
+    float* at = c.kept + (tile.rows_before * c.most_loops + (t - 1) * tile.rows) * kept_floats(c, P::NUMBERS == 2);
     const auto take = [&](int width) {
         float* piece = at + from * width;
         at += int64_t(tile.rows) * width;
@@ -322,7 +318,7 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
 }
 
 template <class P>
-void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws) {
+void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws, Team& team) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     tile.gather(c.e, 0, tile.count, ws.e);
     if (c.injection)
@@ -334,6 +330,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<
     for (int64_t t = 1; t <= c.most_loops; t++) {
         const int running = halted ? 0 : tile.running(t), rows = tile.starts[running];
         if (!running && !c.return_all) break;
+        if (team.stopped()) return;
         if (running) {
             if (c.boundaries) tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size);
             bind(c, m.shape, tile, t, 0, ws);
@@ -352,7 +349,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<
 
 template <class P>
 void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws, LayerGrads* grads,
-                   NormGrads loop_norm_grads) {
+                   NormGrads loop_norm_grads, Team& team) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     std::memset(ws.dh, 0, all * sizeof(float));
@@ -361,6 +358,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace
     // A finished sample repeats its last state, so every later output's gradient is that state's.
     if (!c.return_all) tile.gather_add(c.grad_out, 0, tile.count, ws.dh);
     for (int64_t t = c.return_all ? c.most_loops : tile.count ? tile.loops(0) : 0; t >= 1; t--) {
+        if (team.stopped()) return;
         if (c.return_all) tile.gather_add(c.grad_out + (t - 1) * size, 0, tile.count, ws.dh);
         const int begin = tile.truncated(t), end = tile.running(t);
         if (begin >= end) continue;
@@ -429,9 +427,17 @@ int64_t workspace_floats(const Call& c, const Shape& s, int64_t rows, bool backw
     return count.floats;
 }
 
+int team_size() {
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 // Both return 0, or 1 where memory ran out.
 template <class P>
-int forward(const Call& c, const Plan* plan) {
+int forward(const Call& c, const Plan* plan, Team& team) {
     Counter count;
     Model<P>(c, count, false);
     Arena weights(count.floats);
@@ -449,14 +455,15 @@ int forward(const Call& c, const Plan* plan) {
             int* tile_room = reinterpret_cast<int*>(room.take(0));
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < plan->n_tiles; i++)
-                forward_tile(c, model, Tile(c, *plan, i, tile_room), ws);
+                forward_tile(c, model, Tile(c, *plan, i, tile_room), ws, team);
         }
+        team.leave(team_size());
     }
     return failed;
 }
 
 template <class P>
-int backward(const Call& c, const Plan* plan) {
+int backward(const Call& c, const Plan* plan, Team& team) {
     Counter count;
     Model<P>(c, count, true);
     Arena weights(count.floats);
@@ -466,7 +473,7 @@ int backward(const Call& c, const Plan* plan) {
     const Shape& s = model.shape;
     Counter per_slice;
     SliceGrads(c, s, per_slice);
-    const int64_t slices = c.n_slices, floats = workspace_floats<P>(c, s, plan->most_rows, true);
+    const int64_t slices = plan->n_slices, floats = workspace_floats<P>(c, s, plan->most_rows, true);
     Arena sums(per_slice.floats);
     if (!sums.ok()) return 1;
     float* total = sums.take(0);
@@ -481,15 +488,17 @@ int backward(const Call& c, const Plan* plan) {
         float* const slice_total = cursor.at;
         SliceGrads grads(c, s, cursor);
         int* tile_room = reinterpret_cast<int*>(room.take(0));
-#pragma omp for ordered schedule(dynamic, 1) nowait
+#pragma omp for schedule(monotonic : dynamic, 1) nowait
         for (int64_t slice = 0; slice < slices; slice++) {
             if (ok) std::memset(slice_total, 0, per_slice.floats * sizeof(float));
             for (int64_t i = slice; ok && i < plan->n_tiles; i += slices)
-                backward_tile(c, model, Tile(c, *plan, i, tile_room), ws, grads.layers, grads.loop_norm);
-#pragma omp ordered
+                backward_tile(c, model, Tile(c, *plan, i, tile_room), ws, grads.layers, grads.loop_norm, team);
+            team.begin_turn(slice);
             for (int64_t i = 0; ok && i < per_slice.floats; i += VL)
                 store(total + i, load(total + i) + load(slice_total + i));
+            team.end_turn();
         }
+        team.leave(team_size());
     }
     if (failed) return 1;
     Cursor cursor{total};
@@ -504,11 +513,11 @@ int backward(const Call& c, const Plan* plan) {
 }  // namespace
 
 extern "C" {
-int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan) {
-    return call->bf16 ? forward<BF16>(*call, plan) : forward<F32>(*call, plan);
+int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan, Team* team) {
+    return call->bf16 ? forward<BF16>(*call, plan, *team) : forward<F32>(*call, plan, *team);
 }
 
-int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan) {
-    return call->bf16 ? backward<BF16>(*call, plan) : backward<F32>(*call, plan);
+int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan, Team* team) {
+    return call->bf16 ? backward<BF16>(*call, plan, *team) : backward<F32>(*call, plan, *team);
 }
 }

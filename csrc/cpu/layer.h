@@ -18,11 +18,11 @@ struct Shape {
 
     explicit Shape(const Call& c) {
         d = c.d_model, dp = padded(d);
-        qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, qp = padded(qkv);
-        a = c.n_heads * c.head_dim, ap = padded(a);
-        f = c.d_ff, fp = padded(f), up = c.activation == SWIGLU ? 2 * fp : fp;
+        qkv = qkv_columns(c), qp = padded(qkv);
+        a = query_columns(c), ap = padded(a);
+        f = c.d_ff, fp = padded(f), up = hidden_parts(c) * fp;
         activation = c.activation, norm_kind = c.norm, placement = c.placement;
-        seq_len = c.seq_len, rope = c.rope, eps = c.eps, scale = c.residual_scale;
+        seq_len = c.seq_len, rope = c.position == ROPE, eps = c.eps, scale = c.residual_scale;
         heads = {int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), c.causal != 0, qp, ap};
     }
 };

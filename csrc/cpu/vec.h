@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+
+#include "../block.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -35,8 +37,7 @@ typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 namespace {
 
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
-constexpr int padded(int n) { return round_up(n, 16); }  // leading dimensions, the same for every ISA
+constexpr int padded(int n) { return int(cpu_padded(n)); }  // leading dimensions, the same for every ISA
 
 inline vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }

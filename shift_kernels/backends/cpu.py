@@ -6,33 +6,25 @@ Keeps what the matrix products need again in the backward; of very large batches
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shift_kernels import compiled
 from shift_kernels.backends.base import Kind, WhyNot
 from shift_kernels.call import CallOptions, Problem
-from shift_kernels.native import block
-from shift_kernels.native import cpu as native
 from shift_kernels.rotary import rotary_table
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import BlockSpec, spec_from_key
 
-ROWS_PER_TILE = 64
-"""Tokens that a thread takes through all loops together: enough for the matrix products, few for L2."""
-MAX_SLICES, ROW_LOOPS_PER_SLICE = 16, 1024
-"""Weight gradients are summed apart for each slice of the batch, then over the slices in order. How many
-there are follows from the problem, not from the threads: the result has the same bits for any number.
-Few, since each has to be zeroed and added."""
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
-MAX_SEQ_LEN, MAX_LAYERS = 1024, 64
+MAX_SEQ_LEN = 1024
 LINE = 64
 """Bytes of a cache line."""
 DTYPES = (
@@ -45,13 +37,15 @@ _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """Said of every tensor that the library writes to: torch's defaults belong to the user."""
 
 
-# CallOptions once, here, so that torch.compile finds a constant where it traces the choice of a backend.
-_LIBRARY, _STATUS = native.load()
+# Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
+_NATIVE: Any
+_NATIVE, _STATUS = compiled.load("_native")
+_MOST_LAYERS = 0 if _NATIVE is None else _NATIVE.MOST_LAYERS
 
 
 def _absent() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
-    return _STATUS if _LIBRARY is None else None
+    return _STATUS if _NATIVE is None else None
 
 
 def _foreign(problem: Problem) -> str | None:
@@ -68,14 +62,14 @@ def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     if problem.seq_len > MAX_SEQ_LEN:
         return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
-    if problem.spec.n_layers > MAX_LAYERS:
-        return f"n_layers = {problem.spec.n_layers} > {MAX_LAYERS}"
+    if problem.spec.n_layers > _MOST_LAYERS:
+        return f"n_layers = {problem.spec.n_layers} > {_MOST_LAYERS}"
     return None
 
 
 def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> tuple[int, ...]:
     """Activations, or loop boundaries where those are many. 16 numbers are slack for vector loads."""
-    rows, width = e.shape[0] * e.shape[1], _kept_width(spec, compute_dtype)
+    rows, width = e.shape[0] * e.shape[1], _kept_floats(spec, compute_dtype)
     return (n_loops, rows * width + 16) if _keeps(rows, width) else (n_loops, *e.shape)
 
 
@@ -83,22 +77,23 @@ def _keeps(rows: int, width: int) -> bool:
     return 4 * rows * width <= MOST_KEPT_BYTES
 
 
-def _kept_width(spec: BlockSpec, compute_dtype: torch.dtype) -> int:
-    """``kept_width`` of csrc/cpu/block.cpp: floats kept of a token in a loop, two bfloat16 being one."""
-    d, up = _padded(spec.d_model), _padded(spec.d_ff) * (2 if spec.activation == "swiglu" else 1)
-    sums = 0 if spec.norm_placement == "pre" else 2 * d
-    numbers = _padded(spec.qkv_dim) + _padded(spec.n_heads * spec.head_dim) + up
-    layer = 2 * d + sums + _padded(numbers // (2 if compute_dtype == torch.bfloat16 else 1))
-    return spec.n_layers * layer + (d if spec.loop_norm else 0)
+def _kept_floats(spec: BlockSpec, compute_dtype: torch.dtype) -> int:
+    """Floats kept of a token in a loop, two bfloat16 being one."""
+    return _ask_kept_floats(spec.key, compute_dtype == torch.bfloat16)
 
 
-def _padded(n: int) -> int:
-    return (n + 15) // 16 * 16
+def _ask_kept_floats(spec_key: str, bf16: bool) -> int:
+    """Asks the library, which torch.compile cannot trace."""
+    return _NATIVE.kept_floats(compiled.block(_NATIVE, spec_from_key(spec_key)), bf16=bf16)
+
+
+# What torch.compiler.assume_constant_result does, which takes seconds to import.
+_ask_kept_floats._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _call(
     e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions
-) -> tuple[native.Call, Sequence[object]]:
+) -> tuple[Any, tuple[object, ...]]:
     """The part of a call that forward and backward share, and what must live as long as it."""
     batch, seq_len, _ = e.shape
     loops, lengths = (
@@ -111,12 +106,11 @@ def _call(
         rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.to(torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
-    addresses = block.addresses(values, spec)
-    call = native.Call(
+    call = _NATIVE.Call(
+        compiled.block(_NATIVE, spec),
         batch=batch,
         seq_len=seq_len,
         most_loops=most,
-        n_slices=min(max(int((lengths * loops).sum()) // ROW_LOOPS_PER_SLICE, 1), MAX_SLICES),
         n_threads=torch.get_num_threads(),
         return_all=options.return_all_loops,
         n_grad_loops=min(options.n_grad_loops or 0, most),
@@ -127,10 +121,9 @@ def _call(
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
         rotary=None if rotary is None else rotary.data_ptr(),
-        weights=ctypes.addressof(addresses),
-        **block.options(spec),
+        weights=compiled.addresses(_NATIVE, values, spec),
     )
-    return call, (e, loops, lengths, rotary, values, addresses)
+    return call, (e, loops, lengths, rotary, values)
 
 
 def _allocate(new: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -174,7 +167,7 @@ def _give_back(memory: np.ndarray) -> None:
         _FREE[:] = [memory]
 
 
-def _set_saved(call: native.Call, saved: list[Tensor]) -> None:
+def _set_saved(call: Any, saved: list[Tensor]) -> None:
     for x in saved:
         assert x.is_contiguous()
         setattr(call, "kept" if x.ndim == 2 else "boundaries", x.data_ptr())
@@ -196,14 +189,14 @@ class CpuBackend:
 
     def describe(self, problem: Problem) -> str:
         """In a phrase, with what the backward reads."""
-        kept = _keeps(problem.batch * problem.seq_len, _kept_width(problem.spec, problem.compute_dtype))
+        kept = _keeps(problem.batch * problem.seq_len, _kept_floats(problem.spec, problem.compute_dtype))
         backward = f"; the backward {'reads kept activations' if kept else 'recomputes each loop'}"
         return f"one C++ call for all loops{backward if problem.grad else ''}"
 
     def saved_bytes(self, problem: Problem) -> int:
         """Bytes kept for the backward pass, per loop."""
         rows, spec = problem.batch * problem.seq_len, problem.spec
-        width = _kept_width(spec, problem.compute_dtype)
+        width = _kept_floats(spec, problem.compute_dtype)
         return 4 * rows * (width if _keeps(rows, width) else spec.d_model)
 
     def saved_like(
@@ -230,7 +223,7 @@ class CpuBackend:
         saved = [_buffer(to_save)] if for_backward else []
         call.out, call.used = out.data_ptr(), used.data_ptr()
         _set_saved(call, saved)
-        native.run(call, backward=False, rows_per_tile=ROWS_PER_TILE, isa=isa)
+        _NATIVE.run(call, backward=False, isa=isa)
         del keep
         return out.to(e.dtype), used, saved
 
@@ -250,11 +243,10 @@ class CpuBackend:
         grad_h = grad_h.to(torch.float32).contiguous()
         grad_e = torch.zeros(e.shape, **_HERE)
         grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
-        addresses = block.addresses(grads, spec)
         _set_saved(call, saved)
-        call.grad_out = grad_h.data_ptr()
-        call.grad_e, call.grad_weights = grad_e.data_ptr(), ctypes.addressof(addresses)
-        native.run(call, backward=True, rows_per_tile=ROWS_PER_TILE, isa=isa)
+        call.grad_out, call.grad_e = grad_h.data_ptr(), grad_e.data_ptr()
+        call.grad_weights = compiled.addresses(_NATIVE, grads, spec)
+        _NATIVE.run(call, backward=True, isa=isa)
         del keep
         return grad_e.to(e.dtype), [g.to(weights[name].dtype) for name, g in grads.items()]
 

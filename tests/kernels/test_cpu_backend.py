@@ -5,7 +5,10 @@ the largest value (a sum in another order). tests/sanitize.py runs this file ove
 accesses.
 """
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,12 +18,13 @@ from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, explain, reference
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain, reference
 from shift_kernels.backends import cpu as cpu_backend
 from shift_kernels.call import CallOptions
-from shift_kernels.native import cpu as native
 
-available = cpu_backend.CPU.why_not(None) is None
+native = cpu_backend._NATIVE
+available = native is not None
+ISAS = native.ISAS if available else ("portable",)
 needs_library = pytest.mark.skipif(not available, reason=f"cpu backend {cpu_backend.CPU.why_not(None)}")
 
 OPTIONS = {
@@ -131,13 +135,12 @@ def test_library_is_there_wherever_it_can_be_built():
 
 
 def skip_without(isa):
-    library, _ = native.load()
-    if native.ISAS.index(isa) > library.shift_best_isa():
+    if ISAS.index(isa) > ISAS.index(native.best_isa()):
         pytest.skip(f"this processor has no {isa}")
 
 
 @needs_library
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_gelu_is_right_everywhere(isa):
     """A block of which only x + gelu(x) is left."""
     skip_without(isa)
@@ -180,7 +183,7 @@ def test_boundaries_alone_give_the_same_gradients(options, dtypes, monkeypatch):
 
 
 @needs_library
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "position": "rope", "norm": "rmsnorm"}])
 @pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 def test_every_instruction_set_is_right(isa, options, dtypes):
@@ -500,11 +503,11 @@ def test_what_is_kept_begins_on_a_cache_line_and_takes_less_in_bfloat16():
 @needs_library
 def test_more_loops_than_memory_holds_is_a_memory_error():
     block, e = make(batch=1, seq_len=1)
-    for n_loops in (2**30, 2**31 - 1):
-        with pytest.raises(MemoryError, match=f"{n_loops}"):
-            block(e, n_loops, return_all_loops=True, backend="cpu")
-        with pytest.raises(MemoryError, match=f"{n_loops}"):
-            block(e.requires_grad_(), n_loops, backend="cpu")
+    for n_loops in (2**40, 2**50, 2**60):
+        for kind in ({"return_all_loops": True}, {}):
+            asked = CallOptions(n_loops=n_loops, compute_dtype=torch.float32, **kind)
+            with pytest.raises(MemoryError, match=f"{n_loops}"):
+                cpu_backend.CPU.forward(e, block.weights(), block.spec, asked, for_backward=not kind)
 
 
 @needs_library
@@ -526,3 +529,108 @@ def test_more_gradient_loops_than_an_integer_holds_are_all():
     expected = on_cpu_backend(block, e, normal, {"n_loops": 2})
     found = on_cpu_backend(block, e, normal, {"n_loops": 2, "n_grad_loops": 2**70})
     assert all(map(torch.equal, found, expected))
+
+
+IN_PROCESSES_OF_THEIR_OWN = """
+import faulthandler, json, os, resource, signal, sys, threading, time, torch
+from shift_kernels import BlockSpec, LoopedBlock
+
+block = LoopedBlock(BlockSpec(d_model=64, n_heads=1))
+
+def in_child(function, *arguments):
+    pid = os.fork()  # before any thread is made: importing torch takes seconds
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        os._exit(function(*arguments))
+    except BaseException as error:
+        print(arguments, repr(error), file=sys.stderr)
+        os._exit(99)
+
+def interrupted(n_threads, n_loops, batch, grad):
+    torch.set_num_threads(n_threads)
+    e = torch.randn(batch, 64, 64)
+    block.requires_grad_(grad)
+    start = time.monotonic()
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        h = block(e, n_loops, backend="cpu")
+        h.sum().backward() if grad else None
+        return 1  # too short to be interrupted, or it was not
+    except KeyboardInterrupt:
+        took = time.monotonic() - start
+    return 0 if took < 5 and block(e, 1, backend="cpu").isfinite().all() else 2
+
+def limited(mib, n_threads):
+    torch.set_num_threads(n_threads)
+    e = torch.randn(64, 64, 64, requires_grad=True)
+    (e * 2).sum().backward()  # torch's own threads: it ends the process where it cannot make one
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20,) * 2)
+    try:
+        block(e, 3, backend="cpu").sum().backward()
+    except MemoryError:
+        return 0
+    except RuntimeError as error:
+        return 0 if "allocate" in str(error) else 3  # torch's own
+    return 0
+
+chosen = {"interrupted": interrupted, "limited": limited}[sys.argv[1]]
+print(json.dumps([(case, in_child(chosen, *case)) for case in json.loads(sys.argv[2])]))
+"""
+
+
+def in_processes_of_their_own(name, cases):
+    command = [sys.executable, "-c", IN_PROCESSES_OF_THEIR_OWN, name, json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert [code for _, code in json.loads(run.stdout)] == [0] * len(cases), (run.stdout, run.stderr)
+
+
+@needs_library
+def test_ctrl_c_ends_a_long_call():
+    """Of one sequence the thread that Python interrupts may be the one that only waits."""
+    many_loops, many_sequences, backward = (10**6, 1, False), (300, 600, False), (400, 16, True)
+    cases = [(n_threads, *case) for n_threads in (1, 2) for case in (many_loops, many_sequences, backward)]
+    in_processes_of_their_own("interrupted", cases)
+
+
+@needs_library
+def test_too_little_memory_is_an_exception():
+    in_processes_of_their_own("limited", [(mib, n) for mib in range(0, 200, 20) for n in (1, 4)])
+
+
+@needs_library
+def test_a_field_that_the_kernels_do_not_know_is_an_error():
+    block = native.Block(d_model=16)
+    with pytest.raises(TypeError, match="no field d_modle"):
+        native.Block(d_modle=16)
+    with pytest.raises(TypeError, match="no field boundary"):
+        native.Call(block, boundary=0)
+    with pytest.raises(ValueError, match="no such choice: tanh"):
+        native.Block(activation="tanh")
+    with pytest.raises(AttributeError):
+        native.Call(block).grad_w = 0
+
+
+@needs_library
+def test_a_call_without_what_it_reads_is_an_error():
+    block = native.Block(d_model=16, n_heads=1, n_kv_heads=1, head_dim=16, n_layers=1)
+    call = native.Call(block, batch=1, seq_len=1, most_loops=1, n_threads=1)
+    with pytest.raises(ValueError, match="missing"):
+        native.run(call, backward=False)
+    one = torch.ones(1, dtype=torch.int64)
+    call.loops = call.lengths = one.data_ptr()
+    with pytest.raises(ValueError, match="weights are not the block's"):
+        native.run(call, backward=False)
+    with pytest.raises(ValueError, match="this processor has no mmx"):
+        native.run(call, backward=False, isa="mmx")
+
+
+@needs_library
+def test_how_gradients_are_summed_does_not_depend_on_the_threads():
+    loops, lengths = torch.full((40,), 3), torch.full((40,), 100)
+    spec = BlockSpec(d_model=16, n_heads=1)
+    sizes = dict(batch=40, seq_len=100, most_loops=3, loops=loops.data_ptr(), lengths=lengths.data_ptr())
+    plans = [native.plan(native.Call(compiled.block(native, spec), n_threads=n, **sizes)) for n in (1, 2, 9)]
+    assert plans == [{"n_tiles": 40, "most_rows": 100, "n_slices": 40 * 100 * 3 // 1024}] * 3

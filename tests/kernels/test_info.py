@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from shift_kernels import backends
+from shift_kernels import backends, compiled
 from shift_kernels.info import report
-from shift_kernels.native import cpu as native
 from shift_kernels.native import cuda
+
+NATIVE, _ = compiled.load("_native")
 
 
 def test_report_names_versions_and_every_backend():
@@ -19,10 +20,10 @@ def test_report_names_versions_and_every_backend():
         assert any(name in line and status in line for line in text.splitlines())
 
 
-@pytest.mark.skipif(native.load()[0] is None, reason="needs the CPU library")
+@pytest.mark.skipif(NATIVE is None, reason="needs the CPU library")
 def test_report_says_how_the_cpu_library_was_built_and_what_it_uses():
     (line,) = (line for line in report().splitlines() if line.startswith("cpu library"))
-    assert any(f"using {isa}" in line for isa in native.ISAS)
+    assert any(f"using {isa}" in line for isa in NATIVE.ISAS)
     assert "g++" in line or "clang" in line
 
 

@@ -1,5 +1,6 @@
-"""The build of the compiled parts: what is compiled again, and what an install does without."""
+"""The build of the compiled modules: what is compiled again, and what an install does without."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,29 +14,34 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(build_native.compiler() is None, reason="needs a C++ compiler")
-def test_an_object_is_compiled_again_only_when_something_has_changed(tmp_path, monkeypatch):
-    runs = []
-    run = build_native._run
-    monkeypatch.setattr(build_native, "_run", lambda command: runs.append(command) or run(command))
-    source, header = tmp_path / "a.cpp", tmp_path / "a.h"
+def test_an_object_is_compiled_again_only_when_something_has_changed(tmp_path):
+    source, header, target = tmp_path / "a b.cpp", tmp_path / "a.h", tmp_path / "liba.so"
     source.write_text('#include "a.h"\nint f() { return A; }')
     header.write_text("#define A 1")
-    command = [*build_native.compiler(), "-c", str(source)]
 
-    def compile_object(*more):
-        build_native.compile_object([*command, *more], tmp_path / "a.o")
-        return len(runs)
+    def change(file, text):
+        later = file.stat().st_mtime + 10
+        file.write_text(text)
+        os.utime(file, (later, later))
 
-    assert compile_object() == 1
-    assert compile_object() == 1
-    header.write_text("#define A 2")
-    assert compile_object() == 2
-    assert compile_object("-O1") == 3
-    header.write_text("not C++")
-    with pytest.raises(RuntimeError, match=r"a\.h"):
-        compile_object("-O1")
-    with pytest.raises(RuntimeError, match=r"a\.h"):
-        compile_object("-O1")  # a failure is no object
+    def build(*flags):
+        compiler = build_native.compiler()
+        jobs = {"a": ([*compiler, "-fPIC", "-DTEXT='$'", *flags], source)}
+        build_native.ninja(target, tmp_path / "objects", jobs, [*compiler, "-shared"])
+        return target.stat().st_ino  # linked anew
+
+    first = build()
+    assert build() == first
+    change(header, "#define A 2")
+    second = build()
+    assert second != first
+    third = build("-O1")
+    assert third != second
+    change(header, "not C++")
+    for _ in range(2):  # a failure is no object
+        with pytest.raises(RuntimeError, match=r"a\.h"):
+            build("-O1")
+    assert target.stat().st_ino == third
 
 
 def test_architectures_come_from_the_environment(monkeypatch):
@@ -45,28 +51,29 @@ def test_architectures_come_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "archs", "reason"),
+    ("name", "environment", "reason"),
     [
-        ("/no/such/nvcc", "sm_80", "no nvcc found"),
-        ("false", "sm_80", "false -"),
-        ("nvcc", "", "CUDA_ARCHS is not set"),
+        ("cuda", {"CUDACXX": "/no/such/nvcc", "CUDA_ARCHS": "sm_80"}, "no nvcc found"),
+        ("cuda", {"CUDACXX": "false", "CUDA_ARCHS": "sm_80"}, "false -"),
+        ("cuda", {"CUDACXX": "nvcc", "CUDA_ARCHS": ""}, "CUDA_ARCHS is not set"),
+        ("cpu", {"CXX": "/no/such/g++"}, "no C++ compiler found"),
+        ("cpu", {"CXX": "false"}, "false -"),
     ],
 )
-def test_an_install_goes_on_without_the_cuda_library_and_says_so(
-    nvcc, archs, reason, tmp_path, monkeypatch, capsys
+def test_an_install_goes_on_without_what_cannot_be_built_and_keeps_the_reason(
+    name, environment, reason, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("CUDACXX", nvcc)
-    monkeypatch.setenv("CUDA_ARCHS", archs)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        setup,
-        "LIBRARIES",
-        {"cuda": lambda target: build_native.build_cuda_library(target, tmp_path / "objects")},
-    )
-    command = setup.BuildLibraries(Distribution())
-    command.get_ext_fullpath = lambda name: str(tmp_path / "libshift_cuda.so")
-    command.build_extension(SimpleNamespace(name="cuda"))
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    build = {"cpu": build_native.build_cpu_library, "cuda": build_native.build_cuda_library}[name]
+    monkeypatch.setattr(setup, "MODULES", {name: lambda target: build(target, tmp_path / "objects")})
+    target = tmp_path / f"_{name}.so"
+    target.write_text("of an earlier build")
+    command = setup.BuildModules(Distribution())
+    command.get_ext_fullpath = lambda _: str(target)
+    command.build_extension(SimpleNamespace(name=name))
     said = capsys.readouterr().err
-    assert said.startswith("shift-kernels: installing without libshift_cuda.so")
+    assert said.startswith(f"shift-kernels: installing without {name}")
     assert reason in said
-    assert not (tmp_path / "libshift_cuda.so").exists()
+    assert reason in (tmp_path / f"_{name}.reason.txt").read_text()
+    assert not target.exists()

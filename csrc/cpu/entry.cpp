@@ -1,0 +1,105 @@
+// Compiled for any machine: cuts a call up into tiles and slices, and picks the instruction set.
+#include "entry.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "team.h"
+
+// block.cpp, once for each instruction set. Both return 0, or 1 where memory ran out.
+extern "C" {
+#define SHIFT_KERNELS_OF(isa)                                         \
+    int shift_forward_##isa(const Call*, const Plan*, Team*);         \
+    int shift_backward_##isa(const Call*, const Plan*, Team*);
+SHIFT_KERNELS_OF(portable)
+#if defined(__x86_64__)
+SHIFT_KERNELS_OF(avx2)
+SHIFT_KERNELS_OF(avx512)
+SHIFT_KERNELS_OF(avx512bf16)
+#endif
+}
+
+namespace shift_cpu {
+
+namespace {
+
+constexpr int64_t ROWS_PER_TILE = 64;  // enough for the matrix products, few for L2
+
+// Few slices, for each has to be zeroed and added.
+constexpr int64_t MOST_SLICES = 16, ROW_LOOPS_PER_SLICE = 1024;
+
+}  // namespace
+
+int best_isa() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+const char* build_info() {
+    return
+#if defined(__clang__)
+        "clang " __clang_version__
+#else
+        "g++ " __VERSION__
+#endif
+#if defined(__x86_64__)
+        "; avx512bf16, avx512, avx2, portable"
+#else
+        "; portable"
+#endif
+#if defined(_OPENMP)
+        "; OpenMP";
+#else
+        "; one thread (no OpenMP)";
+#endif
+}
+
+// Samples that loop longest come first; a tile is closed once it has ROWS_PER_TILE rows.
+Planned::Planned(const Call& c)
+    : loops(c.loops, c.loops + c.batch), lengths(c.lengths, c.lengths + c.batch), order(c.batch), begins{0},
+      call(c), plan{} {
+    for (int64_t& x : loops) x = std::clamp<int64_t>(x, 0, c.most_loops);
+    for (int64_t& x : lengths) x = std::clamp<int64_t>(x, 0, c.seq_len);
+    call.loops = loops.data(), call.lengths = lengths.data();
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return loops[a] > loops[b]; });
+    int64_t rows = 0, total = 0, row_loops = 0;
+    for (int64_t i = 0; i < c.batch; i++) {
+        rows += lengths[order[i]];
+        row_loops += lengths[order[i]] * loops[order[i]];
+        const bool full = c.halting || rows >= ROWS_PER_TILE || i + 1 == c.batch;
+        if (!full) continue;
+        plan.most_rows = std::max(plan.most_rows, rows);
+        plan.most_samples = std::max(plan.most_samples, i + 1 - begins.back());
+        begins.push_back(i + 1);
+        rows_before.push_back(total);
+        total += rows;
+        rows = 0;
+    }
+    plan.order = order.data(), plan.tiles = begins.data(), plan.rows_before = rows_before.data();
+    plan.n_tiles = rows_before.size();
+    plan.n_slices = std::clamp<int64_t>(row_loops / ROW_LOOPS_PER_SLICE, 1, MOST_SLICES);
+}
+
+Outcome run(const Planned& planned, bool backward, int isa, bool (*signalled)()) {
+    Team team(signalled);
+    Call call = planned.call;
+    call.n_threads = threads_that_fit(int(call.n_threads));
+    const auto kernel =
+#if defined(__x86_64__)
+        isa == 3   ? backward ? shift_backward_avx512bf16 : shift_forward_avx512bf16
+        : isa == 2 ? backward ? shift_backward_avx512 : shift_forward_avx512
+        : isa == 1 ? backward ? shift_backward_avx2 : shift_forward_avx2
+                   :
+#endif
+                   backward ? shift_backward_portable : shift_forward_portable;
+    const int no_memory = kernel(&call, &planned.plan, &team);
+    return no_memory ? NO_MEMORY : team.stopped() ? STOPPED : DONE;
+}
+
+}  // namespace shift_cpu
