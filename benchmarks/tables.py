@@ -15,7 +15,9 @@ from benchmarks.savings.report import ratio_table, sentences, summary_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
 from shift.comparison.summary import read_summary
+from shift.length.sweep import RULES
 from shift.report.document import Block, Table, block_markdown
+from shift.report.rows import read_rows
 from shift.report.words import flops, percent
 from shift_kernels.bench.cases import LIBRARY
 from shift_kernels.bench.timing import speedup
@@ -143,6 +145,37 @@ def profile() -> str:
     return table(read("training/profile")["ms"])
 
 
+LENGTH = 30
+"""Beyond the lengths of training, which end at 20, and within what the best arm still gets right."""
+
+
+def length() -> str:
+    """Exact match at a length beyond training, by the rule that says how many loops count."""
+    rows, about = read_rows(RESULTS / "length/summary.json")
+    at = about["lengths"].index(LENGTH)
+    found = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = [arm]
+        for rule in RULES:
+            each = [row[f"{rule}: exact"][at] for row in rows if row["arm"] == arm]
+            seeds = ", ".join(f"{100 * x:.0f}" for x in each)
+            cells.append(f"{percent(statistics.mean(each))} ({seeds})")
+        found.append(cells)
+    return _table(["arm", *RULES], found)
+
+
+def landscape() -> str:
+    """How many of the predictions of each topic held."""
+    _, about = read_rows(RESULTS / "landscape/summary.json")
+    outcomes = ("holds", "does not hold", "undecided")
+    topics = dict.fromkeys(claim["topic"] for claim in about["claims"])
+    found = []
+    for topic in topics:
+        of_topic = [claim["outcome"] for claim in about["claims"] if claim["topic"] == topic]
+        found.append([topic, *(str(of_topic.count(outcome)) for outcome in outcomes)])
+    return _table(["topic", *outcomes], found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "savings": savings,
@@ -154,6 +187,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training_all": training_all,
     "profile": profile,
+    "length": length,
+    "landscape": landscape,
 }
 """By the name that stands in a mark."""
 
