@@ -14,7 +14,7 @@ if DEVICE != "cpu":
     pytest.skip("runs in Triton's interpreter; tests/gpu is for this machine", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.backends import torch as torch_backend
+from shift_kernels.backends.torch import TORCH
 from shift_kernels.backends.triton import graph, rows
 from shift_kernels.backends.triton import streamed as layer
 from shift_kernels.call import CallOptions
@@ -50,10 +50,10 @@ def check(spec, n_loops=2, dtype=torch.float32, **call):
     """Every result is at most twice as far from float64 as the reference in the same dtype."""
     e, weights = problem(spec, dtype)
     ours = run(layer, e, weights, spec, n_loops, **call)
-    same = run(torch_backend, e, weights, spec, n_loops, **call)
+    same = run(TORCH, e, weights, spec, n_loops, **call)
     wide = {name: w.double() for name, w in weights.items()}
     grad = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = run(torch_backend, e.double(), wide, spec, n_loops, grad=grad, **call | {"compute_dtype": F64})
+    exact = run(TORCH, e.double(), wide, spec, n_loops, grad=grad, **call | {"compute_dtype": F64})
     assert torch.equal(ours[1], exact[1])
     names = ["h", "e", *weights]
     flat = [[r[0], r[2], *r[3]] for r in (ours, same, exact)]
@@ -147,7 +147,7 @@ def test_halting_stops_each_sample_where_the_reference_does(seq_lens, threshold)
     e, weights = problem(spec)
     asked = CallOptions(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
     h, used, saved = layer.forward(e, weights, spec, asked, for_backward=False)
-    expected, expected_used, _ = torch_backend.TORCH.forward(e, weights, spec, asked, for_backward=False)
+    expected, expected_used, _ = TORCH.forward(e, weights, spec, asked, for_backward=False)
     assert torch.equal(used, expected_used)
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
     assert saved == []
