@@ -16,8 +16,8 @@ from benchmarks.landscape.claims import QK
 from benchmarks.landscape.seen import EASY, HARD, Seen, cosine, curve, has_switches, log_cost_ratio
 from benchmarks.landscape.study import ARMS, SWITCHES
 from shift.comparison.arms import FAMILIES
-from shift.comparison.figures import FAINT, INK, SHADE, WIDTH, save_figures
 from shift.landscape.plots import log_axis
+from shift.report.style import FAINT, INK, SHADE, WIDTH, save_figures
 
 Study = Mapping[str, Sequence[Seen]]
 """Task -> what each seed showed."""

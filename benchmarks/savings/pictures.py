@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.paired import best_fixed_switch
 from shift.comparison.arms import FAMILIES, SMALLEST
-from shift.comparison.figures import INK, STYLE, WIDTH, save_figures
+from shift.report.style import INK, STYLE, WIDTH, literal, save_figures
 
 COLUMNS = 4
 
@@ -45,7 +45,7 @@ def ratios_figure(results: Results) -> Figure:
                 axes.text(2.02, y, f"✕{never}", color=own, va="center", fontsize=7)
         axes.axvline(1, color=INK, lw=0.8)
         axes.set(xlim=(0, 2), ylim=(len(names) - 0.4, -0.6))
-        axes.set_yticks(range(len(names)), [label(results, n) for n in names])
+        axes.set_yticks(range(len(names)), [literal(label(results, n)) for n in names])
     figure.supxlabel("compute to the target, times Looped's", fontsize=9)
     return figure
 
@@ -62,7 +62,7 @@ def loss_figure(results: Results) -> Figure:
             if arm is None:
                 continue
             at, loss = _median_curve(arm["seeds"])
-            words, own = label(results, name), colour[name]
+            words, own = literal(label(results, name)), colour[name]
             if name == fixed:
                 words, own = "Best fixed switch", FAMILIES["fixed"].colour
             handles[words] = axes.plot(at / total, loss, color=own, lw=1.2)[0]
@@ -91,5 +91,5 @@ def _grid(
     for spare in panels[len(results) :]:
         spare.set_axis_off()
     for axes, (task, r) in zip(panels, results.items(), strict=False):
-        axes.set_title(f"{task} ({r['used_for']})")
+        axes.set_title(literal(f"{task} ({r['used_for']})"))
     return figure, list(zip(panels, results.values(), strict=False))

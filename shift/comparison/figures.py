@@ -1,43 +1,19 @@
-"""The pictures of a comparison, drawn from ``results.json`` alone. Needs matplotlib (extra ``plots``).
-
-Eight inches wide at 200 dots an inch: sharp at the 800 pixels of the report, and on paper.
-"""
+"""The pictures of a comparison, drawn from ``results.json`` alone. Needs matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from shift.comparison.arms import colours
+from shift.report.style import FAINT, INK, SHADE, WIDTH, literal, save_figures
 from shift.report.words import flops_unit
-
-WIDTH = 8.0
-STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a929a",
-    "axes.labelcolor": "#3a4148",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e8ebee",
-    "xtick.color": "#58616b",
-    "ytick.color": "#58616b",
-    "lines.solid_capstyle": "round",
-    "figure.dpi": 200,
-    "figure.constrained_layout.use": True,
-}
-INK, FAINT, SHADE = "#1c1f23", "#58616b", "#f3f4f6"
 
 
 def draw(results: Mapping[str, Any], directory: Path) -> dict[str, Path]:
@@ -55,25 +31,6 @@ def draw(results: Mapping[str, Any], directory: Path) -> dict[str, Path]:
         },
         directory,
     )
-
-
-def save_figures(
-    pictures: Mapping[str, Callable[[], Figure | None]], directory: Path, style: Mapping[Any, Any] = STYLE
-) -> dict[str, Path]:
-    """Draw each picture in ``style`` and save it as ``directory/<name>.png``; one that is None is left out.
-
-    Returns:
-        The files by name.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    with matplotlib.rc_context(dict(style)):
-        for name, picture in pictures.items():
-            figure = picture()
-            if figure is not None:
-                paths[name] = directory / f"{name}.png"
-                figure.savefig(paths[name])
-    return paths
 
 
 def cost_figure(results: Mapping[str, Any]) -> Figure | None:
@@ -115,7 +72,7 @@ def cost_figure(results: Mapping[str, Any]) -> Figure | None:
     if "looped" in arms:
         axes.text(ratio_x, head_y, "× Looped", ha="center", va="center", color=FAINT)
     axes.set(xlim=(0, 1.13 * right), ylim=(len(names) - 0.5, head_y - 0.3))
-    axes.set_yticks(range(len(names)), [arms[name]["label"] for name in names], fontweight="bold")
+    axes.set_yticks(range(len(names)), [literal(arms[name]["label"]) for name in names], fontweight="bold")
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color(_text_colour(colour[name]))
     axes.tick_params(axis="y", length=0)
@@ -155,7 +112,7 @@ def curves_figure(results: Mapping[str, Any]) -> Figure:
     grid[1][0].set(title="Loss, held-out data (nats)", ylim=(0, None), xlabel="training steps")
     grid[1][1].set(xlabel=f"training compute ({unit.name})", xlim=(0, None))
     handles = [grid[0][0].plot([], color=colour[name], lw=3)[0] for name in arms]
-    labels = [arm["label"] for arm in arms.values()]
+    labels = [literal(arm["label"]) for arm in arms.values()]
     if any(_switch_index(facts) is not None for arm in arms.values() for facts in arm["seeds"]):
         handles += grid[0][0].plot([], "o", ms=6, mfc="white", mec=FAINT, mew=1.6)
         labels.append("the switch")
@@ -182,7 +139,7 @@ def loops_figure(results: Mapping[str, Any]) -> Figure:
             axes.fill_between(x, y, step="post", color=colour[name], alpha=0.5 / len(arm["seeds"]), lw=0)
             axes.step(x, y, where="post", color=colour[name], lw=1.4)
         axes.set(ylim=(0, most + 0.6), yticks=range(0, most + 1, max(1, most // 2)))
-        axes.text(-0.07, 0.5, arm["label"], transform=axes.transAxes, ha="right", va="center",
+        axes.text(-0.07, 0.5, literal(arm["label"]), transform=axes.transAxes, ha="right", va="center",
                   color=_text_colour(colour[name]), fontweight="bold")  # fmt: skip
     rows[0].set_title("Loops at each training step")
     rows[-1].set(xlabel="training steps", xlim=(0, last_step))
@@ -190,36 +147,51 @@ def loops_figure(results: Mapping[str, Any]) -> Figure:
 
 
 def criterion_figure(results: Mapping[str, Any]) -> Figure | None:
-    """The two signals that SHIFT looks at, with their thresholds; each seed's line ends at its switch."""
-    arm = results["arms"].get("shift")
-    if arm is None or not any(facts["looks"] for facts in arm["seeds"]):
+    """The two signals that a criterion looks at, their limits, a column an arm; a ring where it fires."""
+    arms = {
+        name: arm
+        for name, arm in results["arms"].items()
+        if arm["criterion"] and any(facts["looks"] for facts in arm["seeds"])
+    }
+    if not arms:
         return None
-    colour = colours(["shift"])["shift"]
-    limits = arm["criterion"]
+    colour = colours(list(results["arms"]))
     figure = Figure(figsize=(WIDTH, 5.2))
-    panels = figure.subplots(2, 1, sharex=True)
+    grid = figure.subplots(2, len(arms), sharex="col", squeeze=False)
     signals = (
         ("improvement", "delta_1", "δ₁", "Does the loss still move?"),
         ("grad_change", "delta_2", "δ₂", "Does the size of the gradient still move?"),
     )
-    for axes, (key, threshold, symbol, title) in zip(panels, signals, strict=True):
-        limit = limits[threshold]
-        most = max(abs(look[key]) for facts in arm["seeds"] for look in facts["looks"])
-        top = min(max(1.1 * most, 1.5 * limit), 6 * limit)  # the first looks may be far above
-        axes.axhspan(0, limit, color=SHADE, lw=0, zorder=0)
-        axes.axhline(limit, color=INK, lw=1, ls=(0, (4, 3)))
-        axes.text(1.0, limit, f" {symbol} = {limit:g}", va="center", fontsize=9.5,
-                  transform=axes.get_yaxis_transform(), color=INK)  # fmt: skip
-        for facts in arm["seeds"]:
-            steps = [look["step"] for look in facts["looks"]]
-            line = [abs(look[key]) for look in facts["looks"]]
-            axes.plot(steps, line, color=colour, lw=1.3, alpha=0.75, marker=".", ms=4)
-            if facts["looks"] and facts["looks"][-1]["fired"]:
-                axes.plot(steps[-1], line[-1], "o", ms=8, mfc="white", mec=colour, mew=1.8, zorder=4,
-                          clip_on=False)  # fmt: skip
-        axes.set(title=title, ylim=(0, top), ylabel=f"{limits['change']} change")
-    panels[1].set(xlabel="training steps (a ring: the criterion fires, the loops begin)", xlim=(0, None))
+    for column, (name, arm) in enumerate(arms.items()):
+        for panels, signal in zip(grid, signals, strict=True):
+            _signal_panel(panels[column], arm, signal, colour[name], narrow=len(arms) > 1)
+        grid[1][column].set(xlim=(0, None))
+    grid[1][0].set(xlabel="training steps (a ring: the criterion fires, the loops begin)")
     return figure
+
+
+def _signal_panel(
+    axes: Axes, arm: Mapping[str, Any], signal: tuple[str, str, str, str], colour: str, narrow: bool
+) -> None:
+    """One signal of one arm: a line a seed, the limit, and what lies below it shaded."""
+    key, threshold, symbol, title = signal
+    limit = arm["criterion"][threshold]
+    most = max(abs(look[key]) for facts in arm["seeds"] for look in facts["looks"])
+    top = min(max(1.1 * most, 1.5 * limit), 6 * limit)  # the first looks may be far above
+    axes.axhspan(0, limit, color=SHADE, lw=0, zorder=0)
+    axes.axhline(limit, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.text(1.0, limit, f" {symbol} = {limit:g}", va="center", fontsize=9.5,
+              transform=axes.get_yaxis_transform(), color=INK)  # fmt: skip
+    for facts in arm["seeds"]:
+        steps = [look["step"] for look in facts["looks"]]
+        line = [abs(look[key]) for look in facts["looks"]]
+        axes.plot(steps, line, color=colour, lw=1.3, alpha=0.75, marker=".", ms=4)
+        for look in facts["looks"]:
+            if look["fired"]:
+                axes.plot(look["step"], abs(look[key]), "o", ms=8, mfc="white", mec=colour, mew=1.8, zorder=4,
+                          clip_on=False)  # fmt: skip
+    head = f"{literal(arm['label'])}\n{title}" if narrow else title
+    axes.set(title=head, ylim=(0, top), ylabel=f"{arm['criterion']['change']} change")
 
 
 class Unit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,8 @@ CAPTIONS = {
     "curves": "Right answers and loss on held-out data, every seed. Against steps (left) one pass and many "
     "passes cost the same; against compute (right) they don't, and that is the fair view.",
     "loops": "How many times each arm applies the block at each training step: the shaded area is its cost.",
-    "criterion": "What SHIFT looks at, every seed. When both signals stay below their thresholds (shaded) "
-    "for enough looks in a row, it begins to loop.",
+    "criterion": "What the criterion looks at, every seed. When both signals stay below their thresholds "
+    "(shaded) for enough looks in a row, it fires, and the number of loops rises.",
 }
 
 
@@ -48,13 +49,10 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
 
     Without matplotlib the reports have no pictures, and say so.
     """
-    try:
+    pictures: dict[str, Path] = {}
+    if importlib.util.find_spec("matplotlib") is not None:
         from shift.comparison.figures import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        pictures: dict[str, Path] = {}
-    else:
+
         pictures = draw(results, directory / "figures")
     blocks = content(results, pictures)
     paths = [directory / "report.md", directory / "report.html"]
@@ -86,7 +84,7 @@ def content(results: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[Bl
         figures.get("curves"),
         Heading("Right answers by difficulty"),
         group_table(results),
-        Heading("Why SHIFT switched when it did") if "criterion" in figures else None,
+        Heading("Why they switched when they did") if "criterion" in figures else None,
         figures.get("criterion"),
         Heading("Is it fair?"),
         fairness_table(results),

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from shift.comparison.figures import FAINT, INK, SHADE, WIDTH, save_figures
 from shift.landscape.plane import Plane
+from shift.report.style import FAINT, INK, SHADE, WIDTH, literal, save_figures
 
 U_COLOUR, V_COLOUR, RUN_COLOUR, SECOND = "#0072B2", "#D55E00", "#1c1f23", "#009E73"
 Surveys = Mapping[str, Mapping[str, Any]]
@@ -57,7 +57,7 @@ def spectrum_figure(surveys: Surveys) -> Figure:
         axes.plot(steps, line, color=FAINT, lw=1, ls=(0, (4, 3)))
         axes.plot(steps, [-x for x in line], color=FAINT, lw=1, ls=(0, (4, 3)))
         axes.set_yscale("symlog", linthresh=1e-2)
-        axes.set(title=label, xlabel="training steps", xlim=(-0.6 * gap, steps[-1] + 0.6 * gap))
+        axes.set(title=literal(label), xlabel="training steps", xlim=(-0.6 * gap, steps[-1] + 0.6 * gap))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         _switch(axes, survey)
     panels[0].set_ylabel("eigenvalues of the Hessian\n(curvature of the loss, nats per weight²)")
@@ -76,7 +76,7 @@ def cut_figure(surveys: Surveys) -> Figure:
             axes.plot(x, cut["u"], color=U_COLOUR, lw=1.6)
             axes.plot(x, cut["v"], color=V_COLOUR, lw=1.6, ls=(0, (5, 2)))
             axes.plot(x, cut["y"], "o", ms=3, color=INK, zorder=3)
-            head = f"{label}, step {survey['points'][-1]['step']}\n" if row == 0 else ""
+            head = f"{literal(label)}, step {survey['points'][-1]['step']}\n" if row == 0 else ""
             axes.set_title(f"{head}{cut['shape']} leads by {abs(cut['margin']):.2f}", fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -106,7 +106,9 @@ def plane_figure(planes: Mapping[str, Plane]) -> Figure:
         axes.plot(*p.path.T, color=V_COLOUR, lw=1, marker=".", ms=3)
         axes.plot(*p.path[0], "o", ms=6, mfc="white", mec=V_COLOUR, mew=1.6)
         axes.plot(*p.path[-1], "o", ms=6, color=V_COLOUR)
-        axes.set_title(f"{label} (T = {p.n_loops})\nloss {low:.2g} to {p.loss.max():.2g} nats", fontsize=10)
+        axes.set_title(
+            f"{literal(label)} (T = {p.n_loops})\nloss {low:.2g} to {p.loss.max():.2g} nats", fontsize=10
+        )
         axes.set_xlabel(f"sharpest direction\n(curvature {p.curvature[0]:.2g})")
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -130,7 +132,7 @@ def signals_figure(surveys: Surveys) -> Figure:
         points = survey["points"]
         steps = [p["step"] for p in points]
         panels[0].plot(*_finite(survey["losses"]), color=RUN_COLOUR, lw=0.8)
-        panels[0].set_title(label)
+        panels[0].set_title(literal(label))
         looks = survey["looks"]
         if looks:
             panels[1].plot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shift.comparison.figures import INK, STYLE, WIDTH
-from shift.run.files import replace_atomically
+from shift.report.style import INK, STYLE, WIDTH, literal, save_png
 
 COLUMNS = 2
 
@@ -34,9 +32,7 @@ def heat_map(sweeps: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         for axes in panels[len(sweeps) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=panels, label="exact match", shrink=0.8, aspect=30)
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-    replace_atomically(path, png.getvalue())
+        save_png(figure, path)
     return path
 
 
@@ -56,5 +52,5 @@ def _panel(axes: Axes, name: str, found: Mapping[str, Any]) -> Any:
         axes.axhline(sum(row["length"] <= found["trained_length"] for row in rows) - 0.5, **dashes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(range(len(rows)), ["" if row["length"] is None else row["length"] for row in rows])
-    axes.set(title=name, xlabel="loops", ylabel="length", xlim=(edges["left"], edges["right"]))
+    axes.set(title=literal(name), xlabel="loops", ylabel="length", xlim=(edges["left"], edges["right"]))
     return image

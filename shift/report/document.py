@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shift.report.words import visible
 from shift_kernels.errors import input_error
 
 
@@ -115,18 +116,11 @@ def _check_kind(kind: str) -> None:
         raise input_error("Paragraph", "kind", kind, "'', 'lead' or 'note'", "Choose one of them.")
 
 
-def _clean(text: str) -> str:
-    """Without line breaks and what is no character."""
-    text = re.sub(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]+", " ", text)
-    # Marks that turn the direction of writing could show a text in another order than it is in.
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
-
-
 def _pieces(text: Text) -> list[tuple[str, bool]]:
     """(characters, whether they are code) of each piece."""
     pieces = (text,) if isinstance(text, str) else text
     return [
-        (_clean(piece.text if isinstance(piece, Code) else piece), isinstance(piece, Code))
+        (visible(piece.text if isinstance(piece, Code) else piece), isinstance(piece, Code))
         for piece in pieces
     ]
 

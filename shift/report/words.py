@@ -1,13 +1,24 @@
-"""Numbers as the reports print them."""
+"""Numbers and names as the reports print them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 NBSP = "\u00a0"
 FEW = 5
 """As many values are listed one by one."""
 PREFIXES = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"))
+
+
+LINE_BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]+")
+# Controls, marks that turn the direction of writing, halves of surrogate pairs, and no characters.
+UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def visible(text: str) -> str:
+    """The text in one line, with U+FFFD for what no reader can see or no file can hold."""
+    return UNSEEN.sub("\ufffd", LINE_BREAKS.sub(" ", text))
 
 
 def percent(share: float | None) -> str:

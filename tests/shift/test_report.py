@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import collected, reaches, switches, write_arm
 
+from shift.comparison.figures import criterion_figure
 from shift.comparison.report import write_report
 from shift.comparison.verdict import caveat, verdict
 from shift.report.words import duration, each, flops, percent
@@ -145,7 +146,6 @@ def test_markdown_tables_are_rectangular(written):
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     results = results_of(tmp_path, [50], [50])
-    monkeypatch.delitem(sys.modules, "shift.comparison.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, page = write_report(results, tmp_path)
     assert "matplotlib is not installed" in page.read_text()
@@ -161,3 +161,29 @@ def test_numbers_are_not_prettied_up():
     assert percent(0.99996) == "99.9%"
     assert percent(1.0) == "100.0%"
     assert (flops(1.234e12), duration(75)) == ("1.23\u00a0TFLOP", "1\u00a0min 15\u00a0s")
+
+
+def test_the_looks_of_every_criterion_are_drawn(tmp_path):
+    write_arm(tmp_path, "climb", {0: reaches(50)}, switches(40), looks=True)
+    results = collected(tmp_path, ["climb"], [0])
+    assert results["arms"]["climb"]["criterion"]["enough"] == 0.5  # climb's own default
+    looks = results["arms"]["climb"]["seeds"][0]["looks"]
+    assert [(look["step"], look["fired"]) for look in looks] == [(20, False), (40, True)]
+    figure = criterion_figure(results)
+    assert len(figure.axes) == 2
+    assert all(len(axes.lines) == 3 for axes in figure.axes)  # the limit, the seed, its ring
+
+
+@pytest.mark.parametrize("text", ["$\\bad{$", "a\nb", "<b>|`*_[x](y)", "\ud800\u202e", "#"])
+def test_names_out_of_a_file_may_hold_anything(tmp_path, text):
+    results = results_of(tmp_path, [50], [50], climb=[50])
+    results["task"]["name"] = results["commit"] = results["plan"]["command"] = text
+    for arm in results["arms"].values():
+        arm["label"] = text
+        arm["seeds"][0]["failure"] = text
+        arm["seeds"][0]["final_groups"] = {text: 0.5}
+    results["fairness"][0]["detail"] = text
+    report, page = write_report(results, tmp_path)
+    assert "\n# " not in report.read_text()
+    assert "<b>" not in page.read_text()
+    assert not re.search(r"(?<!\\)\]\(y\)", re.sub(r"(`+).*?\1", "", report.read_text()))

@@ -9,9 +9,9 @@ import torch
 from tiny_runs import tiny
 
 from shift.build import build_model, build_task
-from shift.comparison.figures import STYLE
 from shift.config import LandscapeConfig, TrainConfig
 from shift.landscape.cli import main
+from shift.report.style import STYLE
 from shift.run.snapshots import SNAPSHOTS, read_snapshots
 from shift.run.trainer import Trainer, TrainingInterrupted
 from shift_kernels import ShiftInputError

@@ -11,9 +11,9 @@ from tiny_runs import tiny
 from benchmarks.landscape import report, study
 from benchmarks.landscape.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Claim, judge
 from benchmarks.landscape.seen import read_seed, two_phases
-from shift.comparison.figures import STYLE
 from shift.config import LandscapeConfig, ModelConfig, TaskConfig
 from shift.landscape.survey import SurveyConfig
+from shift.report.style import STYLE
 from shift.run.trainer import Trainer
 
 TOY = tiny(
