@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shift_kernels import bench
+from shift_kernels import backends, bench
 from shift_kernels.accuracy import ALLOWED, error_ratio
 from shift_kernels.bench import compare, timing
 from shift_kernels.bench.baseline import PlainBlock
@@ -17,6 +17,8 @@ from shift_kernels.bench.cases import AttentionCase, BlockCase, full, quick
 
 ROOT = Path(__file__).parents[2]
 TINY = BlockCase(16, 5, 2, 2)
+CPU = backends()["cpu"]
+needs_ours = pytest.mark.skipif(CPU != "available", reason=f"cpu backend: {CPU}")
 
 
 def suite(*options):
@@ -57,6 +59,7 @@ def without_compiler(monkeypatch):
     monkeypatch.setattr(PlainBlock, "compile", compile)
 
 
+@needs_ours
 @pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_runner_that_cannot_run_is_said_in_one_line_and_the_others_are_timed(backward):
@@ -67,6 +70,7 @@ def test_a_runner_that_cannot_run_is_said_in_one_line_and_the_others_are_timed(b
     assert found.row[3] == "-"
 
 
+@needs_ours
 @pytest.mark.usefixtures("without_compiler")
 def test_a_wrong_result_of_ours_is_told_and_fails_the_command(monkeypatch, capsys, tmp_path):
     calls = BlockCase.calls

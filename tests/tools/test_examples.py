@@ -14,6 +14,7 @@ SAYS = {
 """What it prints, where that is more than that it ends."""
 
 
+@pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")  # without a compiler
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
