@@ -23,17 +23,25 @@ def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
     """The model on the CPU, with the weights of ``config.seed``: the same whatever device it moves to.
 
     Seeds torch's global generator.
+
+    Raises:
+        MemoryError: it is too large for this machine.
     """
     torch.manual_seed(config.seed)
-    return LoopedTransformer(
-        config.model.block_spec(task.causal),
-        vocab_size=task.vocab_size,
-        n_classes=task.n_classes,
-        max_seq_len=task.max_seq_len,
-        n_contexts=task.n_contexts,
-        learned_positions=config.model.learned_positions,
-        final_norm=config.model.final_norm,
-    )
+    try:
+        return LoopedTransformer(
+            config.model.block_spec(task.causal),
+            vocab_size=task.vocab_size,
+            n_classes=task.n_classes,
+            max_seq_len=task.max_seq_len,
+            n_contexts=task.n_contexts,
+            learned_positions=config.model.learned_positions,
+            final_norm=config.model.final_norm,
+        )
+    except RuntimeError as error:  # as torch says it for the CPU
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"no memory for a model of {config.model}") from error
 
 
 def build_schedule(config: TrainConfig) -> LoopSchedule:

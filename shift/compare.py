@@ -14,7 +14,6 @@ Exit codes: 0 done; 1 failed; 2 unusable input; 75 interrupted. After 1 and 75 s
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 import signal
@@ -33,11 +32,13 @@ from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, see
 from shift.comparison.pool import default_jobs, train_all
 from shift.comparison.ratios import reached_on_all
 from shift.comparison.report import write_report
-from shift.comparison.results import Run, Runs, collect, read_run, seed_facts, share_of_looped
+from shift.comparison.results import Runs, collect, seed_facts, share_of_looped
 from shift.comparison.summary import write_summary
 from shift.comparison.verdict import caveat, verdict
 from shift.config import PRESETS, TaskConfig, TrainConfig, differing_key, load_config
-from shift.run.files import make_directory, replace_atomically
+from shift.reading import read_json
+from shift.run.files import json_bytes, make_directory, replace_atomically
+from shift.run.record import Run, read_run
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
@@ -160,8 +161,7 @@ def compare_arms(
 
     labels = {arm.name: arm.label for arm in arms.values()}
     results = collect(comparison.runs(list(arms.values())), labels, target, plan)
-    text = json.dumps(results, indent=1, allow_nan=False)
-    replace_atomically(out / "results.json", text.encode())
+    replace_atomically(out / "results.json", json_bytes(results))
     write_summary(out / "summary.json", {base.task.name: results})
     return results, write_report(results, out)
 
@@ -169,7 +169,7 @@ def compare_arms(
 def matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
     """SHIFT's loops a step, mean over steps and the seeds of the first call; later seeds join its arm."""
     path = out / PLAN
-    plan = json.loads(path.read_text(encoding="utf-8"))
+    plan = _read_plan(path)
     if MATCHED not in plan:
         steps = [
             row["n_loops"]
@@ -178,7 +178,7 @@ def matched_mean(out: Path, shift: Mapping[int, Run]) -> float:
             if row["step"] <= run.config["steps"]
         ]
         plan[MATCHED] = round(statistics.mean(steps), 2)
-        replace_atomically(path, json.dumps(plan, indent=1).encode())
+        replace_atomically(path, json_bytes(plan))
     return plan[MATCHED]
 
 
@@ -205,7 +205,7 @@ class Comparison:
         for arm in arms:
             for seed, run in self.runs([arm])[arm.name].items():
                 missed = seed_facts(run, seed, target)["flops_to_target"] is None
-                if run.result and missed and run.result["flops_total"] < budgets[seed]:
+                if run.result and missed and run.result.get("flops_total", 0) < budgets[seed]:
                     config = dataclasses.replace(seeded(arm, seed), min_flops=math.ceil(budgets[seed]))
                     unfinished[self._directory(arm, seed)] = config
         train_all(unfinished, self.jobs)
@@ -284,14 +284,30 @@ def _write_plan(out: Path, target: float | None, command_line: str) -> dict[str,
     )
     path = out / PLAN
     if path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
+        first = _read_plan(path)
     else:
         first = {
             "first_target_rule": rule,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        replace_atomically(path, json.dumps(first, indent=1).encode())
+        replace_atomically(path, json_bytes(first))
     return first | {"target_rule": rule, "command": command_line}
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote down.
+
+    Raises:
+        ShiftInputError: the file was changed into something else.
+    """
+    plan = read_json(path, "shift-compare", "out")
+    mean = plan.get(MATCHED, 1.0) if isinstance(plan, dict) else None
+    texts = [plan.get(key) for key in ("first_target_rule", "created")] if isinstance(plan, dict) else []
+    if not isinstance(mean, float) or mean < 1 or not all(isinstance(text, str) for text in texts):
+        raise input_error(
+            "shift-compare", "out", str(path), "a plan as shift-compare writes it", "Restore it."
+        )
+    return plan
 
 
 if __name__ == "__main__":

@@ -8,70 +8,144 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
+import numbers
+import operator
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+
+from shift.reading import read_toml
 from shift_kernels import BlockSpec
-from shift_kernels.errors import input_error, type_error
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from shift_kernels.errors import input_error, near_miss, type_error
+from shift_kernels.spec import CHOICES, MAX_LAYERS, MAX_LOOPS, MAX_WIDTH
 
 Options = dict[str, int | float | bool | str | list[int]]
 """A table of constructor arguments of something chosen by name."""
 
 PRESETS = Path(__file__).parent / "presets"
 
+MAX_COUNT = 2**53
+"""Of steps, samples and intervals: a float holds every int up to here."""
+MAX_SEED = 2**64 - 1
+MAX_FLOPS = 10**30
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+
 
 @dataclass(frozen=True)
-class TaskConfig:
+class Rule:
+    """What a field of a config may hold beyond its type."""
+
+    allowed: str
+    """In words, for the error."""
+    holds: Callable[[Any], bool]
+    choices: Sequence[str] = ()
+    """Of a field that is a word."""
+
+
+def whole(default: int | None, low: int, high: int = MAX_COUNT) -> Any:
+    """A field that holds an int from ``low`` to ``high``."""
+    return _ruled(default, Rule(f"an int from {low} to {high}", lambda value: low <= value <= high))
+
+
+def real(default: float | tuple[float, ...], allowed: str, holds: Callable[[float], bool]) -> Any:
+    """A field that holds a float, or several, for each of which ``holds``."""
+    return _ruled(default, Rule(allowed, holds))
+
+
+def word(default: str, choices: Sequence[str]) -> Any:
+    """A field that holds one of a few words."""
+    return _ruled(default, Rule("one of " + ", ".join(map(repr, choices)), choices.__contains__, choices))
+
+
+def positive(value: float) -> bool:
+    """Whether a number is finite and above 0."""
+    return 0 < value < math.inf
+
+
+def _ruled(default: Any, rule: Rule) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+class Checked:
+    """A config whose fields are checked by type and :class:`Rule` when it is made.
+
+    numpy's numbers become Python's, an int becomes a float where one is declared, a list a tuple.
+
+    Raises:
+        ShiftInputError: a value outside what is allowed; ShiftTypeError for a wrong type.
+    """
+
+    _table: ClassVar[str] = ""
+
+    def __init_subclass__(cls, table: str = "") -> None:
+        """``table``: the table of a TOML file that a subclass is, with its dot; errors name fields by it."""
+        cls._table = table
+
+    def __post_init__(self) -> None:
+        for f, kind in _fields(type(self)):
+            value, name = getattr(self, f.name), self._table + f.name
+            value = _convert(kind, value, type(self).__name__, name, f.metadata.get("rule"))
+            object.__setattr__(self, f.name, value)
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a config dataclass with their types."""
+    hints = typing.get_type_hints(cls)
+    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
+
+
+@dataclass(frozen=True)
+class TaskConfig(Checked, table="task."):
     """Where the samples come from."""
 
     name: str = "hop"
     """A key of shift.tasks.TASKS."""
-    seed: int = 0
+    seed: int = whole(0, 0, MAX_SEED)
     """Data seed; apart from the model's, so that arms can share data."""
     options: Options = field(default_factory=dict)
     """Arguments of the task."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked, table="model."):
     """The looped transformer; the fields of shift_kernels.BlockSpec say more."""
 
-    n_loops: int = 4
+    n_loops: int = whole(4, 1, MAX_LOOPS)
     """T, the most loops a schedule may ask for."""
-    d_model: int = 64
+    d_model: int = whole(64, 1, MAX_WIDTH)
     """Width of the residual stream."""
-    n_heads: int = 4
+    n_heads: int = whole(4, 1, MAX_WIDTH)
     """Attention heads."""
-    n_layers: int = 1
+    n_layers: int = whole(1, 1, MAX_LAYERS)
     """Layers in one loop body."""
-    d_ff: int = 256
+    d_ff: int = whole(256, 0, MAX_WIDTH)
     """Hidden width of the MLP; 0: attention only."""
-    activation: str = "gelu"
+    activation: str = word("gelu", CHOICES["activation"])
     """relu, gelu, gelu_tanh or swiglu."""
-    norm: str = "layernorm"
+    norm: str = word("layernorm", CHOICES["norm"])
     """layernorm, rmsnorm or none."""
-    norm_placement: str = "pre"
+    norm_placement: str = word("pre", CHOICES["norm_placement"])
     """pre, post or sandwich."""
-    injection: str = "add"
+    injection: str = word("add", CHOICES["injection"])
     """add: every loop reads h + e; none: h starts as e."""
     loop_norm: bool = False
     """A final norm inside every loop (Fan et al., arXiv 2409.15647)."""
-    position: str = "none"
+    position: str = word("none", CHOICES["position"])
     """none or rope."""
     learned_positions: bool = True
     """Add a learned embedding of the position to e."""
     final_norm: bool = True
     """A norm between the last loop and the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.block_spec(causal=True)  # refuses what does not go together, such as heads of unequal width
 
     def block_spec(self, causal: bool) -> BlockSpec:
         """The loop body; whether it is causal is the task's business."""
@@ -80,25 +154,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimiserConfig(Checked, table="optimiser."):
     """AdamW with global-norm clipping."""
 
-    lr: float = 2e-3
+    lr: float = real(2e-3, "a finite float > 0", positive)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = real((0.9, 0.99), "two floats from 0 to below 1", lambda x: 0 <= x < 1)
     """Decay of Adam's two moments."""
-    weight_decay: float = 0.01
+    weight_decay: float = real(0.01, "a finite float >= 0", lambda x: 0 <= x < math.inf)
     """Decoupled; matrices only: norms, biases and embeddings are not decayed."""
-    clip: float = 1.0
-    """Largest global gradient norm."""
-    warmup: int = 100
+    clip: float = real(1.0, "a float > 0; inf never clips", lambda x: x > 0)
+    """Largest global gradient norm; inf never clips."""
+    warmup: int = whole(100, 0)
     """Steps of linear warm-up."""
-    lr_schedule: str = "constant"
+    lr_schedule: str = word("constant", ("constant", "cosine", "wsd"))
     """After the warm-up: constant, cosine (to 0) or wsd (constant, then linearly to 0)."""
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked, table="schedule."):
     """Who decides the number of loops."""
 
     kind: str = "shift"
@@ -108,17 +182,17 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class LandscapeConfig:
+class LandscapeConfig(Checked, table="landscape."):
     """What to record for ``shift-landscape``; see shift.run.snapshots."""
 
-    every: int = 0
+    every: int = whole(0, 0)
     """Steps from one burst of recorded weights to the next; 0: record nothing."""
-    burst: int = 9
+    burst: int = whole(9, 1)
     """Successive states in a burst; one more than the steps between them."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Everything that decides what a training run computes, and how often it reports."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -126,68 +200,42 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     landscape: LandscapeConfig = field(default_factory=LandscapeConfig)
-    steps: int = 800
+    steps: int = whole(800, 1)
     """Optimiser steps."""
-    min_flops: int = 0
+    min_flops: int = whole(0, 0, MAX_FLOPS)
     """Training FLOPs: a run that has spent fewer after its steps goes on until it has spent as many."""
-    batch_size: int = 64
+    batch_size: int = whole(64, 1)
     """Sequences a step, on each rank."""
-    seed: int = 0
+    seed: int = whole(0, 0, MAX_SEED)
     """Seed of the initial weights (and of whatever else draws from torch's generator)."""
-    precision: str = "fp32"
+    precision: str = word("fp32", ("fp32", "bf16"))
     """fp32, or bf16: autocast around fp32 weights."""
-    n_grad_loops: int | None = None
+    n_grad_loops: int | None = whole(None, 1, MAX_LOOPS)
     """Back-propagate through the last k loops only."""
     backend: str = "auto"
     """Backend of the loop body; shift_kernels.backends() lists them."""
-    device: str = "auto"
+    device: str = _ruled(
+        "auto", Rule("auto, cpu, cuda, cuda:0, cuda:1, ...", lambda name: bool(DEVICE.fullmatch(name)))
+    )
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    eval_every: int = 50
+    eval_every: int = whole(50, 0)
     """Steps between evaluations; 0: only before and after training."""
-    eval_samples: int = 512
+    eval_samples: int = whole(512, 1)
     """Held-out sequences an evaluation reads."""
-    log_every: int = 10
+    log_every: int = whole(10, 1)
     """Steps between two reads of the metrics off the device."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = whole(200, 0)
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: int = whole(2, 1)
     """Checkpoints kept on disk."""
 
     def __post_init__(self) -> None:
-        low = {"steps": 1, "batch_size": 1, "eval_every": 0, "eval_samples": 1, "log_every": 1}
-        low |= {"checkpoint_every": 0, "keep": 1, "min_flops": 0}
-        for name, least in low.items():
-            _check_least(name, getattr(self, name), least)
-        _check_least("model.n_loops", self.model.n_loops, 1)
-        _check_least("landscape.every", self.landscape.every, 0)
-        _check_least("landscape.burst", self.landscape.burst, 1)
-        _check_least("optimiser.warmup", self.optimiser.warmup, 0)
-        if self.n_grad_loops is not None:
-            _check_least("n_grad_loops", self.n_grad_loops, 1)
-        _check_choice("precision", self.precision, ("fp32", "bf16"))
-        _check_choice("optimiser.lr_schedule", self.optimiser.lr_schedule, ("constant", "cosine", "wsd"))
+        super().__post_init__()
         if self.min_flops and (self.landscape.every or self.optimiser.lr_schedule != "constant"):
             raise input_error(
                 "TrainConfig", "min_flops", self.min_flops,
                 "0 where the learning rate decays towards the last step, or landscape.every is not 0",
                 "Set optimiser.lr_schedule = 'constant' and landscape.every = 0, or give more steps.",
-            )  # fmt: skip
-        for name in ("lr", "clip"):
-            if not getattr(self.optimiser, name) > 0:
-                raise input_error(
-                    "TrainConfig", f"optimiser.{name}", getattr(self.optimiser, name), "a float > 0",
-                    "Choose a positive number; clip = inf never clips.",
-                )  # fmt: skip
-
-        if not all(0 <= beta < 1 for beta in self.optimiser.betas):
-            raise input_error(
-                "TrainConfig", "optimiser.betas", self.optimiser.betas, "two floats from 0 to below 1",
-                "Choose others.",
-            )  # fmt: skip
-        if not 0 <= self.optimiser.weight_decay < math.inf:
-            raise input_error(
-                "TrainConfig", "optimiser.weight_decay", self.optimiser.weight_decay, "a finite float >= 0",
-                "Choose another.",
             )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,11 +265,19 @@ RESULT_FREE = (
 its steps, not what is computed up to there."""
 
 
-def differing_key(ours: TrainConfig, theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key (dotted) whose value differs, with our and their value; None when the runs are one."""
+def differing_key(
+    ours: TrainConfig, theirs: Mapping[str, Any], free: Sequence[str] = RESULT_FREE
+) -> tuple[str, Any, Any] | None:
+    """The first key (dotted) whose value differs, with our and their value; None when the runs are one.
+
+    Args:
+        ours: a config.
+        theirs: :meth:`TrainConfig.to_dict` of another.
+        free: keys that may differ.
+    """
     a, b = _flat(ours.to_dict()), _flat(theirs)
     for key in sorted(a.keys() | b.keys()):
-        if key not in RESULT_FREE and a.get(key) != b.get(key):
+        if key not in free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)
     return None
 
@@ -241,48 +297,103 @@ def load_config(name_or_path: str | Path) -> TrainConfig:
             "load_config", "config", str(name_or_path), f"a .toml file or a preset: {presets}",
             "Check the spelling.",
         )  # fmt: skip
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise input_error("load_config", "config", str(path), "a TOML file", f"Mend it: {error}.") from error
-    return TrainConfig.from_dict(table, source=str(path))
+    return TrainConfig.from_dict(read_toml(path, "load_config", "config"), source=str(path))
 
 
 def _build(cls: type, table: Mapping[str, Any], source: str, prefix: str) -> Any:
     """An instance of a config dataclass from a TOML table."""
-    fields = typing.get_type_hints(cls)
+    fields = {f.name: (kind, f.metadata.get("rule")) for f, kind in _fields(cls)}
     values = {}
     for key, value in table.items():
         if key not in fields:
             raise input_error(
-                source, prefix + key, value, "the keys " + ", ".join(prefix + f for f in fields),
-                "Check the spelling, and the [table] it stands in.",
+                source, f"{prefix}{key}", value, "the keys " + ", ".join(prefix + f for f in fields),
+                near_miss(key, fields, "Check the spelling, and the [table] it stands in."),
             )  # fmt: skip
-        values[key] = _convert(fields[key], value, source, prefix + key)
+        kind, rule = fields[key]
+        values[key] = _convert(kind, value, source, prefix + key, rule)
     return cls(**values)
 
 
-def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
-    """A TOML value as the type a field declares. TOML writes 1 for 1.0 and arrays for tuples."""
-    inner = [t for t in typing.get_args(kind) if t is not types.NoneType]
-    if isinstance(kind, types.UnionType):
-        kind = inner[0]
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _build(typing.cast(type, kind), value, source, name + ".")
-    if kind == Options and isinstance(value, Mapping):
-        for key, option in value.items():
-            if not isinstance(option, (int, float, str, list)):
-                allowed = "a number, bool, string or list"
-                raise type_error(source, f"{name}.{key}", option, allowed, "Change it.")
-        return dict(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)) and len(value) == len(inner):
-        return tuple(_convert(t, v, source, name) for t, v in zip(inner, value, strict=True))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _convert(kind: Any, value: Any, source: str, name: str, rule: Rule | None = None) -> Any:
+    """A value of a table, a flag or Python code as the type that a field declares, if its rule holds.
+
+    Args:
+        kind: the declared type.
+        value: what was given.
+        source: who refuses it.
+        name: of the field, with those of the tables around it.
+        rule: of the field.
+    """
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _convert(typing.get_args(kind)[0], value, source, name, rule)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return _build(typing.cast(type, kind), value, source, name + ".")
+        converted = value if isinstance(value, typing.cast(type, kind)) else None
+    elif kind == Options:
+        return _options(value, source, name)
+    elif typing.get_origin(kind) is tuple:
+        return _tuple(typing.get_args(kind), value, source, name, rule)
+    else:
+        converted = _plain(kind, value)
+    if converted is None:
+        allowed = rule.allowed if rule else f"a value of type {kind.__name__}"
+        raise type_error(source, name, value, allowed, f"Give a value of type {kind.__name__}.")
+    if rule is not None and not rule.holds(converted):
+        remedy = near_miss(value, rule.choices, "Check the spelling.") if rule.choices else "Choose another."
+        raise input_error(source, name, value, rule.allowed, remedy)
+    return converted
+
+
+def _plain(kind: type, value: Any) -> Any:
+    """A bool, int, float or str, as Python's own; None if the value is of another type."""
+    is_bool = isinstance(value, (bool, np.bool_))
+    if kind is bool:
+        return bool(value) if is_bool else None
+    if kind is str:
+        return str(value) if isinstance(value, str) else None
+    if is_bool or not isinstance(value, numbers.Real):
+        return None
+    if kind is int:
+        return operator.index(value) if isinstance(value, numbers.Integral) else None
+    try:
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    words = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
-    raise type_error(source, name, value, f"a value of type {words}", "Change the value.")
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any, source: str, name: str, rule: Rule | None) -> tuple[Any, ...]:
+    good = isinstance(value, (list, tuple))
+    if good and kinds[1:] == (...,):
+        kinds = kinds[:1] * len(value)
+    if not good or len(value) != len(kinds):
+        allowed = rule.allowed if rule else f"a list of {len(kinds)} values"
+        raise type_error(source, name, value, allowed, "Give a tuple, in TOML a list.")
+    return tuple(_convert(k, v, source, name, rule) for k, v in zip(kinds, value, strict=True))
+
+
+def _options(value: Any, source: str, name: str) -> Options:
+    """A table of options as plain Python values; what they mean is for the task or schedule to check."""
+    if not isinstance(value, Mapping):
+        raise type_error(source, name, value, "a table of options", "Give KEY = VALUE pairs.")
+    plain = {}
+    for key, option in value.items():
+        converted = _option(option)
+        if not isinstance(key, str) or converted is None:
+            allowed = "a number, bool, string or list of these, under a string"
+            raise type_error(source, f"{name}.{key}", option, allowed, "Change it.")
+        plain[key] = converted
+    return plain
+
+
+def _option(value: Any) -> Any:
+    """An option as plain Python values; None if it is of another type."""
+    if isinstance(value, (list, tuple)):
+        items = [None if isinstance(item, (list, tuple)) else _option(item) for item in value]
+        return None if None in items else items
+    kinds = (bool, int, float, str)
+    return next((plain for kind in kinds if (plain := _plain(kind, value)) is not None), None)
 
 
 def _without_none(value: Any) -> Any:
@@ -296,13 +407,3 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise input_error("TrainConfig", name, value, f"an int >= {least}", "Choose a larger one.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise input_error("TrainConfig", name, value, " or ".join(choices), "Check the spelling.")

@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from shift.config import Options, TrainConfig, load_config, tomllib
+from shift.config import Options, TrainConfig, load_config
+from shift.reading import tomllib
 from shift.run.metrics import Console
+from shift.run.ranks import OtherRankFailed
 from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
@@ -152,7 +154,12 @@ def _train(command: Command) -> int:
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
-    except (TrainingDiverged, OSError) as error:  # OSError: the disk is full, say
+    except (
+        TrainingDiverged,
+        OtherRankFailed,
+        OSError,
+        MemoryError,
+    ) as error:  # OSError: the disk is full, say
         print(f"shift-train: {error}", file=sys.stderr)
         return 1
     finally:

@@ -12,8 +12,9 @@ from typing import Any
 import tomli_w
 
 from shift.comparison.arms import make_arm
-from shift.comparison.results import Run, collect, read_run
+from shift.comparison.results import collect
 from shift.config import TrainConfig
+from shift.run.record import Run, read_run
 
 LOOP_FLOPS = 1000
 """Training FLOPs of one loop of one step."""

@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks.length.report import measure, write
 from shift.comparison.arms import make_arm, seeded
-from shift.comparison.results import FAILURE
 from shift.config import TaskConfig, TrainConfig, load_config
 from shift.length.sweep import SweepConfig
+from shift.run.record import FAILURE
 from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift.train import INTERRUPTED
 

@@ -14,9 +14,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.landscape.study import ARMS, SURVEYS, SWITCHES, arms_of, run_dir
-from shift.comparison.results import Run, first_crossing, read_run
+from shift.comparison.results import first_crossing
 from shift.landscape.spectrum import Spectrum
 from shift.landscape.valley import exponent, sensitivity, split, threshold
+from shift.run.record import Run, read_run
 from shift.tasks.markov import Markov
 
 SHARE = 0.98

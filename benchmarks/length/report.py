@@ -22,6 +22,7 @@ from shift.comparison.arms import FAMILIES
 from shift.eval import CAPTION
 from shift.length.heat_map import heat_map
 from shift.length.sweep import RULES, SweepConfig, sweep
+from shift.reading import read_json
 from shift.report.document import Block, Cell, Code, Heading, Items, Paragraph, Picture, Table, markdown
 from shift.report.rows import write_rows
 from shift.report.words import each, flops, percent
@@ -41,7 +42,7 @@ def measure(comparison: Path, config: SweepConfig) -> Results:
     paths = sorted(comparison.glob("*/seed-*/result.json"), key=lambda path: int(path.parts[-2][5:]))
     for path in sorted(paths, key=lambda path: order.index(path.parts[-3].partition("-")[0])):
         arm, seed = path.parts[-3], path.parts[-2].removeprefix("seed-")
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, "measure", "comparison")
         kept = {key: result[key] for key in KEPT}
         found.setdefault(arm, {})[seed] = {"sweep": sweep(path.parent, config), "result": kept}
     return found
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     config = SweepConfig(lengths=tuple(args.lengths), samples=args.samples)
-    plan = json.loads((args.comparison / "results.json").read_text(encoding="utf-8"))["plan"]
+    plan = read_json(args.comparison / "results.json", "report", "comparison")["plan"]
     commands = [plan["command"], f"python -m benchmarks.length.report {shlex.join(argv)}"]
     print(write(measure(args.comparison, config), args.out, commands))
 

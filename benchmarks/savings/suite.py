@@ -16,7 +16,8 @@ from typing import Any
 
 from shift.build import build_task
 from shift.comparison.arms import DERIVED, make_arm
-from shift.config import TrainConfig, load_config, tomllib
+from shift.config import TrainConfig, load_config
+from shift.reading import read_toml
 from shift_kernels.errors import input_error
 
 SUITES = Path(__file__).parent / "suites"
@@ -64,7 +65,7 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
         raise input_error("load_suite", "suite", name_or_path, f"a .toml file, or {known}", "Check it.")
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = read_toml(path, "load_suite", "suite")
     declared, arms = table["tasks"], tuple(table["arms"])
     for task in tasks:
         if task not in declared:

@@ -9,7 +9,8 @@ from shift.comparison.arms import AGAIN, declared
 from shift.config import TrainConfig, differing_key
 
 if TYPE_CHECKING:
-    from shift.comparison.results import Run, Runs
+    from shift.comparison.results import Runs
+    from shift.run.record import Run
 
 Check = dict[str, Any]
 """``rule`` (what must hold), ``ok`` and ``detail`` (the figures behind it)."""

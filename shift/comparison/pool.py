@@ -17,8 +17,8 @@ from typing import TextIO
 
 import torch
 
-from shift.comparison.results import FAILURE
 from shift.config import TrainConfig
+from shift.run.record import FAILURE
 from shift.run.trainer import Trainer, TrainingDiverged
 
 REPORT_S = 0.25

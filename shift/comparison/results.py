@@ -8,62 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shift.build import build_schedule
 from shift.comparison.fairness import fairness
 from shift.comparison.ratios import against_looped, smallest_sufficient, stopped_at
-from shift.config import TrainConfig, tomllib
+from shift.config import TrainConfig
+from shift.run.record import Run
 from shift.schedules.registry import SCHEDULES, switch_step
 
 SCHEMA_VERSION = 1
 CROSSING_RULE = "the first evaluation whose accuracy is at or above the target"
-FAILURE = "failure.txt"
-"""Written into a run directory when the run stopped for good: why."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory, read. Where it did not finish, ``result`` is empty and ``failure`` says why."""
-
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    timing: list[dict[str, Any]]
-    result: dict[str, Any]
-    failure: str | None
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The ``train``, ``eval`` or ``look`` rows of ``metrics.jsonl``."""
-        return [row for row in self.rows if row["kind"] == kind]
-
 
 Runs = Mapping[str, Mapping[int, Run]]
 """Arm name -> seed -> run."""
-
-
-def read_run(path: Path) -> Run:
-    """Read a run directory, finished or not; a missing one is a run that did nothing."""
-
-    def text(name: str) -> str:
-        return (path / name).read_text(encoding="utf-8") if (path / name).is_file() else ""
-
-    def rows(name: str) -> list[dict[str, Any]]:
-        whole, _, _ = text(name).rpartition("\n")  # a full disk may have cut the last row short
-        return [json.loads(line) for line in whole.splitlines()]
-
-    result = json.loads(text("result.json") or "{}")
-    return Run(
-        config=tomllib.loads(text("config.toml")),
-        rows=rows("metrics.jsonl"),
-        timing=rows("timing.jsonl"),
-        result=result,
-        failure=None if result else text(FAILURE).strip() or "not finished",
-    )
 
 
 def first_crossing(evals: Sequence[Mapping[str, Any]], target: float) -> Mapping[str, Any] | None:

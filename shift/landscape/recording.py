@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from shift.build import build_model, build_task
-from shift.comparison.results import read_run
 from shift.config import TrainConfig, load_config
 from shift.landscape.hessian import LossSurface
 from shift.model import LoopedTransformer
+from shift.run.record import read_run
 from shift.run.snapshots import Snapshots, read_snapshots
 from shift.tasks.base import Task
 

@@ -8,19 +8,21 @@
         MANIFEST.json       bytes and sha256 of the three
 
 A save writes to ``.tmp-step-...``, waits for the disk, and renames; only then are old checkpoints deleted.
-A load reads each file once and verifies it against the manifest before anything is decoded.
+A load reads each file once and verifies it against the manifest before anything is decoded. A manifest that
+agrees proves nothing about who wrote it: what is decoded is checked again, and names no file.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from shift.run.files import sync_directory, write_synced
+from shift.reading import parse_json, read_regular
+from shift.run.files import remove, set_aside, sync_directory, write_synced
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "MANIFEST.json"
 
 
+FILES = (WEIGHTS, OPTIMIZER, STATE)
+NAME = re.compile(r"step-([0-9]{1,18})")
+TEMPORARY = re.compile(r"\.tmp-(old-)?step-[0-9]+")
+LARGEST_TEXT = 2**26
+"""Bytes of a manifest or state that are read."""
+
+
 class DamagedCheckpoint(Exception):
-    """A checkpoint directory does not hold what its manifest says; the message names the file."""
+    """A checkpoint directory does not hold what its manifest says, or not a checkpoint of this run's kind;
+    the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,63 @@ class Checkpoint:
     files: Mapping[str, bytes]
     state: dict[str, Any]
 
+    @staticmethod
+    def of_files(path: Path, files: Mapping[str, bytes]) -> Checkpoint:
+        """The checkpoint of files that were verified, or came from another rank that did.
+
+        Raises:
+            DamagedCheckpoint: the state is not a table.
+        """
+        with damage(path / STATE):
+            state = parse_json(files[STATE], finite=False)  # a criterion's signals may be NaN
+            if not isinstance(state, dict) or not is_count(state["step"]):
+                raise ValueError("not a table with a step")
+        return Checkpoint(path, files, state)
+
     def restore_weights(self, model: nn.Module) -> None:
-        """Load the weights alone into a model of the same shapes."""
-        model.load_state_dict(safetensors.torch.load(self.files[WEIGHTS]))
+        """Load the weights alone into a model of the same shapes.
+
+        Raises:
+            DamagedCheckpoint: they are not weights of such a model.
+        """
+        with damage(self.path / WEIGHTS):
+            model.load_state_dict(safetensors.torch.load(self.files[WEIGHTS]))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load weights and optimiser into objects of the same shapes; set torch's generators."""
+        """Load weights and optimiser into objects of the same shapes; set torch's generators.
+
+        Raises:
+            DamagedCheckpoint: they do not fit; the objects may then hold a part of what was saved.
+        """
         self.restore_weights(model)
-        file = io.BytesIO(self.files[OPTIMIZER])
-        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        _set_generators(self.state["generators"])
+        with damage(self.path / OPTIMIZER):
+            file = io.BytesIO(self.files[OPTIMIZER])
+            optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        with damage(self.path / STATE):
+            _set_generators(self.state["generators"])
+
+
+@contextlib.contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Turn what foreign content may raise while it is decoded into :class:`DamagedCheckpoint`."""
+    try:
+        yield
+    except DamagedCheckpoint:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    except KeyError as error:
+        raise DamagedCheckpoint(f"{path}: without {error}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # of this machine, not of the file
+    except Exception as error:  # no decoder tells all that it raises on content it was not made for
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpoint(f"{path}: {reason or type(error).__name__}") from error
+
+
+def is_count(value: Any) -> bool:
+    """Whether a decoded value is an int >= 0 that fits 63 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def save(
@@ -86,11 +144,14 @@ def save(
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}"
     try:
+        directory.mkdir(exist_ok=True)  # its parent is there, or the run directory is gone
         remove_leftovers(directory)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for name, data in files.items():
             write_synced(temporary / name, data)
         sync_directory(temporary)
+        if os.path.lexists(final):
+            set_aside(final, "other")
         os.rename(temporary, final)
         sync_directory(directory)
     except OSError as error:
@@ -98,65 +159,84 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         text = f"{error.strerror} (checkpoint of {needed} bytes not written; older ones are untouched)"
         raise OSError(error.errno, text, str(final)) from error
-    for _, old in checkpoints(directory)[:-keep]:
-        _delete(old)
+    prune(directory, step, keep)
     return final
+
+
+def prune(directory: Path, step: int, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints of steps up to ``step``."""
+    own = [path for at, path in checkpoints(directory) if at <= step and _is_directory(path)]
+    for old in own[:-keep]:
+        _delete(old)
 
 
 def read(path: Path) -> Checkpoint:
     """Read and verify one checkpoint directory.
 
     Raises:
-        DamagedCheckpoint: a file is missing or differs from the manifest in length or sha256.
+        DamagedCheckpoint: a file is missing, is no regular file inside that directory, or differs from the
+            manifest in length or sha256; or the state is not one.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        wanted = {
-            name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in (WEIGHTS, OPTIMIZER, STATE)
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST}: {error!r}") from error
+    if not _is_directory(path):
+        raise DamagedCheckpoint(f"{path}: not a directory")
+    with damage(path / MANIFEST):
+        manifest = parse_json(_read_inside(path, MANIFEST, None))
+        wanted = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in FILES}
+        if not all(is_count(length) for length, _ in wanted.values()):
+            raise ValueError("lengths that are none")
     files = {}
     for name, (length, sha256) in wanted.items():
-        try:
-            data = (path / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path / name}: {error.strerror}") from error
-        if len(data) != length or _sha256(data) != sha256:
-            raise DamagedCheckpoint(f"{path / name}: {len(data)} bytes that are not the {length} saved")
-        files[name] = data
-    return Checkpoint(path, files, json.loads(files[STATE]))
+        with damage(path / name):
+            files[name] = _read_inside(path, name, length)
+            if _sha256(files[name]) != sha256:
+                raise ValueError(f"{length} bytes that are not those saved")
+    return Checkpoint.of_files(path, files)
 
 
-def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that verifies, and the damaged ones (path, reason) that are newer."""
+def _read_inside(folder: Path, name: str, size: int | None) -> bytes:
+    """The content of a regular file that lies in a folder, links followed."""
+    path = folder / name
+    if not path.resolve(strict=True).is_relative_to(folder.resolve()):
+        raise ValueError("a link that leads out of the checkpoint")
+    if name in (MANIFEST, STATE) and path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"more than {LARGEST_TEXT} bytes")
+    return read_regular(path, size)
+
+
+def newest_valid(
+    directory: Path, accept: Callable[[Checkpoint], object] | None = None
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and the damaged ones (path, reason) that are newer.
+
+    Args:
+        directory: of the checkpoints.
+        accept: called with each that verifies until it does not raise :class:`DamagedCheckpoint`; loads it,
+            say.
+    """
     damaged: list[tuple[Path, str]] = []
     for _, path in reversed(checkpoints(directory)):
         try:
-            return read(path), damaged
+            found = read(path)
+            if accept is not None:
+                accept(found)
+            return found, damaged
         except DamagedCheckpoint as error:
             damaged.append((path, str(error)))
     return None, damaged
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Step and path of each checkpoint in a directory, oldest first; empty when there is no directory."""
+    """Step and path of all that is named as a checkpoint, oldest first; empty when there is no directory."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    found = [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    found = [(int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name))]
     return sorted(found)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is neither loaded nor counted; it is kept for a look at it."""
-    aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
-
-
 def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed save or deletion left behind."""
+    """Delete what a killed save or deletion left behind; other hidden files are not ours."""
     for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path)
+        if TEMPORARY.fullmatch(path.name):
+            remove(path)
 
 
 def digest(tree: Any) -> str:
@@ -199,15 +279,20 @@ def _set_generators(states: Mapping[str, str]) -> None:
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":
             torch.set_rng_state(state)
-        elif torch.cuda.is_available():
+        elif name == "cuda" and torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
 
 
 def _delete(path: Path) -> None:
     """Delete a checkpoint; killed half-way it must not look like one."""
     doomed = path.with_name(f".tmp-old-{path.name}")
+    remove(doomed)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _sha256(data: bytes) -> str:

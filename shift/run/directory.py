@@ -1,5 +1,7 @@
 """A run's directory: opening it fresh or at a checkpoint, and writing to it. Only rank 0 writes.
 
+Whatever else lies there is left, or renamed (``before-*``, ``damaged-*``, ``other-*``), never deleted.
+
 config.toml      the resolved configuration
 metrics.jsonl    reproducible facts, no clock      timing.jsonl   milliseconds of each step
 snapshots.bin    weights, where they are recorded (shift.run.snapshots)
@@ -8,10 +10,9 @@ checkpoints/     see shift.run.checkpoint              result.json    written on
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,19 @@ from torch import nn
 
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
-from shift.run.files import make_directory, replace_atomically
+from shift.run.checkpoint import Checkpoint, damage, is_count
+from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.metrics import RowFile
+from shift.run.progress import Progress
 from shift.run.snapshots import SNAPSHOTS
+from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+CONFIG, METRICS, TIMING, RESULT = "config.toml", "metrics.jsonl", "timing.jsonl", "result.json"
+
+DIGESTED = {METRICS, SNAPSHOTS}
+"""Row files whose content belongs to the checkpoint; clocks do not."""
+ROWS = {*DIGESTED, TIMING}
 
 
 def short_names(tool: str, runs: Sequence[Path]) -> dict[str, Path]:
@@ -42,93 +50,191 @@ def short_names(tool: str, runs: Sequence[Path]) -> dict[str, Path]:
 
 
 class RunDirectory:
-    """An open run directory.
+    """An open run directory, which no other process can open until this one closes it or ends.
 
     Args:
         path: the directory; created if need be.
-        config: of the run; must be the checkpoint's, but for what decides no result.
-        world_size: number of ranks; it shapes the global batch, so it must be the checkpoint's too.
-        resume: read the newest valid checkpoint into :attr:`checkpoint` (None if there is none) and cut the
-            files back to its lengths. Damaged newer ones are renamed, with a warning.
-        writes: False on all ranks but 0.
+        config: of the run.
+        world_size: number of ranks.
 
     Raises:
-        ShiftInputError: the directory holds a run and ``resume`` is False, or another config made the run.
+        ShiftInputError: the directory can't be written to, or another process trains in it.
     """
 
-    def __init__(
-        self, path: Path, config: TrainConfig, *, world_size: int, resume: bool, writes: bool
-    ) -> None:
-        self.path, self.config, self.world_size, self._writes = path, config, world_size, writes
+    def __init__(self, path: Path, config: TrainConfig, world_size: int) -> None:
+        self.path, self.config, self.world_size = path, config, world_size
         self._checkpoints = path / "checkpoints"
-        self.checkpoint = self._find_checkpoint() if resume else None
-        if not writes:
-            return
-        metrics = path / METRICS  # empty: a run that was refused, or ended, before it had done anything
-        if not resume and metrics.exists() and metrics.stat().st_size > 0:
+        make_directory(path, "shift.Trainer", "run_dir")
+        self._files = {METRICS: RowFile(path / METRICS)}  # which is also the lock: before all else
+
+    def start(self) -> None:
+        """Begin a run at step 0.
+
+        Raises:
+            ShiftInputError: a run is there. (Rows without a length are of one that was refused, or ended,
+                before it had done anything.)
+        """
+        saved = [
+            path
+            for _, path in checkpoint.checkpoints(self._checkpoints)
+            if (path / checkpoint.MANIFEST).exists()
+        ]
+        if self._files[METRICS].length > 0 or saved:
+            self.close()
             raise input_error(
-                "shift.Trainer", "run_dir", str(path), "a directory without a run in it",
+                "shift.Trainer", "run_dir", str(self.path), "a directory without a run in it",
                 "Resume that run (resume=True, --resume auto), or choose another directory.",
             )  # fmt: skip
-        lengths = {METRICS: 0, TIMING: 0}
-        if config.landscape.every:
-            lengths[SNAPSHOTS] = 0
-        if self.checkpoint is not None:
-            lengths |= self.checkpoint.state["lengths"]
-        make_directory(path, "shift.Trainer", "run_dir")
-        replace_atomically(path / "config.toml", tomli_w.dumps(config.to_dict()).encode())
-        self._files = {name: RowFile(path / name, length) for name, length in lengths.items()}
+        self._open_fresh()
+
+    def resume(self, restore: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        """Go on from the newest checkpoint that can be restored, with the files cut back to its lengths.
+
+        Damaged newer ones are renamed. Without any the run starts at step 0, and rows that are there are
+        renamed, too. Each renaming is a warning.
+
+        Args:
+            restore: loads a checkpoint, or raises :class:`DamagedCheckpoint`.
+
+        Returns:
+            The checkpoint; None: there is none.
+
+        Raises:
+            ShiftInputError: another config or world size made the run, or its rows were changed since.
+        """
+
+        def accept(found: Checkpoint) -> None:
+            self._check(found)
+            restore(found)
+
+        try:
+            found, damaged = checkpoint.newest_valid(self._checkpoints, accept)
+            for path, reason in damaged:
+                aside = set_aside(path, "damaged")
+                warnings.warn(f"skipped a damaged checkpoint, now {aside}: {reason}", stacklevel=4)
+            if found is None:
+                self._open_fresh()
+            else:
+                self._open_at(found.state["lengths"], found.state.get("sha256", {}))
+                checkpoint.remove_leftovers(self._checkpoints)
+                checkpoint.prune(self._checkpoints, found.state["step"], self.config.keep)
+        except BaseException:
+            self.close()
+            raise
+        return found
 
     def write_rows(self, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> None:
         """Append rows to the two files."""
-        if self._writes:
-            self._files[METRICS].write(metrics)
-            self._files[TIMING].write(timing)
+        self._files[METRICS].write(metrics)
+        self._files[TIMING].write(timing)
 
     def write_snapshots(self, rows: Iterable[bytes]) -> None:
         """Append rows of :class:`shift.run.snapshots.SnapshotRecorder`."""
         for row in rows:
-            if self._writes:
-                self._files[SNAPSHOTS].append(row)
+            self._files[SNAPSHOTS].append(row)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Save a checkpoint whose ``state`` also remembers the config and the lengths of the row files."""
-        if self._writes:
-            lengths = {name: file.sync() for name, file in self._files.items()}
-            run = {"config": self.config.to_dict(), "world_size": self.world_size, "lengths": lengths}
-            checkpoint.save(self._checkpoints, step, model, optimizer, state | run, self.config.keep)
+        """Save a checkpoint whose ``state`` also remembers the config and what the row files hold.
+
+        Raises:
+            OSError: the disk refused, or the run directory is no longer where it was.
+        """
+        run = {
+            "config": self.config.to_dict(),
+            "world_size": self.world_size,
+            "lengths": {name: file.sync() for name, file in self._files.items()},
+            "sha256": {name: self._files[name].sha256() for name in DIGESTED if name in self._files},
+        }
+        checkpoint.save(self._checkpoints, step, model, optimizer, state | run, self.config.keep)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and close the row files."""
-        if self._writes:
-            replace_atomically(self.path / "result.json", json.dumps(result, indent=1).encode())
-            for file in self._files.values():
-                file.close()
+        replace_atomically(self.path / RESULT, json_bytes(result))
+        self.close()
+
+    def close(self) -> None:
+        """Close the row files; another process may then open the directory."""
+        for file in self._files.values():
+            file.close()
 
     def metrics_sha256(self) -> str:
         """sha256 of ``metrics.jsonl`` as it stands."""
-        return hashlib.sha256((self.path / METRICS).read_bytes()).hexdigest()
+        return self._files[METRICS].sha256()
 
-    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        found, damaged = checkpoint.newest_valid(self._checkpoints)
-        for path, reason in damaged if self._writes else ():
-            aside = checkpoint.set_aside(path)
-            warnings.warn(f"skipped a damaged checkpoint, now {aside}: {reason}", stacklevel=4)
-        if found is None:
-            return None
-        if found.state["world_size"] != self.world_size:
+    def _check(self, found: Checkpoint) -> None:
+        """Refuse a checkpoint that is not one of this run."""
+        with damage(found.path / checkpoint.STATE):
+            state = found.state
+            missing = Progress().state_dict().keys() - state["progress"].keys()
+            if missing or state["step"] != state["progress"]["step"]:
+                raise ValueError(f"progress without {missing}" if missing else "two steps")
+            lengths, digests = state["lengths"], state.get("sha256", {})
+            if not {METRICS, TIMING} <= lengths.keys() <= ROWS or not all(map(is_count, lengths.values())):
+                raise ValueError(f"lengths that are not of {', '.join(sorted(ROWS))}")
+            if not digests.keys() <= lengths.keys():
+                raise ValueError("digests of other files")
+            if not is_count(state["world_size"]):
+                raise ValueError("a world size that is none")
+            theirs = TrainConfig.from_dict(state["config"]).to_dict()
+        if state["world_size"] != self.world_size:
             raise input_error(
-                "shift.Trainer", "world_size", self.world_size,
-                f"{found.state['world_size']}, as in {found.path}",
+                "shift.Trainer", "world_size", self.world_size, f"{state['world_size']}, as in {found.path}",
                 "The global batch depends on it: start as many processes as before.",
             )  # fmt: skip
-        difference = differing_key(self.config, found.state["config"])
+        difference = differing_key(self.config, theirs)
         if difference is not None:
-            key, ours, theirs = difference
+            key, ours, saved = difference
             raise input_error(
-                "shift.Trainer", key, ours, f"{theirs!r}, as in {found.path}",
+                "shift.Trainer", key, ours, f"{saved!r}, as in {found.path}",
                 "Resume with the run's own config.toml, or choose another run directory.",
             )  # fmt: skip
-        return found
+
+    def _open_fresh(self) -> None:
+        """Open empty row files; those of an earlier run that left no checkpoint are set aside."""
+        old = [self.path / name for name in (METRICS, TIMING, SNAPSHOTS, RESULT) if _holds(self.path / name)]
+        if old and (self.path / CONFIG).exists():
+            old.append(self.path / CONFIG)
+        names = [set_aside(path, "before").name for path in old]
+        if names:
+            text = f"{self.path} holds no usable checkpoint: starting at step 0; renamed: {', '.join(names)}"
+            warnings.warn(text, stacklevel=4)
+        if not os.path.lexists(self.path / METRICS):
+            self._files[METRICS], renamed = RowFile(self.path / METRICS), self._files[METRICS]
+            renamed.close()
+        self._open_at({METRICS: 0, TIMING: 0}, {})
+
+    def _open_at(self, lengths: dict[str, int], digests: dict[str, str]) -> None:
+        """Open the row files, cut to these lengths, and write the config."""
+        if self.config.landscape.every:
+            lengths = {SNAPSHOTS: 0, **lengths}
+        if lengths.get(SNAPSHOTS) == 0 and _holds(self.path / SNAPSHOTS):
+            set_aside(self.path / SNAPSHOTS, "before")
+        for name in lengths.keys() & DIGESTED - {METRICS}:
+            self._files[name] = RowFile(self.path / name)
+        for name in lengths.keys() & DIGESTED:
+            self._files[name].check(lengths[name], digests.get(name))
+        self._files[TIMING] = self._open_timing(lengths[TIMING])
+        for name in lengths.keys() & DIGESTED:
+            self._files[name].cut(lengths[name])
+        replace_atomically(self.path / CONFIG, tomli_w.dumps(self.config.to_dict()).encode())
+
+    def _open_timing(self, length: int) -> RowFile:
+        """The file of clocks, as much of it as there is: a run goes on without."""
+        path = self.path / TIMING
+        try:
+            file = RowFile(path)
+        except ShiftInputError:
+            warnings.warn(f"not a file of rows, now {set_aside(path, 'other')}", stacklevel=5)
+            file = RowFile(path)
+        if file.length < length:
+            warnings.warn(f"{path} has lost rows; the times of those steps are not known", stacklevel=5)
+            length = file.read().rfind(b"\n") + 1
+        file.cut(length)
+        return file
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is anything but an empty file."""
+    return os.path.lexists(path) and (not path.is_file() or path.is_symlink() or path.stat().st_size > 0)

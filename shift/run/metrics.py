@@ -6,48 +6,85 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
+import stat
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from shift_kernels.errors import input_error
+from shift.run.files import naming, write_all
+from shift_kernels.errors import ShiftInputError, input_error
 
 
 class RowFile:
     """An append-only file of rows that can be cut back to the length a checkpoint remembers.
 
-    As long as it is open no other process can open it so: two that write the same run would ruin it.
+    As long as it is open no other process can open it so: two that write the same run would ruin it. What it
+    holds changes only by :meth:`cut` and :meth:`append`.
     """
 
-    def __init__(self, path: Path, length: int = 0) -> None:
-        """Open ``path`` and keep its first ``length`` bytes.
+    def __init__(self, path: Path) -> None:
+        """Open ``path``, or make it.
 
         Raises:
-            ShiftInputError: another process has it, or it is shorter than that: it is not the file the
-                checkpoint knew.
+            ShiftInputError: another process has it, or it is no regular file (a link could lead anywhere).
         """
         self.path = path
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
-        if not _lock(self._file):
-            raise input_error(
-                "shift.Trainer", "run_dir", str(path), "a run that no other process is training",
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self._file = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115 (see close)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise self._refusal("a regular file", f"Remove it ({error.strerror}).") from error
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self.close()
+            raise self._refusal("a regular file", "Remove it.")
+        if not _lock(self._file.fileno()):
+            self.close()
+            raise self._refusal(
+                "a run that no other process is training",
                 "Wait for that process or stop it, or choose another run directory.",
-            )  # fmt: skip
-        size = path.stat().st_size
-        if size < length:
-            raise input_error(
-                "shift.Trainer", "run_dir", str(path), f"a file of at least {length} bytes (it has {size})",
+            )
+        self.length = os.fstat(self._file.fileno()).st_size
+        self._sha256 = hashlib.sha256()
+
+    def check(self, length: int, sha256: str | None) -> None:
+        """Refuse a file that does not begin with what a checkpoint remembers.
+
+        Args:
+            length: bytes that it remembers.
+            sha256: of these bytes; None: whatever they are.
+
+        Raises:
+            ShiftInputError: the file is shorter, or begins with other bytes.
+        """
+        if self.length < length:
+            raise self._refusal(
+                f"a file of at least {length} bytes (it has {self.length})",
                 "It was changed since the checkpoint; start a new run directory.",
-            )  # fmt: skip
-        self._file.truncate(length)
+            )
+        if sha256 is not None and self._digest_of(length).hexdigest() != sha256:
+            raise self._refusal(
+                f"a file whose first {length} bytes are those of the checkpoint",
+                "It was changed since the checkpoint; start a new run directory.",
+            )
+
+    def cut(self, length: int) -> None:
+        """Keep the first ``length`` bytes, of which there are as many."""
+        self._sha256 = self._digest_of(length)
+        with naming(self.path):
+            os.ftruncate(self._file.fileno(), length)
+        self.length = length
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows and hand them to the operating system."""
@@ -55,22 +92,55 @@ class RowFile:
 
     def append(self, data: bytes) -> None:
         """Append rows of another format."""
-        self._file.write(data)
-        self._file.flush()
+        with naming(self.path):
+            write_all(self._file.fileno(), data)
+        self._sha256.update(data)
+        self.length += len(data)
 
     def sync(self) -> int:
-        """Wait until the disk has all rows; returns the file's length in bytes."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        """Wait until the disk has all rows; returns the file's length in bytes.
+
+        Raises:
+            OSError: the file is no longer where it was opened: the run directory was deleted or renamed.
+        """
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+        own = os.fstat(self._file.fileno())
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+            reason = "the run directory was deleted, renamed or replaced while the run went on"
+            raise OSError(errno.ENOENT, reason, str(self.path))
+        return self.length
+
+    def sha256(self) -> str:
+        """sha256 of the whole content."""
+        return self._sha256.hexdigest()
+
+    def read(self) -> bytes:
+        """The whole content."""
+        return os.pread(self._file.fileno(), self.length, 0)
 
     def close(self) -> None:
         self._file.close()
 
+    def _digest_of(self, length: int) -> hashlib._Hash:
+        sha256, at = hashlib.sha256(), 0
+        while at < length and (data := os.pread(self._file.fileno(), min(2**20, length - at), at)):
+            sha256.update(data)
+            at += len(data)
+        return sha256
 
-def _lock(file: BinaryIO) -> bool:
+    def _refusal(self, allowed: str, remedy: str) -> ShiftInputError:
+        return input_error("shift.Trainer", "run_dir", str(self.path), allowed, remedy)
+
+
+def _lock(handle: int) -> bool:
     """Whether this process now has the file for itself, until it closes it or ends, in whatever way."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -97,12 +97,27 @@ class FlatAdamW(torch.optim.AdamW):
         self.gradients.zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave."""
+        """Continue from what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is of other parameters or options.
+        """
+        options = [_options(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        if [_options(group) for group in self.param_groups] != options:
+            raise ValueError("the options of another optimiser")
         for p, own in zip(self._parameters, self._states, strict=True):
-            for name, loaded in self.state[p].items():
-                own[name].copy_(loaded)
+            loaded = self.state[p]
+            if {name: x.shape for name, x in loaded.items()} != {name: x.shape for name, x in own.items()}:
+                raise ValueError("the state of other parameters")
+            for name, x in loaded.items():
+                own[name].copy_(x)
             self.state[p] = own
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What never changes in a parameter group; the learning rate is set anew at every step."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def build_optimizer(model: nn.Module, config: OptimiserConfig) -> FlatAdamW:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 
+from shift.run.record import read_timing
 from shift.tasks.base import Task
 from shift_kernels.machine import device_name
 
@@ -30,12 +30,12 @@ def batches_sha256(task: Task, batch_size: int, steps: range, world_size: int) -
 
 
 def switch_ms(run_dir: Path, switch_step: int | None) -> float | None:
-    """What the first looped step cost over the median of the ten after it."""
+    """What the first looped step cost over the median of the ten after it; None where no times are known."""
     if switch_step is None:
         return None
-    ms = [json.loads(line)["ms"] for line in (run_dir / "timing.jsonl").read_text().splitlines()]
-    later = ms[switch_step + 1 : switch_step + 11]
-    return ms[switch_step] - statistics.median(later) if later else None
+    ms = {row["step"]: row["ms"] for row in read_timing(run_dir) if "ms" in row}
+    later = [ms[step] for step in range(switch_step + 2, switch_step + 12) if step in ms]
+    return ms[switch_step + 1] - statistics.median(later) if switch_step + 1 in ms and later else None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

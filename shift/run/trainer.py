@@ -11,30 +11,34 @@ was left alone (same machine, thread count and versions).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from shift.build import build_model, build_schedule, build_task, find_device
-from shift.config import TrainConfig
+from shift.config import TrainConfig, differing_key
 from shift.flops import train_step_flops
 from shift.run import checkpoint
+from shift.run.checkpoint import Checkpoint, damage
+from shift.run.diagnosis import NOTHING, first_not_finite, recipe
 from shift.run.directory import RunDirectory
 from shift.run.evaluate import autocast, evaluate, loops_of
 from shift.run.metrics import Console, PendingRows, StepTimer
 from shift.run.optim import build_optimizer, learning_rate
+from shift.run.progress import Progress
+from shift.run.ranks import Ranks
 from shift.run.snapshots import SnapshotRecorder
 from shift.run.summary import batches_sha256, environment, switch_ms
 from shift.schedules import Signals
 from shift.tasks.base import IGNORE, Batch
+from shift_kernels.errors import input_error
 
 MAX_SKIPS = 5
 """Skipped steps in a row after which a run stops: it will not recover by itself."""
@@ -48,41 +52,19 @@ class TrainingDiverged(Exception):
     """Loss or gradient norm was not finite :data:`MAX_SKIPS` steps in a row."""
 
 
-@dataclass
-class Progress:
-    """What a run has done so far; part of every checkpoint."""
-
-    step: int = 0
-    flops: int = 0
-    block_applications: float = 0
-    switch_step: int | None = None
-    skipped_steps: int = 0
-    skips_in_row: int = 0
-    train_s: float = 0.0
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    initial_weights_sha256: str = ""
-    last_eval: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @staticmethod
-    def from_state(state: Mapping[str, Any]) -> Progress:
-        """What a checkpoint holds of it; older ones hold more."""
-        known = {field.name for field in dataclasses.fields(Progress)}
-        return Progress(**{key: value for key, value in state.items() if key in known})
-
-
 class Trainer:
     """One training run.
 
     Args:
         config: what to run.
         run_dir: where to write; created if need be.
-        resume: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none).
-            Without it a directory that already holds a run is refused.
+        resume: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none; rows
+            that are there are renamed, with a warning). Without it a directory that holds a run is refused.
         console: where to report; None: nowhere.
 
     In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
-    ranks' batches, whose gradients are averaged as one flat tensor after the backward, and rank 0 writes.
+    ranks' batches, whose gradients are averaged as one flat tensor after the backward. Rank 0 alone reads
+    and writes the run directory, and gives all others the checkpoint that it resumes from.
     Seeds torch's global generator.
 
     Raises:
@@ -97,9 +79,7 @@ class Trainer:
         resume: bool = False,
         console: Console | None = None,
     ) -> None:
-        distributed = dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world_size = dist.get_world_size() if distributed else 1
+        self.ranks = Ranks()
         self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
@@ -107,15 +87,17 @@ class Trainer:
         self._initial = self.optimizer.weights.clone() if self.schedule.keep < 1 else None
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
-        self.run = RunDirectory(
-            Path(run_dir), config, world_size=self.world_size, resume=resume, writes=self.rank == 0
-        )
-        if self.run.checkpoint is not None:
-            self._restore(self.run.checkpoint)
-        if self.world_size > 1:  # equal by their seed, if the machines are
-            dist.broadcast(self.optimizer.weights, src=0)
-            if self._initial is not None:
-                dist.broadcast(self._initial, src=0)
+        self.run_dir = Path(run_dir)
+        self.run: RunDirectory | None = None  # on rank 0
+        self.ranks.together(self._check_configs)
+        saved = self.ranks.from_first(lambda: self._open(resume))
+        if saved is not None and self.run is None:
+            self.ranks.together(lambda: self._restore(Checkpoint.of_files(*saved)))
+        elif saved is not None:
+            self.ranks.together(lambda: None)
+        self.ranks.copy_first(self.optimizer.weights)  # equal by their seed, if the machines are
+        if self._initial is not None:
+            self.ranks.copy_first(self._initial)
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
@@ -139,7 +121,7 @@ class Trainer:
             TrainingDiverged: the loss stays non-finite.
         """
         self._train(progress)
-        return self._finish() if self.rank == 0 else {}
+        return {} if self.run is None else self._finish(self.run)
 
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
@@ -184,7 +166,7 @@ class Trainer:
         """One optimiser step. What it measured stays on the device, in ``_rows``."""
         c, p = self.config, self.progress
         self._timer.start()
-        batch = self.task.batch(c.batch_size, p.step, rank=self.rank)
+        batch = self.task.batch(c.batch_size, p.step, rank=self.ranks.rank)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps)
         loss = self._backward(batch.to(self.device), loops)
@@ -192,19 +174,18 @@ class Trainer:
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
-        p.step += 1
         self._count(batch, loops)
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
-        self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **self._costs()})
+        self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **p.costs()})
 
     def _backward(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss."""
         c = self.config
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
         # those of the mean over all read positions, however uneven the ranks are.
-        n_read = self._mean_over_ranks((batch.targets != IGNORE).sum(dtype=torch.float32))
+        n_read = self.ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
         with autocast(self.device, c.precision == "bf16"):
             logits = self.model(
                 batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
@@ -214,8 +195,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
-        self._mean_over_ranks(self.optimizer.gradients)
-        return self._mean_over_ranks(loss.detach())
+        self.ranks.mean(self.optimizer.gradients)
+        return self.ranks.mean(loss.detach())
 
     def _update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Change the weights, unless loss or gradients are not finite; returns gradient norm, and whether."""
@@ -228,7 +209,7 @@ class Trainer:
 
     def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
-        c, p = self.config, self.progress
+        c = self.config
         most = c.n_grad_loops or math.inf
         mean_loops: float
         grad_loops: float
@@ -237,26 +218,15 @@ class Trainer:
         else:  # on the CPU, where the processes of torchrun talk by gloo: nothing waits for the device
             own = loops.double()
             means = torch.stack([own.mean(), own.clamp(max=most).mean()])
-            mean_loops, grad_loops = self._mean_over_ranks(means).tolist()
-        p.block_applications += mean_loops
+            mean_loops, grad_loops = self.ranks.mean(means).tolist()
         batch_size, seq_len = batch.tokens.shape
         flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, grad_loops)
-        p.flops += self.world_size * flops
-        self._tokens = self.world_size * batch.tokens.numel()
-
-    def _mean_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        """In place."""
-        if self.world_size > 1:
-            dist.all_reduce(x)
-            x /= self.world_size
-        return x
-
-    def _costs(self) -> dict[str, Any]:
-        return {"flops": self.progress.flops, "block_applications": self.progress.block_applications}
+        self.progress.enter(mean_loops, self.ranks.size * flops)
+        self._tokens = self.ranks.size * batch.tokens.numel()
 
     def _evaluate(self, n_loops: int) -> None:
         c, p = self.config, self.progress
-        if self.rank > 0:
+        if self.run is None:
             return
         scores = evaluate(
             self.model,
@@ -267,7 +237,7 @@ class Trainer:
             bf16=c.precision == "bf16",
             backend=c.backend,
         )
-        p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **self._costs()}
+        p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **p.costs()}
         self._rows.add(p.last_eval)
         if self.console:
             self.console.evaluation(p.last_eval)
@@ -276,52 +246,90 @@ class Trainer:
         """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
         p = self.progress
         p.wall_s, p.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        rows, timing, hopeless_at = self._rows.read(), [], None
+        rows, timing, hopeless = self._rows.read(), [], None
         train_rows = [row for row in rows if row["kind"] == "train"]
         for row, ms in zip(train_rows, self._timer.read(), strict=True):
             p.train_s += ms / 1e3
-            p.skipped_steps += row["skipped"]
-            p.skips_in_row = p.skips_in_row + 1 if row["skipped"] else 0
+            p.enter_skip(row["skipped"])
             if p.skips_in_row == MAX_SKIPS:
-                hopeless_at = row["step"]
+                hopeless = row
             clocks = {"elapsed_s": p.train_s, "wall_s": p.wall_s, "cpu_s": p.cpu_s}
             timing.append({"step": row["step"], "ms": ms, **clocks})
-        self.run.write_rows(rows, timing)
-        self.run.write_snapshots(self._snapshots.read())
+        if self.run is not None:
+            self.run.write_rows(rows, timing)
+            self.run.write_snapshots(self._snapshots.read())
         if self.console and timing and _due(p.step, self.config.log_every):
             self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
-        if hopeless_at is not None:
-            raise TrainingDiverged(
-                f"loss or gradient norm was not finite in the {MAX_SKIPS} steps up to {hopeless_at}, which "
-                f"changed no weight. Lower optimiser.lr, or use precision = 'fp32'."
-            )
+        if hopeless is not None:
+            raise self._divergence(hopeless)
+
+    def _divergence(self, row: Mapping[str, Any]) -> TrainingDiverged:
+        """The error of a run whose steps were skipped up to a row's, with what one more pass finds."""
+        step = row["step"] - 1
+        batch = self.task.batch(self.config.batch_size, step, rank=self.ranks.rank)
+        own = first_not_finite(self.model, batch, row["n_loops"], self.config)
+        found = self.ranks.gather((own, recipe(self.config, step, self.ranks.rank)))
+        what, how = next(((what, how) for what, how in found if what != NOTHING), found[0])
+        return TrainingDiverged(
+            f"loss or gradient norm was not finite in the {MAX_SKIPS} steps up to {row['step']}, which "
+            f"changed no weight. First not finite: {what} ({row['n_loops']} loops; the batch: {how}). "
+            f"Lower optimiser.lr, or use precision = 'fp32'."
+        )
 
     def _should_stop(self) -> bool:
         """Whether to stop after this step: all ranks or none, which takes a read, so not at every step."""
-        if self.world_size == 1:
-            return self._stop
-        if not _due(self.progress.step, self.config.log_every):
+        if self.ranks.size > 1 and not _due(self.progress.step, self.config.log_every):
             return False
-        return bool(self._mean_over_ranks(torch.tensor(float(self._stop), device=self.device)))
+        return self.ranks.any(self._stop, self.device)
 
     def _save(self) -> None:
         self._flush()
         assert self.signals is not None, "only called after a step"
         state = {
-            "progress": dataclasses.asdict(self.progress),
+            "progress": self.progress.state_dict(),
             "schedule": self.schedule.state_dict(),
             "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
         }
-        self.run.save(self.progress.step, self.model, self.optimizer, state)
+        self.ranks.from_first(lambda: self._write_checkpoint(state))
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.save(self.progress.step, self.model, self.optimizer, state)
+
+    def _check_configs(self) -> None:
+        """Refuse to start where the ranks were told different things."""
+        first, *others = self.ranks.gather(self.config)
+        for rank, other in enumerate(others, start=1):
+            difference = differing_key(first, other.to_dict(), free=("device",))
+            if difference is not None:
+                key, ours, theirs = difference
+                raise input_error(
+                    "shift.Trainer", key, theirs, f"{ours!r} on rank {rank}, as on rank 0",
+                    "Start all ranks with the same config.",
+                )  # fmt: skip
+
+    def _open(self, resume: bool) -> tuple[Path, Mapping[str, bytes]] | None:
+        """Open the run directory; returns what the other ranks need of the checkpoint that is resumed."""
+        run = RunDirectory(self.run_dir, self.config, self.ranks.size)
+        saved = None
+        if resume:
+            saved = run.resume(self._restore)
+        else:
+            run.start()
+        self.run = run
+        return None if saved is None else (saved.path, saved.files)
+
+    def _restore(self, saved: Checkpoint) -> None:
         saved.restore(self.model, self.optimizer)
-        self.progress = Progress.from_state(saved.state["progress"])
-        self.schedule.load_state_dict(saved.state["schedule"])
-        loss, grad_norm = (torch.tensor(x, device=self.device) for x in saved.state["signals"])
-        self.signals = Signals(loss, grad_norm)
+        with damage(saved.path / checkpoint.STATE):
+            self.progress = Progress.from_state(saved.state["progress"])
+            self.schedule.load_state_dict(saved.state["schedule"])
+            loss, grad_norm = (torch.tensor(float(x), device=self.device) for x in saved.state["signals"])
+            self.signals = Signals(loss, grad_norm)
+            if self.ranks.size == 1:  # a state that it can use; with others it may wait for them
+                copy.deepcopy(self.schedule).step(self.progress.step, self.signals)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, run: RunDirectory) -> dict[str, Any]:
         c, p = self.config, self.progress
         first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
         result = {
@@ -334,19 +342,19 @@ class Trainer:
             "train_s": p.train_s,
             "wall_s": p.wall_s,
             "cpu_s": p.cpu_s,
-            "switch_ms": switch_ms(self.run.path, p.switch_step),
+            "switch_ms": switch_ms(run.path, p.switch_step),
             "initial_weights_sha256": p.initial_weights_sha256,
             "weights_sha256": checkpoint.digest(self.model.state_dict()),
             "optimizer_sha256": checkpoint.digest(self.optimizer.state_dict()),
             "schedule_sha256": checkpoint.digest(self.schedule.state_dict()),
-            "metrics_sha256": self.run.metrics_sha256(),
-            "first_batches_sha256": batches_sha256(self.task, c.batch_size, first, self.world_size),
-            "last_batches_sha256": batches_sha256(self.task, c.batch_size, last, self.world_size),
+            "metrics_sha256": run.metrics_sha256(),
+            "first_batches_sha256": batches_sha256(self.task, c.batch_size, first, self.ranks.size),
+            "last_batches_sha256": batches_sha256(self.task, c.batch_size, last, self.ranks.size),
             "config": c.to_dict(),
-            "world_size": self.world_size,
+            "world_size": self.ranks.size,
             **environment(self.device),
         }
-        self.run.finish(result)
+        run.finish(result)
         return result
 
 

@@ -9,8 +9,8 @@ from benchmarks.gpu import fan
 from benchmarks.gpu.fan import SIZES, run, task_config
 from benchmarks.length.report import mean_sweep, rule_table
 from shift.build import build_model, build_task
-from shift.comparison.results import FAILURE
 from shift.config import ModelConfig, TaskConfig
+from shift.run.record import FAILURE
 from shift.run.trainer import Trainer, TrainingDiverged
 from shift.train import INTERRUPTED
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_runs import tiny
 
-from shift.comparison.results import read_run, seed_facts
+from shift.comparison.results import seed_facts
 from shift.config import ScheduleConfig
+from shift.run.record import read_run
 from shift.run.trainer import Trainer
 from shift.schedules import SCHEDULES, Signals, make_schedule
 from shift.schedules.ramps import Ramp

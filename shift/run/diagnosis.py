@@ -1,0 +1,100 @@
+"""Where numbers went bad: the first tensor that is not finite in one pass of the plain backend.
+
+The pass goes layer by layer, loop by loop, through public calls alone, so that each state can be looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shift.config import TrainConfig
+from shift.model import LoopedTransformer
+from shift.run.evaluate import autocast, loops_of
+from shift.tasks.base import IGNORE, Batch
+from shift_kernels import looped_block
+
+NOTHING = "nothing in a pass of the torch backend with the weights of now"
+
+
+def first_not_finite(model: LoopedTransformer, batch: Batch, n_loops: int, config: TrainConfig) -> str:
+    """The first tensor that is not finite, in words: weights, then the forward, then the gradients.
+
+    Args:
+        model: with the weights to look at.
+        batch: on any device.
+        n_loops: that the schedule allowed.
+        config: of the run.
+    """
+    device = model.head.weight.device
+    loops = loops_of(batch, n_loops)
+    batch = batch.to(device)
+    try:
+        with autocast(device, config.precision == "bf16"):
+            for what, tensor in _tensors(model, batch, loops, config.n_grad_loops):
+                if not bool(tensor.isfinite().all()):
+                    return what
+    except (torch.OutOfMemoryError, MemoryError):
+        return "not found, for want of memory"
+    return NOTHING
+
+
+def recipe(config: TrainConfig, step: int, rank: int) -> str:
+    """The call that makes a training batch again.
+
+    Args:
+        config: of the run.
+        step: steps done before it.
+        rank: whose batch.
+    """
+    options = "".join(f", {name}={value!r}" for name, value in config.task.options.items())
+    task = f"make_task({config.task.name!r}, seed={config.task.seed}{options})"
+    return f"{task}.batch({config.batch_size}, {step}, rank={rank})"
+
+
+def _tensors(
+    model: LoopedTransformer, batch: Batch, loops: int | Tensor, n_grad_loops: int | None
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a step with their names, in the order in which they come to be."""
+    parameters = dict(model.named_parameters())
+    yield from ((f"weight {name}", p.detach()) for name, p in parameters.items())
+    with torch.no_grad():
+        yield from _states(model, batch, loops)
+    logits = model(batch.tokens, loops, context=batch.context, n_grad_loops=n_grad_loops, backend="torch")
+    yield "activation: the logits", logits.detach()
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    yield "the loss", loss.detach()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for name, gradient in reversed(list(zip(parameters, gradients, strict=True))):  # from the loss backwards
+        if gradient is not None:
+            yield f"gradient of {name}", gradient
+
+
+def _states(model: LoopedTransformer, batch: Batch, loops: int | Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The embeddings, and the residual stream after each half of each layer of each loop."""
+    spec, weights = model.block.spec, dict(model.block.named_parameters())
+    e = model.embed(batch.tokens, batch.context)
+    yield "activation: the input embeddings", e
+    own = torch.as_tensor(loops, device=e.device).expand(e.shape[0])[:, None, None]
+    h = torch.zeros_like(e) if spec.injection == "add" else e
+    for t in range(1, int(own.max()) + 1):
+        u = h + e if spec.injection == "add" else h
+        for layer in range(spec.n_layers):
+            last = layer == spec.n_layers - 1
+            whole = dataclasses.replace(spec, n_layers=1, injection="none", loop_norm=spec.loop_norm and last)
+            half = dataclasses.replace(whole, d_ff=0, loop_norm=False)
+            prefix = f"layers.{layer}."
+            where = f"layer {layer} of {spec.n_layers}, loop {t}"
+            for name, part in (("attention", half), ("MLP" if spec.d_ff else "last norm", whole)):
+                needed = {
+                    name: weights[name.replace("layers.0.", prefix, 1)] for name in part.weight_shapes()
+                }
+                out = cast(Tensor, looped_block(u, needed, part, 1, backend="torch"))
+                yield f"activation after the {name} of {where}", out
+            u = out
+        h = torch.where(t <= own, u, h)

@@ -1,0 +1,100 @@
+"""The processes of ``torchrun``: what they average, share, and agree on. One process is a group of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shift_kernels import ShiftInputError
+
+T = TypeVar("T")
+
+
+class OtherRankFailed(Exception):
+    """Another rank failed, so this one stops, too; the message is that rank's."""
+
+
+class Ranks:
+    """The ranks of the process group that is initialised, if one is.
+
+    A failure of one rank must reach all, or the others would wait for it for ever: what may fail while the
+    ranks depend on each other goes through :meth:`together` or :meth:`from_first`.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is set on any rank; waits for the device."""
+        return flag if self.size == 1 else bool(self.mean(torch.tensor(float(flag), device=device)))
+
+    def copy_first(self, x: Tensor) -> None:
+        """Give every rank the tensor of rank 0, in place."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What an action returns on this rank; if it fails on any, it fails on all.
+
+        Raises:
+            ShiftInputError: raised by the action on this rank or another.
+            OtherRankFailed: it raised something else on another.
+        """
+        result, error = _attempt(action)
+        failures = self.gather(None if error is None else _description(self.rank, error))
+        if error is not None:
+            raise error
+        _raise_first(failures)
+        return result  # type: ignore[return-value]
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """What an action returns on rank 0, the only one that runs it; its failure there is one on all."""
+        result, error = _attempt(action) if self.rank == 0 else (None, None)
+        if self.size > 1:
+            outcome: list[Any] = [(result, None if error is None else _description(0, error))]
+            dist.broadcast_object_list(outcome, src=0)
+            result, failure = outcome[0]
+            if error is None:
+                _raise_first([failure])
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _description(rank: int, error: Exception) -> tuple[bool, str]:
+    return isinstance(error, ShiftInputError), f"rank {rank}: {error}"
+
+
+def _raise_first(failures: list[tuple[bool, str] | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            is_input, text = failure
+            raise ShiftInputError(text) if is_input else OtherRankFailed(text)
