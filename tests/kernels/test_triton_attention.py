@@ -15,6 +15,8 @@ if DEVICE != "cpu":
 
 from shift_kernels import ShiftInputError, reference
 from shift_kernels.backends.triton import attention as kernels
+from shift_kernels.backends.triton.backend import TRITON_ATTENTION
+from shift_kernels.call import AttentionProblem
 
 # The reference in the same dtype may be off by luck as little as nothing; this much is always granted.
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -194,6 +196,10 @@ def test_second_derivatives_say_what_to_do():
 
 
 def test_what_is_not_served_is_named():
-    assert "float64" in kernels.refusal(torch.empty(1, 1, 1, 8, dtype=torch.float64))
-    assert "head_dim 129" in kernels.refusal(torch.empty(1, 1, 1, 129))
-    assert kernels.refusal(torch.empty(1, 1, 1, 128)) is None
+    def words(dtype, head_dim):
+        problem = AttentionProblem(1, 1, 1, 1, head_dim, dtype, torch.device(DEVICE), False)
+        return TRITON_ATTENTION.why_not(problem).words
+
+    assert "float64" in words(torch.float64, 8)
+    assert "head_dim 129" in words(torch.float32, 129)
+    assert "not verified" in words(torch.float32, 128)

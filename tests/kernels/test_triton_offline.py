@@ -80,7 +80,7 @@ def test_another_number_of_loops_compiles_nothing():
 import json, torch
 from benchmarks.offline.compiling import launches
 from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.backends.triton import backend as backend
+from shift_kernels.backends.triton.backend import TRITON as backend
 from shift_kernels.call import CallOptions
 
 spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
