@@ -16,12 +16,18 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.savings.report import write_suite_report
-from benchmarks.savings.suite import load_suite
+from benchmarks.savings.suite import Case, load_suite
+from shift.build import build_model, build_task
 from shift.compare import INTERRUPTED, compare_arms
+from shift.comparison.arms import DERIVED
 from shift.comparison.pool import default_jobs
+from shift.flops import train_step_flops
+from shift.report.rows import read_rows
+from shift.report.words import count
 from shift_kernels import ShiftInputError
 
 
@@ -39,25 +45,35 @@ def main() -> int:
     try:
         suite = load_suite(args.suite, tuple(args.tasks))
         waves = (tuple(args.seeds),) if args.seeds else suite.waves
-        # Each wave takes in the seeds of those before it, which are there already.
-        plan = [(case, sum(waves[: i + 1], ())) for i in range(len(waves)) for case in suite.cases]
-        results, start = {}, time.monotonic()
-        for i, (case, seeds) in enumerate(plan):
-            words = f"{case.name}, {len(seeds)} seeds ({i + 1} of {len(plan)}, {_left(start, i, len(plan))})"
-            print(words, flush=True)
-            found, _ = compare_arms(
-                case.config,
-                case.arms,
-                seeds,
-                args.out / case.name,
-                None,
-                suite.overtime,
-                args.jobs,
-                f"python -m benchmarks.savings.run {shlex.join(sys.argv[1:])}",
-            )
-            results[case.name] = found | {"used_for": case.used_for}
-            if (i + 1) % len(suite.cases) == 0:
-                reports = write_suite_report(results, args.out)
+        command_line = f"python -m benchmarks.savings.run {shlex.join(sys.argv[1:])}"
+        progress = Progress(
+            [
+                0 if finished(case, seeds, args.out) else cost(case) * len(seeds)
+                for seeds in waves
+                for case in suite.cases
+            ]
+        )
+        for i, wave in enumerate(waves):
+            # Each wave takes in the seeds of those before it, so one that is done needs no look of its own.
+            if wave is not waves[-1] and all(finished(case, wave, args.out) for case in suite.cases):
+                progress.skip(len(suite.cases))
+                continue
+            seeds, results = sum(waves[: i + 1], ()), {}
+            for case in suite.cases:
+                print(f"{case.name}, {count(len(seeds), 'seed')} ({progress.words()})", flush=True)
+                found, _ = compare_arms(
+                    case.config,
+                    case.arms,
+                    seeds,
+                    args.out / case.name,
+                    None,
+                    suite.overtime,
+                    args.jobs,
+                    command_line,
+                )
+                results[case.name] = found | {"used_for": case.used_for}
+                progress.skip(1)
+            reports = write_suite_report(results, args.out)
     except ShiftInputError as error:
         print(f"savings: {error}", file=sys.stderr)
         return 2
@@ -68,11 +84,42 @@ def main() -> int:
     return 0
 
 
-def _left(start: float, done: int, of: int) -> str:
-    """Time left, if what is to come takes as long as what was."""
-    if not done:
-        return "time left unknown"
-    return f"about {(time.monotonic() - start) / done * (of - done) / 60:.0f} min left"
+def finished(case: Case, seeds: Sequence[int], out: Path) -> bool:
+    """Whether an earlier call has compared the arms of a case on these seeds to the end."""
+    path = out / case.name / "summary.json"
+    if not path.is_file():
+        return False
+    rows, _ = read_rows(path)
+    arms = [name for name in case.arms if name not in DERIVED]
+    return {(arm, seed) for arm in arms for seed in seeds} <= {(row["arm"], row["seed"]) for row in rows}
+
+
+def cost(case: Case) -> float:
+    """Training FLOPs of a Looped run of it; the other arms' are in proportion."""
+    config, task = case.config, build_task(case.config)
+    n_loops, size = config.model.n_loops, (config.batch_size, task.max_seq_len)
+    return config.steps * train_step_flops(build_model(config, task), *size, n_loops, n_loops)
+
+
+class Progress:
+    """How far a list of pieces of work is, by their costs; those already done before cost nothing."""
+
+    def __init__(self, costs: Sequence[float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._costs, self._done, self._clock, self._start = costs, 0, clock, clock()
+
+    def skip(self, pieces: int) -> None:
+        """So many more pieces are behind us."""
+        self._done += pieces
+
+    def words(self) -> str:
+        """Where it is, and the time left if what is to come is as fast as what was."""
+        done, left = sum(self._costs[: self._done]), sum(self._costs[self._done :])
+        words = f"{self._done + 1} of {len(self._costs)}, "
+        if not left:
+            return words + "all trained"
+        if not done:
+            return words + "time left unknown"
+        return words + f"about {(self._clock() - self._start) / done * left / 60:.0f} min left"
 
 
 if __name__ == "__main__":

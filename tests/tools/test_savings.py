@@ -21,10 +21,11 @@ from benchmarks.savings.report import (
 from benchmarks.savings.report import (
     test_table as paired_test_table,
 )
+from benchmarks.savings.run import Progress, cost, finished
 from benchmarks.savings.suite import SUITES, load_suite
 from shift.comparison.summary import read_summary, write_summary
 from shift.report.document import block_markdown
-from shift.report.rows import read_rows
+from shift.report.rows import read_rows, write_rows
 from shift_kernels import ShiftInputError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/savings/full"
@@ -140,6 +141,31 @@ def test_the_report_shows_ratios_tests_and_failures(results, tmp_path):
     assert "<html" in page.read_text()
     written = json.loads((tmp_path / "report" / "results.json").read_text())
     assert written["a_task"]["arms"]["shift"]["against_looped"]["mean"] == shift
+
+
+def test_the_time_left_goes_by_what_the_tasks_cost():
+    now = [0.0]
+    progress = Progress([1.0, 0.0, 3.0], clock=lambda: now[0])
+    assert progress.words() == "1 of 3, time left unknown"
+    now[0] = 60.0
+    progress.skip(1)
+    assert progress.words() == "2 of 3, about 3 min left"
+    progress.skip(1)
+    assert progress.words() == "3 of 3, about 3 min left"
+    assert Progress([0.0]).words() == "1 of 1, all trained"
+
+
+def test_a_wave_is_finished_when_every_arm_was_compared_on_its_seeds(tmp_path):
+    case = load_suite("full", ("markov",)).cases[0]
+    assert cost(case) > 0
+    assert not finished(case, (0,), tmp_path)
+    compared = [{"arm": arm, "seed": seed} for arm in case.arms for seed in (0, 1)]
+    (tmp_path / case.name).mkdir()
+    write_rows(tmp_path / case.name / "summary.json", compared, {})
+    assert finished(case, (0, 1), tmp_path)
+    assert not finished(case, (0, 1, 2), tmp_path)
+    write_rows(tmp_path / case.name / "summary.json", compared[:-1], {})
+    assert not finished(case, (0, 1), tmp_path)
 
 
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)
