@@ -1,9 +1,11 @@
-"""What is timed: shapes, directions and competitors. No torch here, so that listing needs no GPU."""
+"""What is timed: shapes, directions, competitors and goals. No torch here, so that listing needs no GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+
+from benchmarks.gpu.work import rehearsing
 
 # BlockSpec's options, by kind. gpt: pre-norm, layernorm, causal, gelu, MLP 4 d_model. trm: the block of Tiny
 # Recursive Models and HRM at their d_model of 512, MLP 8/3 d_model to the next multiple of 256.
@@ -52,6 +54,14 @@ class Block:
         per_token = options.get("n_layers", 1) * (8 * d**2 + mlp + 4 * self.seq_len * d)
         return self.batch * self.seq_len * self.n_loops * per_token
 
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes of a forward, bf16: e read, h written, the weights read once."""
+        d, options = self.d_model, KINDS[self.kind]
+        mlp = (3 if options.get("activation") == "swiglu" else 2) * d * options.get("d_ff", 4 * d)
+        weights = options.get("n_layers", 1) * (4 * d**2 + mlp)
+        return 2 * (2 * self.batch * self.seq_len * d + weights)
+
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
@@ -70,6 +80,11 @@ class Attention:
     def flops(self) -> int:
         """Forward matmul FLOPs over the pairs that a causal mask leaves."""
         return 2 * self.batch * self.n_heads * self.seq_len**2 * self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes of a forward, bf16: q, k and v read, o written."""
+        return 2 * 4 * self.batch * self.n_heads * self.seq_len * self.head_dim
 
 
 BLOCKS = (
@@ -92,13 +107,28 @@ ATTENTIONS = (
     Attention(8, 16, 2048, 64),
     Attention(8, 8, 2048, 128),
 )
+SLOPES = (BLOCKS[1], BLOCKS[4])
+"""Timed against the number of loops, too."""
+
+if rehearsing():  # tiny, since an interpreter runs them
+    BLOCKS = (Block(2, 9, 64, 4, 2),)
+    ATTENTIONS = (Attention(1, 2, 20, 8),)
+    SLOPES = BLOCKS
+
 CASES = {case.name: case for case in (*BLOCKS, *ATTENTIONS)}
 
-BLOCK_RUNNERS = ("cuda", "triton", "streamed", "eager", "graphed", "compile", "max-autotune", "flex")
-ATTENTION_RUNNERS = ("triton", "sdpa", "flash", "flex")
+# In the order in which they run: what is cheap first, so that a cut-off leaves whole columns.
+BLOCK_RUNNERS = ("eager", "triton", "cuda", "graphed", "compile", "torch", "flex", "max-autotune")
+ATTENTION_RUNNERS = ("sdpa", "triton", "flash", "flex")
 DIRECTIONS = ("forward", "both")  # both: forward and backward
 
 
-def runners(case: Block | Attention) -> tuple[str, ...]:
-    """Who runs this case, ours first."""
-    return BLOCK_RUNNERS if isinstance(case, Block) else ATTENTION_RUNNERS
+def goal(case: Block | Attention) -> float | None:
+    """What ours should gain on the best of the others, forward and backward; a wish, no measurement."""
+    if isinstance(case, Attention):
+        small = case.seq_len <= 64 or case.head_dim <= 16
+        return 2.0 if small else 0.9 if case.head_dim in (64, 128) and case.seq_len >= 512 else None
+    if case.kind == "gpt" and case.seq_len <= 64:
+        small_batch = case.d_model == 256 and case.batch <= 64
+        return 2.0 if small_batch else {64: 2.0, 128: 1.5, 256: 1.15}.get(case.d_model)
+    return None

@@ -1,132 +1,139 @@
-"""The whole GPU run inside a budget of time: build, tests, sanitizer, cases, table. See run.sh."""
+"""The GPU run: the stages asked for, as far as the time reaches, and a report at the end. See README.md."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import argparse
+import importlib
 import os
-import shutil
+import re
 import signal
-import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import build_native
-from benchmarks.gpu import table
-from benchmarks.gpu.cases import CASES
+from benchmarks.gpu import build, isolate
+from benchmarks.gpu.results import ARCHIVE, ROOT, Results, unpack
+from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.work import FAILED, WORK, Case, Finding, Group, a_line, rehearsing
 
-SANITIZERS = {"memcheck": "sanitize", "racecheck": "sanitize and cuda", "synccheck": "sanitize and cuda"}
-SLOPES = ("block-b512-n64-d128-h4-T12", "trm-b256-n97-d512-h8-T6")
-BUDGET_S = 520  # of the nine minutes, the rest is for starting and for the table
-
-
-@dataclasses.dataclass
-class Budget:
-    """Seconds until the run must be over."""
-
-    total: float
-    start: float = dataclasses.field(default_factory=time.monotonic)
-
-    def left(self) -> float:
-        return max(0.0, self.total - (time.monotonic() - self.start))
-
-    def share(self, parts: int, at_most: float) -> float:
-        """What one of ``parts`` equal pieces of the rest may take."""
-        return min(self.left() / max(parts, 1), at_most)
+SECONDS = 460.0
+WORK_LEFT, FAULTY = 75, 1
+"""Exit codes: call again; all was tried, and something is wrong."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a step of the run came to: ``ok``, ``failed``, ``skipped`` or ``timeout``, and why."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/gpu/run.sh",
+        description="Build, verify, time, tune and train on this machine's GPU, and report. Call it until "
+        "its exit code is not 75; then send OUT/results.tar.gz.",
+        epilog="Stages: " + "; ".join(f"{name}: {stage.what}" for name, stage in STAGES.items()) + ".",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the report")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which it ends (%(default)g)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "gpu", help="what is kept between calls"
+    )
+    parser.add_argument("--resume", type=Path, metavar="ARCHIVE", help="go on from an earlier results.tar.gz")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="cases whose 'stage: name' it is found in"
+    )
+    parser.add_argument("--again", action="store_true", help="also what has a row already")
+    parser.add_argument("--list", action="store_true", help="name the cases, run nothing")
+    args = parser.parse_args(argv)
+    for name in args.stages:
+        if name not in STAGES:
+            parser.error(f"no stage {name!r}: {', '.join(STAGES)}")
+    started = time.monotonic()
+    work = args.work.resolve()
+    os.environ[WORK] = str(work)
+    os.environ.setdefault("SHIFT_KERNELS_CACHE", str(work / "measured"))
+    if args.resume is not None:
+        unpack(args.resume, work)
+    from benchmarks.gpu import (
+        device,
+    )  # torch takes seconds, which an error in the arguments need not wait for
 
-    name: str
-    outcome: str
-    why: str
-    seconds: float
-
-
-def run(name: str, command: list[str], limit: float, out: Path) -> Step:
-    """Run a command for at most ``limit`` seconds; its stdout goes to ``out``, its stderr next to it."""
-    if limit < 5:
-        return Step(name, "skipped", "the budget of time is spent", 0.0)
-    start = time.monotonic()
-    with out.open("w") as stdout, out.with_suffix(".log").open("w") as stderr:
-        # A session of its own, so that a timeout ends what the command started, too.
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return Step(name, "timeout", f"over {limit:.0f} s", time.monotonic() - start)
-    seconds = time.monotonic() - start
-    return Step(name, "ok" if code == 0 else "failed", f"exit code {code}" if code else "", seconds)
-
-
-def gpu() -> str | None:
-    """Name of the GPU, or None."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def build(budget: Budget, out: Path) -> Step:
-    """The compiled backends, CUDA for this device alone, where there is a compiler."""
-    import torch
-
-    if build_native.nvcc() is None:
-        return Step("build", "skipped", "no nvcc on PATH", 0.0)
-    arch = "sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
-    command = ["env", f"CUDA_ARCHS={arch}", sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run("build", command, budget.share(1, 150), out / "build.txt")
-
-
-def sanitize(budget: Budget, out: Path) -> list[Step]:
-    """compute-sanitizer over few tests: every kernel's accesses, races and barriers of the CUDA kernels."""
-    if shutil.which("compute-sanitizer") is None:
-        return [Step("sanitizer", "skipped", "no compute-sanitizer on PATH", 0.0)]
-    steps = []
-    for i, (tool, tests) in enumerate(SANITIZERS.items()):
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest, "-k", tests]
-        limit = budget.share(len(SANITIZERS) - i, 45)
-        steps.append(run(tool, command, limit, out / f"{tool}.txt"))
-    return steps
-
-
-def main() -> int:
-    out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
-    device = gpu()
-    if device is None:
-        print("No CUDA device: nothing is built, tested or timed. The table, with no rows:")
-        print(table.markdown([]))
-        print("Cases: " + ", ".join(CASES))
+    if not device.exists():
+        print("No CUDA device: nothing is built, tested or timed. See benchmarks/gpu/README.md; stages:")
+        print("\n".join(f"  {name}: {stage.what}" for name, stage in STAGES.items()))
         return 0
-    budget = Budget(BUDGET_S)
-    for old in out.glob("*.jsonl"):
-        old.unlink()  # a table must not mix two runs
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "-rs"]
-    steps = [build(budget, out)]
-    steps.append(run("tests", pytest, budget.share(1, 150), out / "tests.txt"))
-    steps += sanitize(budget, out)
-    for i, name in enumerate(CASES):
-        command = [sys.executable, "-m", "benchmarks.gpu.bench", name]
-        limit = budget.share(len(CASES) + 1 - i, 90)
-        steps.append(run(name, command, limit, out / f"{name}.jsonl"))
-        print(f"{name}: {steps[-1].outcome} {steps[-1].why}", flush=True)
-    slope = [sys.executable, "-m", "benchmarks.gpu.slope", *SLOPES]
-    steps.append(run("slope", slope, budget.share(1, 60), out / "slope.txt"))
-    measurements = table.read(out)
-    text = table.markdown(measurements)
-    (out / "table.md").write_text(f"{device}\n\n{text}\n")
-    summary = dict(device=device, steps=[dataclasses.asdict(s) for s in steps], measurements=measurements)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(text)
-    for step in steps:
-        print(f"{step.name}: {step.outcome} {step.why} ({step.seconds:.0f} s)")
-    return int(any(step.outcome in ("failed", "timeout") for step in steps))
+    results = Results(work, args.out, device.machine())
+    clock = isolate.Clock(started + args.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(clock, "end", 0.0))
+    signal.signal(signal.SIGINT, lambda *_: setattr(clock, "end", 0.0))
+    if not build.stands():
+        results.forget([build.CASE])
+    left = 0
+    try:
+        for name in dict.fromkeys(["build", *(args.stages or STAGES)]):
+            left += run_stage(name, results, clock, args)
+    finally:
+        report = results.publish()
+    faults = [row for row in results.faults if not args.stages or row["stage"] in args.stages]
+    print(f"\n{report}")
+    print(f"Written: {args.out / ARCHIVE}. " + (f"{left} cases left: call again." if left else "All done."))
+    return 0 if args.list else WORK_LEFT if left else FAULTY if faults else 0
+
+
+def run_stage(name: str, results: Results, clock: isolate.Clock, args: argparse.Namespace) -> int:
+    """Run what a stage has left; returns the number of cases that are still left."""
+    if not clock.left():
+        print(f"{name}: not begun, the time is over", flush=True)
+        return 1
+    plan = Case(name, "plan", 0.0)
+    try:
+        module = importlib.import_module(STAGES[name].module)
+        groups = [_chosen(group, args.only) for group in module.groups()]
+    except Exception as error:  # a stage that cannot even begin is a row; the others go on
+        traceback.print_exc()
+        results.add(plan, Finding(FAILED, a_line(error)), 0.0)
+        return 0
+    results.forget([plan])
+    cases = [case for group in groups for batch in group.batches for case in batch]
+    if args.list:
+        print("\n".join(f"{case.stage}: {case.name}" for case in cases))
+        return 0
+    if args.again:
+        results.forget(cases)
+    for group in [_together(groups)] if rehearsing() else groups:
+        run_group(group, STAGES[name].module, results, clock)
+    if hasattr(module, "finish"):
+        try:
+            module.finish(results.of(name))
+        except Exception as error:
+            traceback.print_exc()
+            results.add(Case(name, "finish", 0.0), Finding(FAILED, a_line(error)), 0.0)
+    return sum(not results.knows(case) for case in cases)
+
+
+def run_group(group: Group, module: str, results: Results, clock: isolate.Clock) -> None:
+    """Run the batches of a group side by side."""
+    batches = [left for batch in group.batches if (left := [c for c in batch if not results.knows(c)])]
+    workers = min(group.workers, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        folder = results.work / "logs"
+        jobs = [
+            pool.submit(isolate.run, batch, module, results.add, folder, clock, group.wrapper)
+            for batch in batches
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _chosen(group: Group, pattern: str) -> Group:
+    batches = [[c for c in batch if re.search(pattern, f"{c.stage}: {c.name}")] for batch in group.batches]
+    return Group([batch for batch in batches if batch], group.workers, group.wrapper)
+
+
+def _together(groups: Sequence[Group]) -> Group:
+    """All cases in one process, since importing takes a rehearsal most of its time."""
+    cases = [case for group in groups for batch in group.batches for case in batch]
+    return Group([cases], 1, next((group.wrapper for group in groups), ()))
 
 
 if __name__ == "__main__":

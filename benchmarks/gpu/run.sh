@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Builds, runs the GPU tests, plain and under compute-sanitizer, times every case, prints one table. Under nine
-# minutes.
-#   benchmarks/gpu/run.sh [OUT]      results: OUT/*.jsonl, OUT/table.md, OUT/slope.txt, OUT/summary.json
-# Needs torch, triton, pytest; nvcc and compute-sanitizer are used where they are. Nothing is installed.
-# Exit code: 0 all well, or no GPU (said); 1 a test or a case failed.
+# Builds, verifies, times, tunes and trains on this machine's GPU; ends within eight minutes.
+#   benchmarks/gpu/run.sh [OUT] [STAGE...]    call it again while its exit code is 75; then send OUT/results.tar.gz
+# Needs torch, triton and pytest; nvcc and compute-sanitizer are used where they are. Nothing is installed.
+# Exit code: 0 all well, or no GPU (said); 1 something is wrong; 75 time is up and there is work left.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m benchmarks.gpu.run "${1:-benchmarks/results/gpu}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+exec "${PYTHON:-python3}" -m benchmarks.gpu.run "${@:-build/gpu-report}"

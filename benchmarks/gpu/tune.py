@@ -1,28 +1,104 @@
-"""Find the fastest configurations on this device.
+"""The fastest configurations of the Triton kernels on this device, and the table that ``auto`` chooses by.
 
-    python -m benchmarks.gpu.tune resident     # writes shift_kernels/backends/triton/tuned.json
-    python -m benchmarks.gpu.tune              # attention's tiles, the streamed layer's chunks
+    resident    warps, hidden columns at a time, stages: forward and backward kernel of each shape class
+    attention   tiles; what is fastest goes into ``attention.configs`` by hand
+    streamed    samples in a chunk
+    calibrate   every backend, verified and timed
 
-Prints one JSON line a measurement, fastest first within a case; ``attention.configs`` and
-``layer.chunk_samples`` hold what was chosen from such lines. Never run at import.
+Eight processes compile all configurations side by side, then each is timed alone. :func:`finish` writes
+``tuned.json`` from what was found, also into the results.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
 import itertools
 import json
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu import bench, table
-from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, Attention, Block
+from benchmarks.gpu import bench, device
+from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, CASES, Attention, Block
+from benchmarks.gpu.results import write_atomically
+from benchmarks.gpu.work import OK, SKIPPED, Case, Finding, Group, rehearsing, work_folder
 from shift_kernels import BlockSpec
 
+LIMIT_S = 90.0
+CALIBRATE_LIMIT_S = 400.0
+SECONDS = 0.2
+"""Of timed calls of a configuration."""
 RESIDENT = tuple(case for case in BLOCKS if case.seq_len * case.d_model <= 64 * 256)
+STREAMED = tuple(case for case in BLOCKS if case not in RESIDENT)
+CANDIDATES: dict[str, tuple[int, ...]] = dict(warps=(4, 8), ff_chunk=(16, 32, 64), stages=(1, 2, 3))
+"""Values of ``tuned.Config``'s fields."""
+if rehearsing():
+    CANDIDATES = dict(warps=(4,), ff_chunk=(16, 32), stages=(1,))
+    STREAMED = (Block(1, 136, 16, 2, 1),)
+    CASES[STREAMED[0].name] = STREAMED[0]
+DIRECTIONS = {"forward": "forward", "backward": "both"}
+"""What is timed for a kernel: a backward has no call of its own."""
+
+Config = Mapping[str, int] | Sequence[int] | int | None
+"""Of a resident kernel, an attention's tile, a chunk; None: what is in use."""
+
+
+# The plan.
+
+
+def groups() -> list[Group]:
+    """Compile all, time all, calibrate."""
+    shapes = [("resident", case, _resident()) for case in RESIDENT]
+    shapes += [("attention", case, _tiles(case)) for case in ATTENTIONS]
+    shapes += [("streamed", case, _chunks(case)) for case in STREAMED]
+    tried = [
+        (kind, case.name, kernel, config)
+        for kind, case, configs in shapes
+        for kernel in DIRECTIONS
+        for config in configs
+    ]
+    compiled = [[_case("compile", *one)] for one in tried if one[0] != "streamed"]
+    by_kind = [list(ones) for _, ones in itertools.groupby(tried, key=lambda one: one[0])]
+    timed = [[_case("time", *one) for one in ones] for ones in by_kind]
+    problems = [
+        [_problem(case, grad)] for case in BLOCKS for grad in ((True,) if rehearsing() else (False, True))
+    ]
+    return [Group(_by_eights(compiled), workers=8), Group(timed), Group(problems)]
+
+
+def _by_eights(batches: list[list[Case]]) -> list[list[Case]]:
+    """Fewer processes: what only compiles may share one."""
+    cases = [case for batch in batches for case in batch]
+    return [cases[i : i + 8] for i in range(0, len(cases), 8)]
+
+
+def _case(do: str, kind: str, case: str, kernel: str, config: Config) -> Case:
+    words = "in use" if config is None else json.dumps(config)
+    arguments = dict(do=do, kind=kind, case=case, kernel=kernel, config=config)
+    return Case("tune", f"{do} / {kind} / {case} / {kernel} / {words}", LIMIT_S, arguments)
+
+
+def _problem(case: Block, grad: bool) -> Case:
+    direction = "both" if grad else "forward"
+    name = f"calibrate / {case.name} / {direction}"
+    return Case("tune", name, CALIBRATE_LIMIT_S, dict(do="calibrate", case=case.name, grad=grad))
+
+
+def _resident() -> list[Config]:
+    values = itertools.product(*CANDIDATES.values())
+    return [None, *(dict(zip(CANDIDATES, one, strict=True)) for one in values)]
+
+
+def _tiles(case: Attention) -> list[Config]:
+    found = list(tiles(case.seq_len))
+    return [None, *(found[:1] if rehearsing() else found)]
 
 
 def tiles(seq_len: int) -> Iterator[tuple[int, int, int, int]]:
@@ -31,8 +107,12 @@ def tiles(seq_len: int) -> Iterator[tuple[int, int, int, int]]:
     for own, walk, warps, stages in itertools.product(
         (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)
     ):
-        if max(own, walk) <= longest and own * walk <= 128 * 128:
+        if max(own, walk) <= longest and 1024 <= own * walk <= 128 * 128 and stages * walk <= 256:
             yield own, walk, warps, stages
+
+
+def _chunks(case: Block) -> list[Config]:
+    return [None, *chunks(case.batch)]
 
 
 def chunks(batch: int) -> list[int]:
@@ -40,112 +120,155 @@ def chunks(batch: int) -> list[int]:
     return sorted({max(1, batch >> i) for i in range(6)}, reverse=True)
 
 
-def tune_attention(case: Attention) -> list[dict]:
-    from shift_kernels.backends.triton import attention
+# What a case does.
 
-    q, k, v = (
-        torch.randn(
-            case.batch, case.n_heads, case.seq_len, case.head_dim, device="cuda", dtype=torch.bfloat16
-        )
-        for _ in range(3)
+
+def run(case: Case) -> Finding:
+    """Compile, time or calibrate."""
+    arguments = dict(case.arguments)
+    do = arguments.pop("do")
+    return calibrate(**arguments) if do == "calibrate" else trial(compile_only=do == "compile", **arguments)
+
+
+def trial(kind: str, case: str, kernel: str, config: Config, compile_only: bool) -> Finding:
+    """Run a case with a configuration in the place of that in use."""
+    here = device.here()
+    asked: dict[str, Any] = {}
+    patched = {"resident": _patch_resident, "attention": _patch_tiles, "streamed": _patch_chunk}[kind]
+    _forget()
+    with patched(config, kernel == "backward", asked):
+        step = bench.steps(CASES[case], "triton", here.torch)[1][DIRECTIONS[kernel]]
+        step()
+        here.synchronize()
+        if not asked:
+            raise RuntimeError(
+                f"the {kind} kernels did not ask for a configuration: is this served by others?"
+            )
+        if compile_only:
+            return Finding()
+        ms = statistics.median(device.times(here, step, SECONDS))
+    facts = dict(kind=kind, case=case, kernel=kernel, in_use=config is None, ms=ms)
+    return Finding(OK, "", facts | asked)
+
+
+def _forget() -> None:
+    """Empty the caches of plans that were made for another configuration."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("shift_kernels.backends.triton") or name == "shift_kernels.dispatch":
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+@contextlib.contextmanager
+def _patch_resident(config: Config, backward: bool, asked: dict[str, Any]) -> Iterator[None]:
+    from shift_kernels.backends.triton import tuned
+
+    in_use = tuned.config
+
+    def chosen(*shape: int, grad: bool, capability: int) -> tuned.Config:
+        found = in_use(*shape, grad=grad, capability=capability)
+        if grad != backward:
+            return found
+        if isinstance(config, Mapping):
+            found = found._replace(**config)
+        family = tuned.family(capability)
+        asked.update(config=found._asdict(), family=family, shape_class=tuned.shape_class(*shape, grad=grad))
+        return found
+
+    with mock.patch.object(tuned, "config", chosen):
+        yield
+
+
+@contextlib.contextmanager
+def _patch_tiles(config: Config, backward: bool, asked: dict[str, Any]) -> Iterator[None]:
+    from shift_kernels.backends.triton import attention as kernels
+
+    in_use = kernels.configs
+
+    def chosen(*shape: int) -> tuple[Any, Any, Any]:
+        forward, dq, dkv = in_use(*shape)
+        if isinstance(config, Sequence):
+            tile = kernels.Config(*config)
+            forward, dq, dkv = (forward, tile, tile) if backward else (tile, dq, dkv)
+        asked["config"] = [dataclasses.astuple(c) for c in ((dq, dkv) if backward else (forward,))]
+        return forward, dq, dkv
+
+    with mock.patch.object(kernels, "configs", chosen):
+        yield
+
+
+@contextlib.contextmanager
+def _patch_chunk(config: Config, backward: bool, asked: dict[str, Any]) -> Iterator[None]:
+    from shift_kernels.backends.triton import streamed
+
+    in_use = streamed._chunk_size
+
+    def chosen(*arguments: Any) -> int:
+        size = config if isinstance(config, int) else in_use(*arguments)
+        asked["config"] = size
+        return size
+
+    with mock.patch.object(streamed, "_chunk_size", chosen):
+        yield
+
+
+def calibrate(case: str, grad: bool) -> Finding:
+    """What ``shift-calibrate`` does for one problem; the table goes into the results."""
+    if importlib.util.find_spec("shift_kernels.calibrate") is None:
+        return Finding(SKIPPED, "no shift_kernels.calibrate")
+    from shift_kernels.calibrate import calibrate as measure
+    from shift_kernels.call import Problem
+
+    block = CASES[case]
+    assert isinstance(block, Block)
+    dtype = torch.float32 if rehearsing() else torch.bfloat16
+    where = torch.device(device.here().torch, *(() if rehearsing() else (0,)))
+    problem = Problem(
+        BlockSpec(**block.options),
+        block.batch,
+        block.seq_len,
+        dtype,
+        dtype,
+        where,
+        grad,
+        n_loops=block.n_loops,
     )
-    grad = torch.randn_like(q)
-    o, lse = attention.attention_forward(q, k, v, True, None)
-    calls: dict[str, Callable[[], object]] = {
-        "forward": lambda: attention.attention_forward(q, k, v, True, None),
-        "backward": lambda: attention.attention_backward(grad, q, k, v, o, lse, True, None),
-    }
-    lines = []
-    for tile in tiles(case.seq_len):
-        config = attention.Config(*tile)
-        with mock.patch.object(attention, "configs", lambda *_, c=config: (c, c, c)):
-            for direction, call in calls.items():
-                lines.append(dict(case=case.name, direction=direction, config=tile) | _time(call))
-    return lines
+    rows = measure([problem])
+    verdicts = {name: str(verdict) for row in rows.values() for name, verdict in row.items()}
+    return Finding(OK, "", dict(verdicts=verdicts))
 
 
-def tune_chunks(case: Block) -> list[dict]:
-    from shift_kernels.backends.triton import streamed as layer
-
-    lines = []
-    for size in chunks(case.batch):
-        with mock.patch.object(layer, "_chunk_size", lambda *_, n=size: n):
-            for direction in ("forward", "both"):
-                call = lambda direction=direction: bench.measure(case, "streamed", direction)[0]  # noqa: E731
-                lines.append(dict(case=case.name, direction=direction, config=size) | _time(call, timed=True))
-    return lines
+# What comes of it.
 
 
-def tune_resident(case: Block) -> list[dict]:
-    """Time every configuration of both kernels, forward first, and write the fastest into the table."""
-    from shift_kernels.backends.triton import resident_plan, tuned
+def finish(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table of configurations: the fastest of each shape class, others as they were."""
+    from shift_kernels.backends.triton import tuned
 
-    capability = torch.cuda.get_device_capability()[0]
-    spec = BlockSpec(d_model=case.d_model, n_heads=case.n_heads, injection="add")
-
-    def shape(grad: bool) -> tuple[int, int, int]:  # rows grow where short sequences share a tile
-        tile = resident_plan.tile(
-            spec,
-            case.seq_len,
-            case.batch,
-            itemsize=2,
-            pack=True,
-            precision="tf32",
-            grad=grad,
-            capability=capability,
-        )
-        return tile.rows, tile.d_pad, 2
-
-    chosen = {grad: tuned.config(*shape(grad), grad=grad, capability=capability) for grad in (False, True)}
-    lines: list[dict] = []
-    for grad, direction in ((False, "forward"), (True, "both")):
-        name = tuned.shape_class(*shape(grad), grad=grad)
-        found = []
-        for config in itertools.starmap(tuned.Config, itertools.product((4, 8), (16, 32, 64), (1, 2, 3))):
-            trial = chosen | {grad: config}
-            with mock.patch.object(tuned, "config", lambda *_, grad, t=trial, **__: t[grad]):
-                time = _time(lambda d=direction: bench.measure(case, "triton", d)[0], timed=True)
-            found.append(dict(case=case.name, direction=name, config=config) | time)
-        lines += found
-        best = min(found, key=lambda line: line["ms"] or float("inf"))
-        if best["ms"] is not None:
-            chosen[grad] = best["config"]
-            _write(tuned.TABLE, tuned.family(capability), name, best)
-    return lines
+    table = with_fastest(
+        json.loads(tuned.TABLE.read_text()), [row["data"] for row in rows], device.here().name
+    )
+    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+    for path in (work_folder() / "tuned.json", *(() if rehearsing() else (tuned.TABLE,))):
+        write_atomically(Path(path), text)
 
 
-def _write(path: Path, family: str, shape: str, best: dict) -> None:
-    table = json.loads(path.read_text())
-    entry = best["config"]._asdict() | {"chosen_by": torch.cuda.get_device_name(), "ms": best["ms"]}
-    table.setdefault(family, {})[shape] = entry
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+def with_fastest(table: dict[str, Any], found: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The table with the fastest of what was found.
 
-
-def _time(call: Callable, timed: bool = False) -> dict:
-    """Median in ms, or the error: a tile that does not fit the device is an answer, too."""
-    try:
-        if timed:
-            return dict(ms=table.median(call()), error=None)
-        call()  # compiles
-        return dict(ms=table.median(bench._times(call, seconds=0.05)), error=None)
-    except Exception as error:
-        return dict(ms=None, error=f"{type(error).__name__}: {error}".splitlines()[0][:120])
-
-
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("No CUDA device: nothing to tune.", file=sys.stderr)
-        return 0
-    resident = sys.argv[1:] == ["resident"]
-    for case in RESIDENT if resident else (*ATTENTIONS, *BLOCKS):
-        if isinstance(case, Attention):
-            lines = tune_attention(case)
-        else:
-            lines = tune_resident(case) if resident else tune_chunks(case)
-        for line in sorted(lines, key=lambda line: (line["direction"], line["ms"] or float("inf"))):
-            print(json.dumps(line), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Args:
+        table: family -> shape class -> entry, as ``tuned.json`` holds it.
+        found: data of this stage's rows.
+        name: of the device.
+    """
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for one in found:
+        if one.get("kind") == "resident" and one.get("ms") is not None:
+            key = one["family"], one["shape_class"]
+            if key not in best or one["ms"] < best[key]["ms"]:
+                best[key] = one
+    for (family, shape), one in best.items():
+        entry = dict(one["config"]) | {"chosen_by": name, "ms": one["ms"]}
+        table.setdefault(family, {})[shape] = entry
+    return table

@@ -6,15 +6,24 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.gpu import device
 from benchmarks.gpu.cases import Block
-from shift_kernels import BlockSpec, LoopedBlock, attention, backends, reference
-from shift_kernels.backends import LOOPED_BLOCK
-from shift_kernels.call import Problem
+from benchmarks.gpu.work import rehearsing
+from shift_kernels import (
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    attention,
+    backends,
+    explain,
+    reference,
+)
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not device.exists(), reason="needs a CUDA device"),
 ]
+DEVICE = "cpu" if rehearsing() else "cuda"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Twice the error of the reference in the same dtype, and this much for luck, relative to the largest number.
@@ -34,7 +43,7 @@ def with_gradients(function, inputs, grad):
 
 
 ATTENTIONS = {  # batch, heads, kv_heads, seq_len, head_dim
-    "sanitize": (2, 2, 1, 37, 4),
+    "small": (2, 2, 1, 37, 4),
     "odd": (2, 6, 2, 151, 24),
     "wide": (1, 4, 4, 300, 128),
     "long": (1, 2, 2, 1500, 64),
@@ -49,10 +58,10 @@ def test_attention_is_right(shape, causal, ragged, dtype):
     torch.manual_seed(0)
     batch, heads, kv_heads, seq_len, head_dim = shape
     qkv = [
-        torch.randn(batch, h, seq_len, head_dim, device="cuda").to(dtype) for h in (heads, kv_heads, kv_heads)
+        torch.randn(batch, h, seq_len, head_dim, device=DEVICE).to(dtype) for h in (heads, kv_heads, kv_heads)
     ]
     grad = torch.randn_like(qkv[0])
-    lens = torch.randint(0, seq_len + 1, (batch,), device="cuda") if ragged else None
+    lens = torch.randint(0, seq_len + 1, (batch,), device=DEVICE) if ragged else None
     call = dict(causal=causal, seq_lens=lens)
     wide = [x.double() for x in qkv]
     ours = with_gradients(lambda *x: attention(*x, **call, backend="triton"), qkv, grad)
@@ -61,7 +70,7 @@ def test_attention_is_right(shape, causal, ragged, dtype):
 
 
 BLOCKS = {
-    "sanitize": dict(d_model=64, n_heads=4, injection="add"),
+    "small": dict(d_model=64, n_heads=4, injection="add"),
     "odd": dict(d_model=16, n_heads=4),
     "swiglu, rms, rotary": dict(
         d_model=128, n_heads=4, n_kv_heads=2, activation="swiglu", norm="rmsnorm", position="rope"
@@ -78,16 +87,15 @@ CALLS = {
     ),
     "every loop, truncated": dict(return_all_loops=True, n_grad_loops=2),
 }
-BACKENDS = {name: LOOPED_BLOCK.get(name) for name in ("cuda", "triton")}
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 
 
-def needs(backend, spec, seq_len, dtype):
+def needs(backend, spec, seq_len, dtype, batch=1):
     """Skip what the backend does not serve, with its reason."""
-    problem = Problem(spec, 1, seq_len, dtype, dtype, torch.device("cuda"), True)
-    module = BACKENDS[backend]
-    if reason := module.unavailable() or module.meant_for(problem) or module.refusal(problem):
-        pytest.skip(f"{backend}: {reason}")
+    try:
+        explain(spec, batch, seq_len, dtype, DEVICE, backend=backend)
+    except ShiftInputError as refusal:
+        pytest.skip(f"{backend}: {refusal}")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -101,11 +109,11 @@ def test_cuda_library_serves_this_device():
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 def test_looped_block_is_right(options, call, dtype, backend):
     torch.manual_seed(0)
-    block = LoopedBlock(BlockSpec(**options), device="cuda")
+    block = LoopedBlock(BlockSpec(**options), device=DEVICE)
     needs(backend, block.spec, 33, dtype)
-    e = torch.randn(5, 33, options["d_model"], device="cuda").to(dtype)
+    e = torch.randn(5, 33, options["d_model"], device=DEVICE).to(dtype)
     names, weights = zip(*block.weights().items(), strict=True)
-    call = {"n_loops": 3} | {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    call = {"n_loops": 3} | {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     grad = torch.randn_like(block(e.float(), **call, backend="torch"))
 
     def run(backend, dtype):
@@ -125,9 +133,9 @@ def test_looped_block_is_right(options, call, dtype, backend):
 def training():
     torch.manual_seed(0)
     block = LoopedBlock(
-        BlockSpec(d_model=64, n_heads=4, injection="add"), device="cuda", dtype=torch.bfloat16
+        BlockSpec(d_model=64, n_heads=4, injection="add"), device=DEVICE, dtype=torch.bfloat16
     )
-    e = torch.randn(64, 32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    e = torch.randn(64, 32, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     return block, e, [e, *block.parameters()]
 
 
@@ -142,7 +150,7 @@ def test_two_hundred_calls_give_the_same_bits(training, backend):
 
 
 def test_two_hundred_attentions_give_the_same_bits():
-    qkv = [torch.randn(4, 4, 200, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    qkv = [torch.randn(4, 4, 200, 32, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
     grad = torch.randn_like(qkv[0])
     runs = (with_gradients(lambda *x: attention(*x, backend="triton"), qkv, grad) for _ in range(200))
     for a, b in itertools.pairwise(runs):
@@ -177,10 +185,10 @@ def test_compiled_model_runs_without_a_graph_break(training, backend):
 @every_backend
 def test_float32_parameters_under_bf16_autocast_keep_the_residual_stream_in_float32(backend):
     torch.manual_seed(0)
-    block = LoopedBlock(BlockSpec(d_model=64, n_heads=4), device="cuda")
+    block = LoopedBlock(BlockSpec(d_model=64, n_heads=4), device=DEVICE)
     needs(backend, block.spec, 16, torch.bfloat16)
-    e = torch.randn(4, 16, 64, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):
+    e = torch.randn(4, 16, 64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
         ours, same = block(e, 3, backend=backend), block(e, 3, backend="torch")
     assert ours.dtype == torch.float32
     close([ours], [same], [block(e, 3, backend="torch")], torch.bfloat16)

@@ -1,0 +1,78 @@
+"""A device that is none, for ``rehearse.sh``: Triton's interpreter, emulated CUDA, the CPU's clock.
+
+What tells real from fake is here and in the sizes of cases.py: every stage runs the same code, so that
+nothing in it meets hardware untried.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fake:
+    """The CPU, in the place of a CUDA device."""
+
+    name, torch = "Rehearsal (no GPU)", "cpu"
+
+    def synchronize(self) -> None:
+        pass
+
+    def milliseconds(self, step: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+
+    def on_side_stream(self, step: Callable[[], object], calls: int) -> None:
+        step()
+
+    def graphed(self, step: Callable[[], object]) -> Callable[[], object]:
+        return step
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+    def release(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Let the triton and cuda backends serve CPU tensors in this process; before any kernel is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT / "tests"))
+    import triton_interpreter  # noqa: F401
+    from cuda_emulation import LIBRARY, emulated
+
+    from shift_kernels.backends import cuda as cuda_backend
+    from shift_kernels.native import cuda
+
+    _let_flex_have_gradients()
+    library = cuda.load(Path(emulated(*LIBRARY).library._name))[0]
+    cuda_backend._LIBRARY = library  # type: ignore[attr-defined]
+
+
+def _let_flex_have_gradients() -> None:
+    """Flex attention has no backward on a CPU: there the library's attention stands in for it."""
+    from torch.nn.attention import flex_attention as module
+    from torch.nn.functional import scaled_dot_product_attention
+
+    forward = module.flex_attention
+
+    def flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        out = forward(q.detach(), k.detach(), v.detach(), **options)
+        theirs = scaled_dot_product_attention(q, k, v)
+        return out + theirs - theirs.detach()
+
+    module.flex_attention = flex_attention  # type: ignore[assignment]
