@@ -10,6 +10,6 @@ mkdir -p "$folder/bin"
 printf '#!/bin/sh\nshift 4\nexec "$@"\n' > "$folder/bin/compute-sanitizer"
 chmod +x "$folder/bin/compute-sanitizer"
 export PATH="$folder/bin:$PATH" SHIFT_GPU_REHEARSAL=1 OMP_NUM_THREADS=1
-"$here/run.sh" "$folder/out" --work "$folder/work" --seconds 300
+"$here/run.sh" "$folder/out" --work "$folder/work" --seconds 1200
 cd "$here/../.."
 PYTHONPATH="$PWD" "${PYTHON:-python3}" -m benchmarks.gpu.collect "$folder/out/results.tar.gz" --results "$folder/results"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import statistics
@@ -28,7 +27,7 @@ import torch
 from benchmarks.gpu import bench, device
 from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, CASES, Attention, Block
 from benchmarks.gpu.results import write_atomically
-from benchmarks.gpu.work import OK, SKIPPED, Case, Finding, Group, rehearsing, work_folder
+from benchmarks.gpu.work import OK, Case, Finding, Group, rehearsing, work_folder
 from shift_kernels import BlockSpec
 
 LIMIT_S = 90.0
@@ -215,8 +214,6 @@ def _patch_chunk(config: Config, backward: bool, asked: dict[str, Any]) -> Itera
 
 def calibrate(case: str, grad: bool) -> Finding:
     """What ``shift-calibrate`` does for one problem; the table goes into the results."""
-    if importlib.util.find_spec("shift_kernels.calibrate") is None:
-        return Finding(SKIPPED, "no shift_kernels.calibrate")
     from shift_kernels.calibrate import calibrate as measure
     from shift_kernels.call import Problem
 

@@ -238,14 +238,6 @@ def test_every_shape_is_one_that_the_spec_allows():
         assert BlockSpec(**{k: v for k, v in shape.items() if k not in ("seq_len", "dtype")})
 
 
-def test_smoke_takes_twice_the_error_of_the_same_dtype_and_no_other_infinity():
-    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    same, ours = exact.float() + 0.1, exact.float() - 0.1
-    assert smoke.error_ratio(ours, same, exact) == pytest.approx(0.5, rel=1e-3)
-    assert smoke.error_ratio(exact.float() + 0.3, same, exact) == pytest.approx(1.5, rel=1e-3)
-    assert smoke.error_ratio(torch.tensor([1.0, torch.nan]), same, exact) == float("inf")
-
-
 def test_tuning_tries_no_tile_longer_than_the_sequence_and_every_chunk_once():
     assert {own for own, *_ in tune.tiles(20)} == {32}
     assert all(own * walk <= 128 * 128 for own, walk, *_ in tune.tiles(4096))
@@ -272,7 +264,7 @@ def test_the_fastest_configuration_replaces_its_own_class_alone():
 def script(name, *arguments):
     return subprocess.run(
         [ROOT / "benchmarks/gpu" / name, *map(str, arguments)],
-        env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 
