@@ -48,6 +48,11 @@ class Rule:
     """Of a field that is a word."""
 
 
+def wholes(default: tuple[int, ...], low: int, high: int = MAX_COUNT) -> Any:
+    """A field that holds several ints from ``low`` to ``high``."""
+    return _ruled(default, Rule(f"ints from {low} to {high}", lambda value: low <= value <= high))
+
+
 def whole(default: int | None, low: int, high: int = MAX_COUNT) -> Any:
     """A field that holds an int from ``low`` to ``high``."""
     return _ruled(default, Rule(f"an int from {low} to {high}", lambda value: low <= value <= high))
@@ -360,7 +365,7 @@ def _plain(kind: type, value: Any) -> Any:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, source: str, name: str, rule: Rule | None) -> tuple[Any, ...]:

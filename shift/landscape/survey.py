@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shift.config import TrainConfig
+from shift.config import Checked, TrainConfig, positive, real, whole, word
 from shift.landscape.cuts import cut
 from shift.landscape.hessian import Hessian, LossSurface
 from shift.landscape.hopping import hopping
@@ -23,42 +23,35 @@ from shift.landscape.information import effective_rank, matrix_entropy, mutual_i
 from shift.landscape.recording import open_recording
 from shift.landscape.spectrum import exact_spectrum, lanczos_spectrum
 from shift.landscape.upstream import agreement
-from shift.landscape.valley import exponent, sensitivity, split, threshold
+from shift.landscape.valley import RULES, exponent, sensitivity, split, threshold
 from shift.schedules.registry import switch_step
 from shift_kernels.errors import input_error
 
 
 @dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(Checked):
     """How closely to look."""
 
-    points: int = 12
+    points: int = whole(12, 1)
     """Bursts to look at, spread evenly over the run."""
-    samples: int = 32
+    samples: int = whole(32, 1)
     """Sequences of the probe."""
-    rule: str = "relative"
+    rule: str = word("relative", RULES)
     """Rule of the threshold between valley and river: absolute, relative or gap."""
-    threshold: float = 0.01
+    threshold: float = real(0.01, "a finite float > 0", positive)
     """Its value."""
-    leading: int = 10
+    leading: int = whole(10, 1)
     """Sharpest directions to resolve; the valley of the hopping is those of them above the threshold."""
-    lanczos_steps: int = 60
+    lanczos_steps: int = whole(60, 1)
     """Of the spectrum's density."""
-    lanczos_vectors: int = 2
+    lanczos_vectors: int = whole(2, 1)
     """Random vectors it is averaged over."""
     exact: bool = False
     """All eigenvalues instead of a density; for models up to about 5,000 parameters."""
     double: bool = False
     """float64 instead of float32."""
-    heights: tuple[float, ...] = (0.01, 0.1, 1.0)
+    heights: tuple[float, ...] = real((0.01, 0.1, 1.0), "finite floats > 0", positive)
     """Nats that a cut through the valley rises by."""
-
-    def __post_init__(self) -> None:
-        for name in ("points", "samples", "leading", "lanczos_steps", "lanczos_vectors"):
-            if getattr(self, name) < 1:
-                raise input_error(
-                    "SurveyConfig", name, getattr(self, name), "an int >= 1", "Choose a larger one."
-                )
 
 
 def survey(

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from shift.build import build_model, build_task, find_device
-from shift.config import TrainConfig, load_config
+from shift.config import Checked, TrainConfig, load_config, whole, wholes
 from shift.model import LoopedTransformer
 from shift.run import checkpoint
+from shift.run.checkpoint import Checkpoint
 from shift.run.evaluate import autocast
+from shift.run.progress import Progress
 from shift.tasks import make_task
 from shift.tasks.base import IGNORE, Batch, Task
 from shift.tasks.full_output import FullOutputTask
 from shift_kernels.errors import input_error
+from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS
 
 RULES = {
     "as trained": "each sample runs T(n) loops, up to what training allowed",
@@ -39,21 +42,15 @@ LOOPS_BEYOND = 10
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Checked):
     """What to try."""
 
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = wholes((), 1, MAX_TOKENS)
     """Lengths n; none: eight, up to twice the longest of training. Tasks without lengths take none."""
-    max_loops: int | None = None
+    max_loops: int | None = whole(None, 1, MAX_LOOPS)
     """Most loops; default: ten more than the largest T(n), or twice training's."""
-    samples: int = 256
+    samples: int = whole(256, 1)
     """Held-out sequences of each length."""
-
-    def __post_init__(self) -> None:
-        given = [("samples", self.samples), ("max_loops", self.max_loops)]
-        for name, value in given + [("lengths", n) for n in self.lengths]:
-            if value is not None and value < 1:
-                raise input_error("SweepConfig", name, value, "an int >= 1", "Choose a larger one.")
 
 
 def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
@@ -73,16 +70,22 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
     if not (run_dir / "config.toml").is_file():
         raise input_error("sweep", "run_dir", str(run_dir), "the directory of a run", "Check the path.")
     run = load_config(run_dir / "config.toml")
-    saved, _ = checkpoint.newest_valid(run_dir / "checkpoints")
+    saved, damaged = checkpoint.newest_valid(run_dir / "checkpoints", _trained_loops)
     if saved is None:
-        raise input_error("sweep", "run_dir", str(run_dir), "a run with a checkpoint", "Train it.")
-    trained_loops = saved.state["progress"]["last_eval"]["n_loops"]
+        reasons = "; ".join(reason for _, reason in damaged)
+        remedy = f"Train it: {reasons}." if damaged else "Train it."
+        raise input_error("sweep", "run_dir", str(run_dir), "a run with a checkpoint", remedy)
+    trained_loops = _trained_loops(saved)
     tasks = _tasks(run, config.lengths)
     batches = {n: _batches(task, config.samples, run.batch_size) for n, task in tasks.items()}
     max_loops = _max_loops(config.max_loops, batches.values(), trained_loops)
     longest = max(tasks.values(), key=lambda task: task.max_seq_len)
     model = build_model(run, longest)
-    saved.restore_weights(model)
+    try:
+        saved.restore_weights(model)
+    except checkpoint.DamagedCheckpoint as error:
+        allowed = "a run whose config.toml is that of its checkpoints"
+        raise input_error("sweep", "run_dir", str(run_dir), allowed, f"Restore it: {error}.") from error
     model.to(find_device(run.device)).eval()
     return {
         "run": str(run_dir),
@@ -94,6 +97,16 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
         "max_loops": max_loops,
         "rows": [{"length": n, **_row(model, batches[n], trained_loops, max_loops, run)} for n in tasks],
     }
+
+
+def _trained_loops(saved: Checkpoint) -> int:
+    """The loops that training allowed when the run was last evaluated.
+
+    Raises:
+        DamagedCheckpoint: the state does not say.
+    """
+    with checkpoint.damage(saved.path / checkpoint.STATE):
+        return Progress.from_state(saved.state["progress"]).last_eval["n_loops"]
 
 
 def _tasks(run: TrainConfig, lengths: tuple[int, ...]) -> dict[int | None, Task]:

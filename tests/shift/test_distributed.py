@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 
 import pytest
@@ -12,9 +13,12 @@ from tiny_runs import Replaced, processes, rows, tiny
 
 from shift.build import build_task
 from shift.config import PRESETS, ModelConfig, ScheduleConfig, load_config
+from shift.run.checkpoint import digest
+from shift.run.ranks import OtherRankFailed
 from shift.run.trainer import Trainer
 from shift.tasks.base import IGNORE
 from shift.train import main
+from shift_kernels import ShiftInputError
 
 PER_RANK = 4
 TASKS = {
@@ -167,3 +171,43 @@ def test_the_command_trains_in_the_processes_of_torchrun(tmp_path):
     assert run_together(ranks) == [0, 0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["world_size"], result["steps"]) == (2, 2)
+
+
+def resume_on_rank(rank, folder, store, difference):
+    """Child process: resume the run of this rank's own disk, and say at which step, or what was wrong."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    config = CASES["demo"]
+    try:
+        if difference == "config" and rank == 1:
+            config = dataclasses.replace(config, seed=7)
+        trainer = Trainer(config, folder / str(rank), resume=True)
+        answer = [
+            trainer.progress.step,
+            digest(trainer.optimizer.state_dict()),
+            digest(trainer.model.state_dict()),
+        ]
+    except (ShiftInputError, OtherRankFailed) as error:
+        answer = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(answer))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("difference", ["step", "config", "damage on rank 0"])
+def test_ranks_resume_from_one_checkpoint_or_all_refuse(two, tmp_path, difference):
+    for rank in (0, 1):  # as on two machines, each with a disk of its own
+        shutil.copytree(two / "demo", tmp_path / str(rank))
+    if difference == "step":
+        shutil.rmtree(tmp_path / "1" / "checkpoints")
+    if difference == "damage on rank 0":
+        (tmp_path / "0" / "metrics.jsonl").write_bytes(b"")
+    arguments = (tmp_path, tmp_path / "store", difference)
+    ranks = [processes().Process(target=resume_on_rank, args=(rank, *arguments)) for rank in (0, 1)]
+    assert run_together(ranks) == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    if difference == "step":
+        assert first == second
+        assert first[0] == CASES["demo"].steps
+    else:
+        word = {"config": "'seed' = 7", "damage on rank 0": "metrics.jsonl"}[difference]
+        assert word in first
+        assert word in second

@@ -15,7 +15,7 @@ import time
 import pytest
 from tiny_runs import processes, rows, tiny
 
-from shift.config import OptimiserConfig, ScheduleConfig
+from shift.config import OptimiserConfig, ScheduleConfig, load_config
 from shift.run.trainer import Progress, Trainer, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
@@ -147,7 +147,9 @@ def test_a_damaged_newest_checkpoint_is_skipped_aloud(tmp_path):
 def test_resume_without_a_checkpoint_starts_anew(tmp_path):
     whole = Trainer(tiny(), tmp_path / "whole").fit()
     (tmp_path / "metrics.jsonl").write_text('{"of": "a run killed before its first checkpoint"}\n')
-    assert Trainer(tiny(), tmp_path, resume=True).fit()["metrics_sha256"] == whole["metrics_sha256"]
+    with pytest.warns(UserWarning, match=r"before-metrics\.jsonl"):
+        again = Trainer(tiny(), tmp_path, resume=True)
+    assert again.fit()["metrics_sha256"] == whole["metrics_sha256"]
 
 
 def test_a_run_directory_in_use_is_not_overwritten(tmp_path):
@@ -172,8 +174,9 @@ sys.stdin.read()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(ShiftInputError, match="no other process"):
-            Trainer(tiny(), tmp_path, resume=True)
+            Trainer(tiny(log_every=1), tmp_path, resume=True)
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        assert load_config(tmp_path / "config.toml") == tiny()
         process.stdin.close()
     Trainer(tiny(), tmp_path, resume=True)
 

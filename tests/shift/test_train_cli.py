@@ -2,18 +2,32 @@
 
 import dataclasses
 import errno
+import math
 import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import tomli_w
 from tiny_runs import TINY, processes, tiny
 
 from shift import compare, eval
 from shift.build import build_model, build_schedule, build_task
-from shift.config import PRESETS, TrainConfig, load_config
+from shift.config import (
+    PRESETS,
+    LandscapeConfig,
+    ModelConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TrainConfig,
+    load_config,
+)
 from shift.landscape import cli as landscape
+from shift.landscape.survey import SurveyConfig
+from shift.length.sweep import SweepConfig
+from shift.reading import tomllib
 from shift.run import checkpoint
 from shift.run.checkpoint import checkpoints
 from shift.train import INTERRUPTED, main, parse
@@ -98,6 +112,83 @@ def test_a_mistake_in_a_file_is_named_with_what_is_allowed(tmp_path, text, argum
 def test_a_value_that_cannot_be_is_refused(changes, argument):
     with pytest.raises(ShiftInputError, match=f"'{argument}'"):
         TrainConfig.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (TrainConfig, "steps", "5"),
+        (TrainConfig, "steps", True),
+        (TrainConfig, "steps", None),
+        (TrainConfig, "steps", 10**400),
+        (TrainConfig, "seed", -1),
+        (TrainConfig, "seed", 2**64),
+        (TrainConfig, "batch_size", np.float64(2)),
+        (TrainConfig, "device", "meta"),
+        (TrainConfig, "device", "mps"),
+        (TrainConfig, "device", "cuda:-1"),
+        (TrainConfig, "precision", None),
+        (TrainConfig, "backend", 3),
+        (TrainConfig, "n_grad_loops", 2**70),
+        (TrainConfig, "model", None),
+        (TaskConfig, "seed", 1.0),
+        (TaskConfig, "options", None),
+        (TaskConfig, "options", {1: 2}),
+        (TaskConfig, "options", {"a": [[1]]}),
+        (ModelConfig, "d_model", 2**70),
+        (ModelConfig, "d_model", 62),  # no multiple of n_heads
+        (ModelConfig, "n_loops", 2**31),
+        (ModelConfig, "norm", "batchnorm"),
+        (ModelConfig, "loop_norm", 1),
+        (OptimiserConfig, "lr", math.inf),
+        (OptimiserConfig, "lr", math.nan),
+        (OptimiserConfig, "lr", 10**400),
+        (OptimiserConfig, "betas", None),
+        (OptimiserConfig, "betas", (0.9, "0.99")),
+        (OptimiserConfig, "betas", (0.9, math.nan)),
+        (OptimiserConfig, "weight_decay", True),
+        (ScheduleConfig, "kind", 1),
+        (LandscapeConfig, "burst", 0),
+        (SweepConfig, "lengths", (2, 0)),
+        (SweepConfig, "max_loops", 1.5),
+        (SurveyConfig, "heights", (0.1, -1.0)),
+        (SurveyConfig, "rule", "widest"),
+    ],
+)
+def test_every_field_of_a_config_is_checked_by_type_and_range(config, name, value):
+    with pytest.raises(ShiftInputError, match=r"argument '.*is not supported; allowed: "):
+        config(**{name: value})
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = TrainConfig(
+        steps=np.int64(5),
+        optimiser=OptimiserConfig(lr=np.float32(0.5), betas=[0, np.float64(0.5)]),
+        task=TaskConfig(options={"a": np.int32(1), "b": (1, np.bool_(True))}),
+    )
+    found = [config.steps, config.optimiser.lr, *config.optimiser.betas, *config.task.options["b"]]
+    assert [(value, type(value)) for value in found] == [
+        (5, int), (0.5, float), (0.0, float), (0.5, float), (1, int), (True, bool)
+    ]  # fmt: skip
+    assert tomllib.loads(tomli_w.dumps(config.to_dict()))["task"]["options"] == {"a": 1, "b": [1, True]}
+
+
+def test_flags_are_checked_as_fields_are(tmp_path, capsys):
+    for flag, value in (("--optimiser.lr", "inf"), ("--seed", "-1"), ("--device", "meta")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--run-dir", str(tmp_path / "run"), flag, value])
+        assert f"'{flag.removeprefix('--')}' = " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "code"), [("utf-8-sig", 0), ("utf-8", 0), ("utf-16", 2), ("latin-1", 2)]
+)
+def test_a_config_is_utf_8_with_or_without_a_mark(tmp_path, encoding, code, capsys):
+    path = tmp_path / "some.toml"
+    path.write_text("# Größe\n" + tomli_w.dumps(tiny(steps=1).to_dict()), encoding=encoding)
+    assert main(["--run-dir", str(tmp_path / "run"), "--config", str(path)]) == code
+    assert code == 0 or "save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

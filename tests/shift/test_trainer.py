@@ -1,18 +1,23 @@
 """The training loop: what it computes, what it writes down, and what it does when numbers go bad."""
 
 import dataclasses
+import functools
 import json
+import math
+import re
 
 import pytest
 import torch
 from tiny_runs import Replaced, rows, tiny
 
-from shift.config import OptimiserConfig, ScheduleConfig, TaskConfig
+from shift.config import ModelConfig, OptimiserConfig, ScheduleConfig, TaskConfig
 from shift.flops import train_step_flops
 from shift.run.checkpoint import digest
+from shift.run.diagnosis import NOTHING, first_not_finite
 from shift.run.evaluate import evaluate
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.trainer import Trainer, TrainingDiverged
+from shift.tasks import make_task
 from shift.tasks.base import IGNORE
 
 # --- what it writes ---------------------------------------------------------------------------------------
@@ -244,6 +249,43 @@ def test_five_bad_steps_stop_the_run_whenever_they_are_noticed(tmp_path):
     poison(trainer, set(range(2, 7)), "loss")
     with pytest.raises(TrainingDiverged, match="5 steps up to 7"):
         trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("block.layers.1.linear1.weight", "the MLP of layer 1 of 2, loop 1"),
+        ("block.layers.0.self_attn.out_proj.weight", "the attention of layer 0 of 2, loop 1"),
+        ("head.weight", "the logits"),
+    ],
+)
+def test_a_diverged_run_names_the_first_bad_tensor_and_how_to_make_its_batch(tmp_path, name, what):
+    model = ModelConfig(n_loops=3, d_model=16, n_heads=2, d_ff=32, n_layers=2, activation="relu")
+    config = tiny(eval_every=0, checkpoint_every=0, model=model, schedule=ScheduleConfig("constant"))
+    trainer = Trainer(config, tmp_path)
+    parameter = dict(trainer.model.named_parameters())[name]
+    parameter.data.copy_(torch.where(torch.arange(16) % 2 == 0, 3e38, -3e38))  # finite, but not their sums
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.fit()
+    assert "First not finite: activation" in str(error.value)
+    assert what in str(error.value)
+    call = re.search(r"make_task\(.*\)\.batch\(.*?\)", str(error.value))[0]
+    again = eval(call, {"make_task": make_task})
+    assert torch.equal(again.tokens, trainer.task.batch(8, 4).tokens)
+
+
+def test_a_diverged_run_names_a_weight_or_a_later_loop(tmp_path):
+    trainer = Trainer(tiny(), tmp_path)
+    batch = trainer.task.batch(8, 0)
+    look = functools.partial(first_not_finite, trainer.model, batch, 3, trainer.config)
+    assert look() == NOTHING
+    parameters = dict(trainer.model.named_parameters())
+    with torch.no_grad():
+        parameters["block.layers.0.linear2.bias"].fill_(3e38)
+    assert "attention of layer 0 of 1, loop 2" in look()  # h_1 is finite; h_1 + e is normalised by infinity
+    with torch.no_grad():
+        trainer.model.head.bias[1] = math.nan
+    assert look() == "weight head.bias"
 
 
 def test_an_evaluation_that_is_not_finite_is_written_as_such(tmp_path):
