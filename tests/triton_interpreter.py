@@ -96,7 +96,7 @@ def watch_addresses() -> None:
     def _init_args_hst(self, args_dev, kwargs):
         nonlocal extents
         args, kwargs = prepare(self, args_dev, kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]  # tuples hold none
         found = sorted({extent(x) for x in tensors})
         extents = np.array(found, np.uint64).reshape(-1, 2)
         return args, kwargs

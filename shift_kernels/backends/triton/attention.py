@@ -6,9 +6,10 @@ Fuses scores, mask, softmax and the weighted sum; one pass over the keys with a 
     dp_ij = do_i . v_j,  delta_i = do_i . o_i,    ds_ij = p_ij (dp_ij - delta_i)
     dq_i = sum_j ds_ij k_j / sqrt(head_dim)
     dk_j = sum_i ds_ij q_i / sqrt(head_dim),      dv_j = sum_i p_ij do_i
-Memory: kept for the backward are o and L (4 bytes a row and head). On chip a program holds the tile it
-    owns and its fp32 accumulators [rows, head_dim] in registers; tiles of the other side pass through
-    shared memory, (block_m + 2 stages block_n) head_dim itemsize bytes.
+Memory: kept for the backward are o, in fp32 (delta from a rounded o would be off by that rounding times all
+    of do, which ds, where softmax is nearly one-hot, must not be), and L (4 bytes a row and head). On chip a
+    program holds the tile it owns and its fp32 accumulators [rows, head_dim] in registers; tiles of the other
+    side pass through shared memory, (block_m + 2 stages block_n) head_dim itemsize bytes.
 Grid: one program for each (batch, head, block of rows), flat, so that no axis meets CUDA's limit of 65,535.
     dq has its own kernel (a program owns queries, and writes delta); dk and dv another (a program owns keys
     and walks all query heads of its group): no atomics, so the same inputs give the same bits.
@@ -17,19 +18,18 @@ Grid: one program for each (batch, head, block of rows), flat, so that no axis m
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shift_kernels.backends.device import matmul_precision, on_device_of
 from shift_kernels.call import AttentionProblem
-from shift_kernels.errors import input_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
-LOG2E = tl.constexpr(1.4426950408889634)  # the hardware has exp2, not exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,173 +63,208 @@ def _padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))  # tl.dot wants powers of two, at least 16
 
 
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Compile-time facts of one kernel: sizes, and the tile of queries (m) and keys (n)."""
+
+    head_dim: int
+    causal: bool
+    block_m: int
+    block_n: int
+    precision: str
+
+    @property
+    def block_d(self) -> int:
+        """head_dim, padded."""
+        return _padded(self.head_dim)
+
+    @property
+    def factor(self) -> float:
+        """Factor on q k^T: 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5
+
+    @property
+    def scale(self) -> float:
+        """The same in base 2: the hardware has exp2, not exp."""
+        return self.factor * math.log2(math.e)
+
+
 @triton.jit
-def _load(base, rows, row_stride, cols, col_stride, n_rows, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of a [seq_len, HEAD_DIM] matrix; what lies beyond n_rows or HEAD_DIM is 0 and never read."""
-    at = base + rows[:, None].to(tl.int64) * row_stride + cols[None, :].to(tl.int64) * col_stride
+def _of(base, strides, b, h):
+    """One head's [seq_len, head_dim] matrix of a [batch, heads, seq_len, head_dim] tensor."""
+    return base + b * strides[0] + h * strides[1]
+
+
+@triton.jit
+def _at(base, strides, rows, S: tl.constexpr):
+    """Addresses of rows of a head's matrix: [rows, block_d]."""
+    cols = tl.arange(0, S.block_d)
+    return base + rows[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[3]
+
+
+@triton.jit
+def _load(base, strides, rows, n_rows, MASK_ROWS: tl.constexpr, S: tl.constexpr):
+    """Rows of a head's matrix: [rows, block_d]; what lies beyond n_rows or head_dim is 0 and never read."""
+    at, cols = _at(base, strides, rows, S), tl.arange(0, S.block_d)
     # One return: the compiler goes on behind a return inside an if, as the interpreter does not.
     if MASK_ROWS:
-        x = tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < HEAD_DIM), other=0.0)
-    elif cols.shape[0] != HEAD_DIM:
-        x = tl.load(at, mask=cols[None, :] < HEAD_DIM, other=0.0)
+        x = tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < S.head_dim), other=0.0)
+    elif S.block_d != S.head_dim:
+        x = tl.load(at, mask=cols[None, :] < S.head_dim, other=0.0)
     else:
         x = tl.load(at)
     return x
 
 
 @triton.jit
-def _store(base, x, rows, row_stride, cols, col_stride, seq_len, length, HEAD_DIM: tl.constexpr):
+def _store(base, strides, x, rows, seq_len, length, S: tl.constexpr):
     """All rows of the matrix are written, those of the pads as 0."""
-    at = base + rows[:, None].to(tl.int64) * row_stride + cols[None, :].to(tl.int64) * col_stride
-    x = tl.where(rows[:, None] < length, x, 0.0)
-    tl.store(at, x.to(base.dtype.element_ty), mask=(rows[:, None] < seq_len) & (cols[None, :] < HEAD_DIM))
+    x = tl.where(rows[:, None] < length, x, 0.0).to(base.dtype.element_ty)
+    mask = (rows[:, None] < seq_len) & (tl.arange(0, S.block_d)[None, :] < S.head_dim)
+    tl.store(_at(base, strides, rows, S), x, mask=mask)
 
 
 @triton.jit
-def _length(lens, b, seq_len):
+def _length(LENS, b, seq_len):
+    """How many of a sample's positions are tokens."""
     length = seq_len
-    if lens is not None:
-        length = tl.minimum(tl.maximum(tl.load(lens + b), 0), seq_len).to(tl.int32)
+    if LENS is not None:
+        length = tl.minimum(tl.maximum(tl.load(LENS + b), 0), seq_len).to(tl.int32)
     return length
 
 
 @triton.jit
-def _forward(
-    Q, K, V, O, L, lens, seq_len, n_heads, group, scale,
-    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, od,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n_blocks = tl.cdiv(seq_len, BLOCK_M)
+def _queries(seq_len, n_heads, S: tl.constexpr):
+    """Sample, head and first row of a program that owns queries. The last rows, with most keys, start first."""
+    n_blocks = tl.cdiv(seq_len, S.block_m)
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
-    b, h = bh // n_heads, bh % n_heads
-    # The last rows see the most keys: start them first.
-    m0 = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    rows, cols = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    length = _length(lens, b, seq_len)
-    k_base = K + b * kb + (h // group) * kh
-    v_base = V + b * vb + (h // group) * vh
-    q = _load(Q + b * qb + h * qh, rows, qn, cols, qd, length, True, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.minimum(length, m0 + BLOCK_M) if CAUSAL else length
+    return bh // n_heads, bh % n_heads, (n_blocks - 1 - tl.program_id(0) % n_blocks) * S.block_m
+
+
+@triton.jit
+def _keys_seen(m0, length, S: tl.constexpr):
+    """Up to where no block of the keys that queries from m0 on see needs a mask, and where those keys end."""
+    end = tl.minimum(length, m0 + S.block_m) if S.causal else length
     end = tl.where(m0 < length, end, 0)
-    full = (tl.minimum(end, m0) if CAUSAL else end) // BLOCK_N * BLOCK_N
+    full = (tl.minimum(end, m0) if S.causal else end) // S.block_n * S.block_n
+    return full, end
+
+
+@triton.jit
+def _scores(q, k, rows, keys, length, MASK: tl.constexpr, S: tl.constexpr):
+    """Scores of queries (first) and keys (second) in base 2, -inf where masked: [block_m, block_n] f32."""
+    s = tl.dot(q, tl.trans(k), input_precision=S.precision) * S.scale
+    if MASK:
+        seen = keys[None, :] < length
+        if S.causal:
+            seen = seen & (keys[None, :] <= rows[:, None])
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _forward(Q, K, V, O, EXACT, L, LENS, strides, seq_len, n_heads, group, S: tl.constexpr):
+    """o and L of one program's queries. EXACT: None, or where o goes in fp32, too, contiguous."""
+    b, h, m0 = _queries(seq_len, n_heads, S)
+    rows = m0 + tl.arange(0, S.block_m)
+    length = _length(LENS, b, seq_len)
+    q = _load(_of(Q, strides[0], b, h), strides[0], rows, length, True, S)  # [block_m, block_d]
+    k_base, v_base = _of(K, strides[1], b, h // group), _of(V, strides[2], b, h // group)
+    acc = tl.zeros(q.shape, tl.float32)
+    top = tl.full(rows.shape, float("-inf"), tl.float32)
+    total = tl.zeros(rows.shape, tl.float32)
+    full, end = _keys_seen(m0, length, S)
     for part in tl.static_range(2):  # first the blocks that need no mask, then the others
-        for n0 in range(0 if part == 0 else full, full if part == 0 else end, BLOCK_N):
-            keys = n0 + tl.arange(0, BLOCK_N)
-            k = _load(k_base, keys, kn, cols, kd, length, part == 1, HEAD_DIM)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            if part == 1:
-                seen = keys[None, :] < length
-                if CAUSAL:
-                    seen = seen & (keys[None, :] <= rows[:, None])
-                s = tl.where(seen, s, float("-inf"))
+        for n0 in range(0 if part == 0 else full, full if part == 0 else end, S.block_n):
+            keys = n0 + tl.arange(0, S.block_n)
+            k = _load(k_base, strides[1], keys, length, part == 1, S)
+            s = _scores(q, k, rows, keys, length, part == 1, S)
             # A maximum may miss a NaN. Its own term, and so the total, does not.
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # all scores so far have overflowed
             p = tl.exp2(s - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
-            v = _load(v_base, keys, vn, cols, vd, length, part == 1, HEAD_DIM)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            v = _load(v_base, strides[2], keys, length, part == 1, S)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=S.precision)
             top = new_top
-    token = rows < length  # pads see nothing; a token that does has only scores of -inf, and gets NaN
-    o = acc / tl.where(token, total, 1.0)[:, None]
-    _store(O + b * ob + h * oh, o, rows, on, cols, od, seq_len, length, HEAD_DIM)
-    lse = tl.where(token, top, 0.0) + tl.log2(tl.where(token, total, 1.0))
-    tl.store(L + bh * seq_len + rows, lse, mask=rows < seq_len)
+    token = rows < length  # pads see nothing; a token that sees only scores of -inf gets NaN
+    total = tl.where(token, total, 1.0)
+    o = acc / total[:, None]
+    lse = tl.where(token, top, 0.0) + tl.log2(total)
+    row_base = (b * n_heads + h) * seq_len
+    _store(_of(O, strides[3], b, h), strides[3], o, rows, seq_len, length, S)
+    if EXACT is not None:
+        _store(EXACT + row_base * S.head_dim, (0, 0, S.head_dim, 1), o, rows, seq_len, length, S)
+    tl.store(L + row_base + rows, lse, mask=rows < seq_len)
 
 
 @triton.jit
-def _backward_dq(
-    Q, K, V, O, DO, L, DELTA, DQ, lens, seq_len, n_heads, group, scale,
-    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, od,
-    gb, gh, gn, gd, dqb, dqh, dqn, dqd,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n_blocks = tl.cdiv(seq_len, BLOCK_M)
-    bh = (tl.program_id(0) // n_blocks).to(tl.int64)
-    b, h = bh // n_heads, bh % n_heads
-    m0 = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    rows, cols = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    length = _length(lens, b, seq_len)
-    k_base = K + b * kb + (h // group) * kh
-    v_base = V + b * vb + (h // group) * vh
-    q = _load(Q + b * qb + h * qh, rows, qn, cols, qd, length, True, HEAD_DIM)
-    do = _load(DO + b * gb + h * gh, rows, gn, cols, gd, length, True, HEAD_DIM)
-    o = _load(O + b * ob + h * oh, rows, on, cols, od, length, True, HEAD_DIM)
+def _backward_dq(Q, K, V, O, DO, L, DELTA, DQ, LENS, strides, seq_len, n_heads, group, S: tl.constexpr):
+    """dq and delta of one program's queries."""
+    b, h, m0 = _queries(seq_len, n_heads, S)
+    rows = m0 + tl.arange(0, S.block_m)
+    length = _length(LENS, b, seq_len)
+    q = _load(_of(Q, strides[0], b, h), strides[0], rows, length, True, S)
+    o = _load(_of(O, strides[3], b, h), strides[3], rows, length, True, S)
+    do = _load(_of(DO, strides[4], b, h), strides[4], rows, length, True, S)
+    k_base, v_base = _of(K, strides[1], b, h // group), _of(V, strides[2], b, h // group)
+    row_base = (b * n_heads + h) * seq_len
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + bh * seq_len + rows, delta, mask=rows < seq_len)
-    lse = tl.load(L + bh * seq_len + rows, mask=rows < length, other=0.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    end = tl.minimum(length, m0 + BLOCK_M) if CAUSAL else length
-    end = tl.where(m0 < length, end, 0)
-    full = (tl.minimum(end, m0) if CAUSAL else end) // BLOCK_N * BLOCK_N
+    tl.store(DELTA + row_base + rows, delta, mask=rows < seq_len)
+    lse = tl.load(L + row_base + rows, mask=rows < length, other=0.0)
+    dq = tl.zeros(q.shape, tl.float32)
+    full, end = _keys_seen(m0, length, S)
     for part in tl.static_range(2):
-        for n0 in range(0 if part == 0 else full, full if part == 0 else end, BLOCK_N):
-            keys = n0 + tl.arange(0, BLOCK_N)
-            k = _load(k_base, keys, kn, cols, kd, length, part == 1, HEAD_DIM)
-            v = _load(v_base, keys, vn, cols, vd, length, part == 1, HEAD_DIM)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            if part == 1:
-                seen = keys[None, :] < length
-                if CAUSAL:
-                    seen = seen & (keys[None, :] <= rows[:, None])
-                s = tl.where(seen, s, float("-inf"))
-            p = tl.exp2(s - lse[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        for n0 in range(0 if part == 0 else full, full if part == 0 else end, S.block_n):
+            keys = n0 + tl.arange(0, S.block_n)
+            k = _load(k_base, strides[1], keys, length, part == 1, S)
+            v = _load(v_base, strides[2], keys, length, part == 1, S)
+            p = tl.exp2(_scores(q, k, rows, keys, length, part == 1, S) - lse[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=S.precision)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    _store(DQ + b * dqb + h * dqh, dq * scale, rows, dqn, cols, dqd, seq_len, length, HEAD_DIM)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=S.precision)
+    _store(_of(DQ, strides[5], b, h), strides[5], dq * S.factor, rows, seq_len, length, S)
 
 
 @triton.jit
-def _backward_dkv(
-    Q, K, V, DO, L, DELTA, DK, DV, lens, seq_len, n_heads, group, scale,
-    qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, gb, gh, gn, gd,
-    dkb, dkh, dkn, dkd, dvb, dvh, dvn, dvd,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n_blocks = tl.cdiv(seq_len, BLOCK_N)
+def _backward_dkv(Q, K, V, DO, L, DELTA, DK, DV, LENS, strides, seq_len, n_heads, group, S: tl.constexpr):
+    """dk and dv of one program's keys: the sum over all query heads of their group."""
+    n_blocks = tl.cdiv(seq_len, S.block_n)
     n_kv_heads = n_heads // group
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     b, kv_head = bh // n_kv_heads, bh % n_kv_heads
-    n0 = (tl.program_id(0) % n_blocks) * BLOCK_N
-    keys, cols = n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    length = _length(lens, b, seq_len)
-    k = _load(K + b * kb + kv_head * kh, keys, kn, cols, kd, length, True, HEAD_DIM)
-    v = _load(V + b * vb + kv_head * vh, keys, vn, cols, vd, length, True, HEAD_DIM)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    start = n0 // BLOCK_M * BLOCK_M if CAUSAL else 0
+    n0 = (tl.program_id(0) % n_blocks) * S.block_n
+    keys = n0 + tl.arange(0, S.block_n)
+    length = _length(LENS, b, seq_len)
+    k = _load(_of(K, strides[1], b, kv_head), strides[1], keys, length, True, S)
+    v = _load(_of(V, strides[2], b, kv_head), strides[2], keys, length, True, S)
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(k.shape, tl.float32)
+    start = n0 // S.block_m * S.block_m if S.causal else 0
     start = tl.where(n0 < length, start, length)
     for head in range(group):
         h = kv_head * group + head
-        q_base = Q + b * qb + h * qh
-        do_base = DO + b * gb + h * gh
+        q_base, do_base = _of(Q, strides[0], b, h), _of(DO, strides[3], b, h)
         row_base = (b * n_heads + h) * seq_len
-        for m0 in range(start, length, BLOCK_M):
-            rows = m0 + tl.arange(0, BLOCK_M)
-            q = _load(q_base, rows, qn, cols, qd, length, True, HEAD_DIM)
-            do = _load(do_base, rows, gn, cols, gd, length, True, HEAD_DIM)
+        for m0 in range(start, length, S.block_m):
+            rows = m0 + tl.arange(0, S.block_m)
+            q = _load(q_base, strides[0], rows, length, True, S)
+            do = _load(do_base, strides[3], rows, length, True, S)
             lse = tl.load(L + row_base + rows, mask=rows < length, other=0.0)
             delta = tl.load(DELTA + row_base + rows, mask=rows < length, other=0.0)
-            # Transposed, [BLOCK_N, BLOCK_M]: p and ds are then left operands, as they lie in registers.
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+            # Transposed, [block_n, block_m]: p and ds are then left operands, as they lie in registers.
+            s = tl.dot(k, tl.trans(q), input_precision=S.precision) * S.scale
             seen = (keys[:, None] < length) & (rows[None, :] < length)
-            if CAUSAL:
+            if S.causal:
                 seen = seen & (keys[:, None] <= rows[None, :])
             p = tl.exp2(tl.where(seen, s - lse[None, :], float("-inf")))
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=S.precision)
+            dp = tl.dot(v, tl.trans(do), input_precision=S.precision)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    _store(DK + b * dkb + kv_head * dkh, dk * scale, keys, dkn, cols, dkd, seq_len, length, HEAD_DIM)
-    _store(DV + b * dvb + kv_head * dvh, dv, keys, dvn, cols, dvd, seq_len, length, HEAD_DIM)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=S.precision)
+    _store(_of(DK, strides[4], b, kv_head), strides[4], dk * S.factor, keys, seq_len, length, S)
+    _store(_of(DV, strides[5], b, kv_head), strides[5], dv, keys, seq_len, length, S)
 
 
 def unserved(problem: AttentionProblem) -> str | None:
@@ -241,8 +276,19 @@ def unserved(problem: AttentionProblem) -> str | None:
     return None
 
 
+def needs_exact(q: Tensor) -> bool:
+    """Whether o in q's dtype is too coarse for the backward."""
+    return q.itemsize < 4
+
+
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, seq_lens: Tensor | None, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    seq_lens: Tensor | None,
+    out: Tensor | None = None,
+    exact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o like q, and L in base 2, float32 [batch, n_heads, seq_len].
 
@@ -252,16 +298,17 @@ def attention_forward(
         causal: position i sees positions <= i.
         seq_lens: int [batch] on q's device; what lies beyond is never read.
         out: where o goes, any strides; default a new contiguous tensor.
+        exact: where o goes in float32, too, contiguous: for the backward, where :func:`needs_exact`.
     """
-    batch, n_heads, seq_len, head_dim = q.shape
+    batch, n_heads, seq_len, _ = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, n_heads, seq_len, dtype=torch.float32, device=q.device)
-    c = configs(seq_len, head_dim, q.itemsize)[0]
-    _forward[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
-        q, k, v, o, lse, seq_lens, seq_len, n_heads, n_heads // k.shape[1], head_dim**-0.5,
-        *q.stride(), *k.stride(), *v.stride(), *o.stride(),
-        **_constants(head_dim, causal), BLOCK_M=c.own, BLOCK_N=c.walk, num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
+    c = configs(seq_len, q.shape[-1], q.itemsize)[0]
+    with on_device_of(q):
+        _forward[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
+            q, k, v, o, exact, lse, seq_lens, _strides(q, k, v, o), seq_len, n_heads, n_heads // k.shape[1],
+            _tile(q, causal, c.own, c.walk), num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
     return o, lse
 
 
@@ -276,87 +323,27 @@ def attention_backward(
     seq_lens: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv for :func:`attention_forward`; ``out`` says where they go (any strides)."""
+    """dq, dk, dv for :func:`attention_forward`, o as it was kept; ``out``: where they go, any strides."""
     batch, n_heads, seq_len, head_dim = q.shape
     dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    group = n_heads // k.shape[1]
+    sizes = seq_len, n_heads, n_heads // k.shape[1]
     _, c, d = configs(seq_len, head_dim, q.itemsize)
-    constants = _constants(head_dim, causal)
-    _backward_dq[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
-        q, k, v, o, grad_o, lse, delta, dq, seq_lens, seq_len, n_heads, group, head_dim**-0.5,
-        *q.stride(), *k.stride(), *v.stride(), *o.stride(), *grad_o.stride(), *dq.stride(),
-        **constants, BLOCK_M=c.own, BLOCK_N=c.walk, num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
-    _backward_dkv[(triton.cdiv(seq_len, d.own) * batch * k.shape[1],)](
-        q, k, v, grad_o, lse, delta, dk, dv, seq_lens, seq_len, n_heads, group, head_dim**-0.5,
-        *q.stride(), *k.stride(), *v.stride(), *grad_o.stride(), *dk.stride(), *dv.stride(),
-        **constants, BLOCK_M=d.walk, BLOCK_N=d.own, num_warps=d.warps, num_stages=d.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        _backward_dq[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
+            q, k, v, o, grad_o, lse, delta, dq, seq_lens, _strides(q, k, v, o, grad_o, dq), *sizes,
+            _tile(q, causal, c.own, c.walk), num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        _backward_dkv[(triton.cdiv(seq_len, d.own) * batch * k.shape[1],)](
+            q, k, v, grad_o, lse, delta, dk, dv, seq_lens, _strides(q, k, v, grad_o, dk, dv), *sizes,
+            _tile(q, causal, d.walk, d.own), num_warps=d.warps, num_stages=d.stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 
-def _constants(head_dim: int, causal: bool) -> dict[str, Any]:
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return dict(
-        HEAD_DIM=head_dim, CAUSAL=causal, BLOCK_D=_padded(head_dim), PRECISION="ieee" if exact else "tf32"
-    )
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(x.stride()) for x in tensors)
 
 
-_LIB = torch.library.Library("shift_kernels", "FRAGMENT")
-_LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? seq_lens) -> (Tensor o, Tensor lse)"
-)
-_LIB.define(
-    "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, "
-    "Tensor? seq_lens) -> (Tensor, Tensor, Tensor)"
-)
-torch.library.impl(_LIB, "attention", "CompositeExplicitAutograd")(attention_forward)
-torch.library.impl(_LIB, "attention_backward", "CompositeExplicitAutograd")(attention_backward)
-
-
-@torch.library.register_fake("shift_kernels::attention", lib=_LIB)
-def _forward_fake(q, k, v, causal, seq_lens):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake("shift_kernels::attention_backward", lib=_LIB)
-def _backward_fake(grad_o, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.causal, seq_lens = inputs
-    ctx.save_for_backward(q, k, v, *output, seq_lens)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad_o, grad_lse):
-    q, k, v, o, lse, seq_lens = ctx.saved_tensors
-    grads = torch.ops.shift_kernels.attention_backward(grad_o, q, k, v, o, lse, ctx.causal, seq_lens)
-    return *grads, None, None
-
-
-torch.library.register_autograd("shift_kernels::attention", _autograd, setup_context=_setup_context, lib=_LIB)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise input_error(
-        "shift_kernels.attention",
-        "q, k, v",
-        "differentiated twice",
-        "one derivative",
-        "Use torch.nn.functional.scaled_dot_product_attention with the MATH backend.",
-    )
-
-
-torch.library.register_autograd(
-    "shift_kernels::attention_backward", _no_second_derivative, setup_context=lambda *_, **__: None, lib=_LIB
-)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, seq_lens: Tensor | None) -> Tensor:
-    """As :func:`shift_kernels.attention`, whose checks came before."""
-    if seq_lens is not None:
-        seq_lens = seq_lens.to(q.device)
-    return torch.ops.shift_kernels.attention(q, k, v, causal, seq_lens)[0]
+def _tile(q: Tensor, causal: bool, block_m: int, block_n: int) -> Tile:
+    return Tile(q.shape[-1], causal, block_m, block_n, matmul_precision())

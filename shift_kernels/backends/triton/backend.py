@@ -6,7 +6,6 @@ Triton itself is imported when a kernel first runs, not with the package.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
+from shift_kernels.backends.device import matmul_precision, on_device_of
 from shift_kernels.backends.triton import resident_plan
 from shift_kernels.call import AttentionProblem, CallOptions, Problem, without_pads
 from shift_kernels.spec import BlockSpec
@@ -112,20 +112,10 @@ def _tile(e: Tensor, spec: BlockSpec, options: CallOptions, *, grad: bool) -> re
         itemsize=options.compute_dtype.itemsize,
         # Sequences that end at different times share no program.
         pack=not isinstance(options.n_loops, Tensor) and options.halt_threshold is None,
-        precision=_precision(),
+        precision=matmul_precision(),
         grad=grad,
         capability=_capability(e.device),
     )
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _precision() -> str:
-    """fp32 matmuls follow torch's own switch."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _lengths(seq_lens: Tensor | None, unused: Tensor) -> Tensor:
@@ -182,7 +172,7 @@ class TritonBackend:
         if _too_large(spec, e.shape[1], options.compute_dtype, for_backward, e.device):
             from shift_kernels.backends.triton import streamed as layer
 
-            with _on(e):
+            with on_device_of(e):
                 return layer.forward(e, weights, spec, options, for_backward)
         from shift_kernels.backends.triton.packing import pack
         from shift_kernels.backends.triton.resident_forward import resident_forward
@@ -199,7 +189,7 @@ class TritonBackend:
         h = e.new_empty((most, *e.shape) if options.return_all_loops else e.shape)
         saved = self.saved_like(e, spec, most, options.compute_dtype) if for_backward else []
         packed = pack(weights, spec, tile, seq_len, options.compute_dtype)
-        with _on(e):
+        with on_device_of(e):
             resident_forward[(tile.programs(batch, seq_len),)](
                 e.contiguous(),
                 *packed,
@@ -236,7 +226,7 @@ class TritonBackend:
         if _too_large(spec, e.shape[1], options.compute_dtype, True, e.device):
             from shift_kernels.backends.triton import streamed as layer
 
-            with _on(e):
+            with on_device_of(e):
                 return layer.backward(grad_h, e, weights, spec, options, saved)
         from shift_kernels.backends.triton.packing import pack, unpack
         from shift_kernels.backends.triton.resident_backward import resident_backward
@@ -261,7 +251,7 @@ class TritonBackend:
         for high in range(most, end, -step):
             low = max(high - step, end)
             operands = grads.operands((high - low) * batch * seq_len, untouched=own_loops is not None)
-            with _on(e):
+            with on_device_of(e):
                 resident_backward[(programs,)](
                     states,
                     grad_h.contiguous(),
@@ -318,9 +308,9 @@ class TritonAttention:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, seq_lens: Tensor | None) -> Tensor:
         """As :func:`shift_kernels.attention`, whose checks came before."""
-        from shift_kernels.backends.triton import attention
+        from shift_kernels.backends.triton import attention_op
 
-        return attention.attention(q, k, v, causal=causal, seq_lens=seq_lens)
+        return attention_op.attention(q, k, v, causal=causal, seq_lens=seq_lens)
 
 
 TRITON_ATTENTION = TritonAttention()

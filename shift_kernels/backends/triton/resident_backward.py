@@ -249,7 +249,7 @@ def resident_backward(
 
     last = n_loops
     if own_loops:
-        last = tl.minimum(tl.load(LOOPS + pid).to(tl.int32), n_loops)
+        last = tl.minimum(tl.load(LOOPS + pid), n_loops).to(tl.int32)
     first = tl.maximum(last - n_grad_loops, 0)  # loops first + 1 .. last carry gradient
     dh = tl.load(tile_of(DH, row, S), mask=valid, other=0.0)
     for back in range(high - low):

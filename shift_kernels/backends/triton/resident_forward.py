@@ -278,7 +278,7 @@ def resident_forward(
         h = tl.load(tile_of(E, row, S), mask=valid, other=0.0).to(tl.float32)
     most = n_loops
     if own_loops:
-        most = tl.minimum(tl.load(LOOPS + pid).to(tl.int32), n_loops)
+        most = tl.minimum(tl.load(LOOPS + pid), n_loops).to(tl.int32)
     t = 0
     running = most > 0
     while running:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
-from shift_kernels.backends.triton.attention import attention_backward, attention_forward
+from shift_kernels.backends.triton.attention import attention_backward, attention_forward, needs_exact
 from shift_kernels.call import CallOptions
 from shift_kernels.halting import has_settled
 from shift_kernels.rotary import rotary_table
@@ -174,9 +174,12 @@ class Body:
         qkv = torch.nn.functional.linear(y, weight, bias)
         self._rotate(qkv, inverse=False)
         o = alloc(out, len(y), s.n_heads * s.head_dim)
-        _, lse = attention_forward(*self._heads(qkv), s.causal, seq_lens, out=self._per_head(o))
+        q, k_, v = self._heads(qkv)
+        # For a backward o is kept as exact as its kernel wants it: [batch, n_heads, seq_len, head_dim].
+        exact = torch.empty(q.shape, device=q.device) if tape is not None and needs_exact(q) else None
+        _, lse = attention_forward(q, k_, v, s.causal, seq_lens, out=self._per_head(o), exact=exact)
         if tape is not None:
-            tape.attention.append((qkv, o, lse))
+            tape.attention.append((qkv, self._per_head(o) if exact is None else exact, lse))
         return o
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,9 +253,7 @@ class Body:
         else:
             qkv, o, lse = tape.attention.pop()
             q, k_, v = self._heads(qkv)
-            attention_backward(
-                self._per_head(dleft), q, k_, v, self._per_head(o), lse, s.causal, seq_lens, self._heads(dout)
-            )
+            attention_backward(self._per_head(dleft), q, k_, v, o, lse, s.causal, seq_lens, self._heads(dout))
             self._rotate(dout, inverse=True)
         return dout @ w[weight]
 
