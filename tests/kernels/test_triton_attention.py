@@ -216,4 +216,4 @@ def test_scores_beyond_float16_are_as_exact_as_small_ones(dtype, logit):
     """
     size = logit**0.5
     q, k, v = (s * x for s, x in zip((size, size, 1), tensors(2, 2, 2, 9, 64), strict=True))
-    check([x.to(dtype) for x in (q, k, v)], causal=True, floor=torch.finfo(dtype).eps / 100 * size)
+    check([x.to(dtype) for x in (q, k, v)], causal=True, floor=torch.finfo(dtype).eps / 20 * size)

@@ -135,7 +135,7 @@ def _length(LENS, b, seq_len):
 
 @triton.jit
 def _queries(seq_len, n_heads, S: tl.constexpr):
-    """Sample, head and first row of a program that owns queries. The last rows, with most keys, start first."""
+    """Sample, head and first row of a program that owns queries. The last rows see most keys: they start."""
     n_blocks = tl.cdiv(seq_len, S.block_m)
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     return bh // n_heads, bh % n_heads, (n_blocks - 1 - tl.program_id(0) % n_blocks) * S.block_m
