@@ -5,8 +5,8 @@
 //   int64_t shift_cuda_plan_size()                              sizeof(Plan)
 //   int shift_cuda_plan(const Call*, int backward, Plan*)       fills Plan, returns its `refusal`; reads no address
 //   const char* shift_cuda_reason(int refusal)                  what it means
-//   int64_t shift_cuda_workspace_bytes(const Call*, int backward)   for `workspace`; of what was planned to run
-//   const char* shift_cuda_run(const Call*, int backward, void* stream)   null, or what went wrong
+//   const char* shift_cuda_run(const Call*, const Plan*, int backward, void* stream)   null, or what went wrong; the
+//                                                               plan is shift_cuda_plan's for this call
 #pragma once
 #include <cstdint>
 
@@ -35,7 +35,7 @@ struct Call {
     void* out;               // [batch, seq_len, d_model] dtype, or [most_loops, ...] with return_all; pads become 0
     void* boundaries;        // [most_loops, batch, seq_len, d_model] dtype: h_0 .. h_{T-1}; null if not saved
     int64_t* used;           // [batch], written with halting alone
-    void* workspace;         // shift_cuda_workspace_bytes(), 256-byte aligned
+    void* workspace;         // Plan::workspace_bytes, 256-byte aligned
     // backward only. It may be called several times, for the last loops first; dh, de, dv go from launch to launch.
     const void* grad_out;    // as out (NaN in pads is ignored)
     float* dh;   // [batch, seq_len, d_model]: in: gradient of h_high (first launch: grad_out without pads, or 0 with

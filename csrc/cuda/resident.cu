@@ -26,15 +26,10 @@ int shift_cuda_plan(const Call* call, int backward, Plan* plan) {
 
 const char* shift_cuda_reason(int refusal) { return shift_cuda::reason(refusal); }
 
-int64_t shift_cuda_workspace_bytes(const Call* call, int backward) {
-    return shift_cuda::plan(*call, backward != 0).workspace_bytes;
-}
-
-const char* shift_cuda_run(const Call* call, int backward, void* stream) {
-    const Plan plan = shift_cuda::plan(*call, backward != 0);
-    const shift_cuda::Job job = {*call, plan, shift_cuda::layout(*call, plan, backward != 0), backward};
-    if (plan.refusal) return shift_cuda::reason(plan.refusal);
-    if (plan.tiles) return shift_cuda_run_sm90a(call, &plan, backward, stream);
+const char* shift_cuda_run(const Call* call, const Plan* plan, int backward, void* stream) {
+    if (plan->refusal) return shift_cuda::reason(plan->refusal);
+    if (plan->tiles) return shift_cuda_run_sm90a(call, plan, backward, stream);
+    const shift_cuda::Job job = {*call, *plan, shift_cuda::layout(*call, *plan, backward != 0), backward};
     return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
                                            : shift_cuda::run<tile::fp16>(job, stream);
 }

@@ -8,23 +8,29 @@ weight gradients, which are then one matmul a weight over the rows of many loops
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
-from shift_kernels.call import CallOptions, Problem, without_pads
+from shift_kernels.backends.device import on_device_of
+from shift_kernels.backends.weight_gradients import (
+    NORM_VECTORS,
+    ResidentGradients,
+    Widths,
+    in_order,
+    norm_gradients,
+)
+from shift_kernels.backends.windows import Forward, Window, backward_through_windows, seq_lens_on
+from shift_kernels.call import CallOptions, Problem
 from shift_kernels.native import block, cuda
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec, spec_from_key
 from shift_kernels.torch_internals import constant_for_dynamo
 
-OPERAND_BYTES = 512 * 2**20
-"""Of weight-gradient operands alive at once: bounds the loops in a launch of the backward."""
 LONG = 1024
 """Tokens that no program holds; any longer sequence is refused as one of these."""
 
@@ -42,7 +48,6 @@ class Limits(NamedTuple):
 
 HOPPER = Limits(227 * 1024, 132)
 """The device taken where there is none."""
-_FOREVER = 2**31 - 1  # more loops than any sample asks for: its own number decides
 
 # CallOptions once, here, so that torch.compile finds a constant where it traces the choice of a backend.
 _LIBRARY, _STATUS = cuda.load()
@@ -127,74 +132,6 @@ def _limits(device: torch.device) -> Limits:
     return Limits(most, properties.multi_processor_count, sm90a)
 
 
-class WeightGradients:
-    """One matmul a weight over all loops and tokens of a launch, summed over launches in fp32.
-
-    Args:
-        spec: the block.
-        ff_pad: the operands' hidden columns.
-        like: a tensor of the operands' device and dtype.
-    """
-
-    def __init__(self, spec: BlockSpec, ff_pad: int, like: Tensor) -> None:
-        self.spec, self.ff_pad, self.like = spec, ff_pad, like
-        hidden = 2 if spec.activation == "swiglu" else 1
-        d, heads = spec.d_model, spec.n_heads * spec.head_dim
-        # By weight: its left operand and its right one. A bias is the sum of the left one's rows.
-        self.pairs = {"self_attn.in_proj_": ("dqkv", "xn"), "self_attn.out_proj.": ("dy", "o")}
-        self.columns = {"xn": d, "dqkv": spec.qkv_dim, "o": heads, "dy": d}
-        if spec.d_ff:
-            self.pairs |= {"linear1.": ("dpre", "xn2"), "linear2.": ("dy2", "act")}
-            self.columns |= {"xn2": d, "dpre": hidden * ff_pad, "act": ff_pad, "dy2": d}
-        zeros = like.new_zeros(spec.n_layers, dtype=torch.float32)
-        self.weights = {
-            name: zeros.new_zeros(spec.n_layers, self.columns[left], self.columns[right])
-            for name, (left, right) in self.pairs.items()
-        }
-        self.biases = {
-            name: zeros.new_zeros(spec.n_layers, self.columns[left]) for name, (left, _) in self.pairs.items()
-        }
-
-    def bytes_per_loop(self, tokens: int) -> int:
-        """What the operands of one loop take."""
-        return self.spec.n_layers * tokens * sum(self.columns.values()) * self.like.itemsize
-
-    def operands(self, rows: int, *, untouched: bool) -> dict[str, Tensor]:
-        """Room for the kernel to write to; zeros where it may leave a sample's loops ``untouched``."""
-        make = self.like.new_zeros if untouched else self.like.new_empty
-        return {name: make(self.spec.n_layers, rows, width) for name, width in self.columns.items()}
-
-    def add(self, operands: dict[str, Tensor]) -> None:
-        for name, (left, right) in self.pairs.items():
-            self.weights[name] += operands[left].transpose(1, 2) @ operands[right]
-            self.biases[name] += operands[left].sum(1, dtype=torch.float32)
-
-    def by_name(self) -> dict[str, Tensor]:
-        """Every weight's and bias's gradient, without the padding of hidden columns."""
-        d_ff = self.spec.d_ff
-        found: dict[str, Tensor] = {}
-        for name in self.pairs:
-            w, b = self.weights[name], self.biases[name]
-            if name == "linear1.":
-                w = w.unflatten(1, (-1, self.ff_pad))[:, :, :d_ff].flatten(1, 2)
-                b = b.unflatten(1, (-1, self.ff_pad))[..., :d_ff].flatten(1)
-            if name == "linear2.":
-                w = w[..., :d_ff]
-            for i in range(self.spec.n_layers):
-                found |= {f"layers.{i}.{name}weight": w[i], f"layers.{i}.{name}bias": b[i]}
-        return found
-
-
-def _norms(vectors: Tensor, spec: BlockSpec) -> dict[str, Tensor]:
-    """The norms' gradients by name, from [n_layers + 1, 8, d_model]."""
-    found = {
-        f"layers.{i}.{name}": vectors[i, j]
-        for i in range(spec.n_layers)
-        for j, name in enumerate(block.NORM_WEIGHTS)
-    }
-    return found | {"loop_norm.weight": vectors[-1, 0], "loop_norm.bias": vectors[-1, 1]}
-
-
 def sizes(
     spec: BlockSpec,
     batch: int,
@@ -214,26 +151,72 @@ def sizes(
     )
 
 
-def _call(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, loops: Tensor | None
-) -> tuple[cuda.Call, Sequence[object]]:
-    """The part of a call that forward and backward share, and what must live as long as it."""
-    batch, seq_len, _ = e.shape
-    lengths = None if options.seq_lens is None else options.seq_lens.to(e.device, torch.int64).contiguous()
-    rotary = None
-    if spec.position == "rope":
-        rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
-    e = e.contiguous()
-    weight_dtype = _common_dtype(weights)
-    values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
-    addresses = block.addresses(values, spec)
-    call = sizes(spec, batch, seq_len, e.dtype, options.compute_dtype, _limits(e.device))
-    call.return_all, call.n_grad_loops = options.return_all_loops, options.n_grad_loops or 0
-    call.own_loops, call.ragged = loops is not None, lengths is not None
-    call.weight_dtype = cuda.DTYPES.index(weight_dtype)
-    call.e, call.weights = e.data_ptr(), ctypes.addressof(addresses)
-    call.loops, call.lengths, call.rotary = map(_address, (loops, lengths, rotary))
-    return call, (e, loops, lengths, rotary, values, addresses)
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    spec: BlockSpec,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    limits: Limits,
+    *,
+    own_loops: bool,
+    halting: bool,
+    backward: bool,
+) -> cuda.Plan:
+    """What the planner decides, asked once for every such call.
+
+    Args:
+        shape: batch and seq_len.
+        dtypes: of e, and of matmul operands.
+    """
+    assert _LIBRARY is not None, "checked by the backend's choice"
+    call = sizes(spec, *shape, *dtypes, limits)
+    call.own_loops, call.halting = own_loops, halting
+    return _LIBRARY.plan(call, backward=backward)
+
+
+class _Launch:
+    """A call of the library: its plan, what forward and backward share, and the tensors that it reads."""
+
+    def __init__(
+        self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, backward: bool
+    ) -> None:
+        self.e, self.backward = e.contiguous(), backward
+        self.loops, lengths = options.own_loops(e.device), seq_lens_on(e, options)
+        rotary = None
+        if spec.position == "rope":
+            rotary = rotary_table(e.shape[1], spec, e.device).to(torch.float32).contiguous()
+        weight_dtype = _common_dtype(weights)
+        values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
+        addresses = block.addresses(values, spec)
+        limits = Limits(*_limits(e.device))
+        call = sizes(spec, e.shape[0], e.shape[1], e.dtype, options.compute_dtype, limits)
+        call.return_all = options.return_all_loops
+        call.own_loops, call.ragged = self.loops is not None, lengths is not None
+        call.halting, call.halt_threshold = options.halt_threshold is not None, options.halt_threshold or 0.0
+        call.weight_dtype = cuda.DTYPES.index(weight_dtype)
+        call.e, call.weights = self.e.data_ptr(), ctypes.addressof(addresses)
+        call.loops, call.lengths, call.rotary = map(_address, (self.loops, lengths, rotary))
+        self.call = call
+        self._alive = lengths, rotary, values, addresses
+        self.plan = _plan(
+            spec,
+            (e.shape[0], e.shape[1]),
+            (e.dtype, options.compute_dtype),
+            limits,
+            own_loops=call.own_loops != 0,
+            halting=call.halting != 0,
+            backward=backward,
+        )
+
+    def run(self) -> None:
+        """On e's device and its current stream, with a workspace that is free again behind the launch."""
+        assert _LIBRARY is not None, "checked by the backend's choice"
+        align = 256
+        workspace = torch.empty(self.plan.workspace_bytes + align, dtype=torch.uint8, device=self.e.device)
+        self.call.workspace = -(-workspace.data_ptr() // align) * align
+        with on_device_of(self.e):
+            stream = torch.cuda.current_stream().cuda_stream if self.e.is_cuda else 0
+            _LIBRARY.run(self.call, self.plan, backward=self.backward, stream=stream)
 
 
 def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
@@ -245,21 +228,6 @@ def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _run(call: cuda.Call, e: Tensor, *, backward: bool) -> None:
-    """Launch on e's device and its current stream, with a workspace that is free again behind the launch."""
-    assert _LIBRARY is not None, "checked by the backend's choice"
-    align = 256
-    size = _LIBRARY.plan(call, backward=backward).workspace_bytes
-    workspace = torch.empty(size + align, dtype=torch.uint8, device=e.device)
-    call.workspace = -(-workspace.data_ptr() // align) * align
-    on_device: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if e.is_cuda:
-        on_device = torch.cuda.device(e.device)
-    with on_device:
-        stream = torch.cuda.current_stream().cuda_stream if e.is_cuda else 0
-        _LIBRARY.run(call, backward=backward, stream=stream)
 
 
 class CudaBackend:
@@ -305,28 +273,14 @@ class CudaBackend:
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """h_T (or all h_t), the loops used [batch]; for a backward, the loop boundaries."""
-        loops = options.own_loops(e.device)
-        # The number of states to return or keep is needed on the host, and only then.
-        host = loops is None or options.return_all_loops or for_backward
-        most = options.most_loops() if host else _FOREVER
-        halts = options.halt_threshold is not None
-        used = (
-            torch.full((len(e),), most, device=e.device)
-            if loops is None
-            else loops.clone()
-            if halts
-            else loops
-        )
-        out = e.new_empty((most, *e.shape) if options.return_all_loops else e.shape)
-        saved = self.saved_like(e, spec, most) if for_backward else []
-        call, keep = _call(e, weights, spec, options, loops)
-        call.most_loops, call.save = most, for_backward
-        call.halting, call.halt_threshold = halts, options.halt_threshold or 0.0
-        call.out, call.used = out.data_ptr(), used.data_ptr()
-        call.boundaries = saved[0].data_ptr() if saved else None
-        _run(call, e, backward=False)
-        del keep
-        return out, used, saved
+        launch, run = _Launch(e, weights, spec, options, False), Forward.of(e, options, for_backward)
+        saved = self.saved_like(e, spec, run.most) if for_backward else []
+        call = launch.call
+        call.most_loops, call.save = run.most, for_backward
+        call.out, call.used = run.h.data_ptr(), run.used.data_ptr()
+        call.boundaries = _address(saved[0]) if saved else None
+        launch.run()
+        return run.h, run.used, saved
 
     def backward(
         self,
@@ -338,35 +292,26 @@ class CudaBackend:
         saved: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
-        assert _LIBRARY is not None, "checked by the backend's choice"
-        loops, n_grad_loops = options.own_loops(e.device), options.n_grad_loops
-        boundaries, grad_h = saved[0], grad_h.contiguous()
-        most, tokens = len(boundaries), e.shape[0] * e.shape[1]
-        call, keep = _call(e, weights, spec, options, loops)
+        launch, boundaries, grad_h = _Launch(e, weights, spec, options, True), saved[0], grad_h.contiguous()
+        call, plan, most = launch.call, launch.plan, len(boundaries)
         call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
-        plan = _LIBRARY.plan(call, backward=True)
-        dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
-        if not options.return_all_loops:
-            dh += without_pads(grad_h, options.seq_lens)
-        de = torch.zeros_like(dh) if spec.injection == "add" else dh
-        vectors = dh.new_zeros(plan.programs, spec.n_layers + 1, len(block.NORM_WEIGHTS), spec.d_model)
-        call.dh, call.de, call.dv = dh.data_ptr(), de.data_ptr(), vectors.data_ptr()
-        grads = WeightGradients(spec, plan.ff_pad, e.new_empty(0, dtype=options.compute_dtype))
-        step = max(1, OPERAND_BYTES // grads.bytes_per_loop(tokens))
-        # Where samples have loops of their own, nobody knows here which are the last k of each.
-        end = 0 if loops is not None or n_grad_loops is None else max(most - n_grad_loops, 0)
-        for high in range(most, end, -step):
-            call.low, call.high = max(high - step, end), high
-            operands = grads.operands((high - call.low) * tokens, untouched=loops is not None)
-            for name, x in operands.items():
+        call.n_grad_loops = min(options.n_grad_loops or 0, most)  # 0: all
+        vectors = torch.zeros(
+            plan.programs, spec.n_layers + 1, len(NORM_VECTORS), spec.d_model, device=e.device
+        )
+        call.dv = vectors.data_ptr()
+        widths = Widths(spec.d_model, spec.head_dim, plan.ff_pad)
+        gradients = ResidentGradients(spec, widths, e.new_empty(0, dtype=options.compute_dtype))
+
+        def run(window: Window) -> None:
+            call.low, call.high = window.low, window.high
+            call.dh, call.de = window.dh.data_ptr(), window.de.data_ptr()
+            for name, x in window.operands.items():
                 setattr(call, name, x.data_ptr())
-            _run(call, e, backward=True)
-            grads.add(operands)
-        del keep
-        if end > 0 and spec.injection != "add":  # every sample's first loops carry no gradient
-            de = torch.zeros_like(de)
-        found = grads.by_name() | _norms(vectors.sum(0), spec)
-        return de.to(e.dtype), [found[name].to(w.dtype) for name, w in weights.items()]
+            launch.run()
+
+        grad_e = backward_through_windows(grad_h, e, spec, options, most, gradients, run)
+        return grad_e, in_order(gradients.by_name() | norm_gradients(vectors.sum(0), spec), weights)
 
 
 CUDA = CudaBackend()

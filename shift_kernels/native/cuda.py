@@ -47,7 +47,12 @@ class Library:
         for name in ("reason", "run", "archs"):
             getattr(library, f"shift_cuda_{name}").restype = ctypes.c_char_p
         library.shift_cuda_plan.argtypes = [ctypes.POINTER(Call), ctypes.c_int, ctypes.POINTER(Plan)]
-        library.shift_cuda_run.argtypes = [ctypes.POINTER(Call), ctypes.c_int, ctypes.c_void_p]
+        library.shift_cuda_run.argtypes = [
+            ctypes.POINTER(Call),
+            ctypes.POINTER(Plan),
+            ctypes.c_int,
+            ctypes.c_void_p,
+        ]
         self.archs: tuple[str, ...] = tuple(library.shift_cuda_archs().decode().split())
         """What it is compiled for, as nvcc names it; nothing for the emulation."""
         self.driver_is_too_old = bool(library.shift_cuda_driver_is_too_old())
@@ -69,13 +74,13 @@ class Library:
         """Why the planner refuses, or None."""
         return self._library.shift_cuda_reason(plan.refusal).decode() if plan.refusal else None
 
-    def run(self, call: Call, *, backward: bool, stream: int) -> None:
-        """Launch a forward or backward call; the tensors must outlive it on the stream.
+    def run(self, call: Call, plan: Plan, *, backward: bool, stream: int) -> None:
+        """Launch a forward or backward call as planned; the tensors must outlive it on the stream.
 
         Raises:
             RuntimeError: the launch failed.
         """
-        error = self._library.shift_cuda_run(ctypes.byref(call), int(backward), stream)
+        error = self._library.shift_cuda_run(ctypes.byref(call), ctypes.byref(plan), int(backward), stream)
         if error is not None:
             raise RuntimeError(f"shift_kernels: the cuda backend's launch failed: {error.decode()}")
 

@@ -17,6 +17,7 @@ import build_native
 from benchmarks.gpu.cases import KINDS
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, explain
 from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.backends import weight_gradients
 from shift_kernels.native import cuda
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def test_output_and_gradients_are_right(gpu, options, call):
 
 @needs_emulation
 def test_splitting_the_loops_over_launches_changes_only_rounding(gpu, monkeypatch):
-    monkeypatch.setattr(cuda_backend, "OPERAND_BYTES", 1)
+    monkeypatch.setattr(weight_gradients, "OPERAND_BYTES", 1)
     check(*make(n_layers=2, injection="add"), {"n_loops": 3})
 
 

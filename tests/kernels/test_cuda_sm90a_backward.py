@@ -50,13 +50,13 @@ def on_hopper(monkeypatch, shared_bytes, watched=False):
     library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
-    operands = cuda_backend.WeightGradients.operands
+    operands = cuda_backend.ResidentGradients.operands
 
     def poisoned(self, rows, *, untouched):
         found = operands(self, rows, untouched=untouched)
         return found if untouched else {name: x.fill_(torch.nan) for name, x in found.items()}
 
-    monkeypatch.setattr(cuda_backend.WeightGradients, "operands", poisoned)
+    monkeypatch.setattr(cuda_backend.ResidentGradients, "operands", poisoned)
     return library
 
 

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
+from shift_kernels.backends import weight_gradients
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.backends.triton import resident_plan, tuned
 from shift_kernels.call import CallOptions, Problem
@@ -215,7 +216,7 @@ def test_the_operator_keeps_its_registered_contract(size):
 
 
 def test_splitting_the_loops_over_launches_changes_only_rounding(monkeypatch):
-    monkeypatch.setattr(resident_plan, "OPERAND_BYTES", 1)
+    monkeypatch.setattr(weight_gradients, "OPERAND_BYTES", 1)
     check_gradients({"n_layers": 2, "injection": "add"}, n_loops=3)
 
 

@@ -1,4 +1,4 @@
-"""Weights as the resident kernels read them, and their gradients back in the usual layout."""
+"""Weights as the resident kernels read them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shift_kernels.backends.triton.resident_plan import Tile
+from shift_kernels.backends.weight_gradients import NORM_VECTORS, norm_gradients
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec
 
 # Slots of the vectors along d_model, as resident_forward.py numbers them.
-SLOTS = ("self_attn.out_proj.bias", "linear2.bias", *(
-    f"{norm}.{kind}" for norm in ("norm1", "norm1_post", "norm2", "norm2_post") for kind in ("weight", "bias")
-))  # fmt: skip
+SLOTS = ("self_attn.out_proj.bias", "linear2.bias", *NORM_VECTORS)
 
 
 class Packed(NamedTuple):
@@ -86,36 +85,6 @@ def _vector_names(spec: BlockSpec) -> list[tuple[tuple[int, int], str]]:
     ]
 
 
-def unpack(
-    rows: Tensor, biases: Tensor, vectors: Tensor, weights: dict[str, Tensor], spec: BlockSpec, tile: Tile
-) -> list[Tensor]:
-    """Gradients of packed weights as gradients of the weights, in their order, shapes and dtypes.
-
-    Args:
-        rows: [n_layers, weight_rows, d_pad]. biases: [n_layers, weight_rows].
-        vectors: [n_layers + 1, 10, d_pad].
-    """
-    grads = {name: vectors[where][: spec.d_model] for where, name in _vector_names(spec)}
-    heads, hidden = spec.n_heads + 2 * spec.n_kv_heads, 2 if spec.activation == "swiglu" else 1
-    for i in range(spec.n_layers):
-        prefix = f"layers.{i}."
-        attn = prefix + "self_attn."
-        # name, name of its bias, heads or halves that are padded apart, padded and real rows of each
-        parts = [
-            (attn + "in_proj_weight", attn + "in_proj_bias", heads, tile.head_pad, tile.head_dim),
-            (attn + "out_proj.weight", None, spec.n_heads, tile.head_pad, tile.head_dim),
-        ]
-        if spec.d_ff:
-            parts += [
-                (prefix + "linear1.weight", prefix + "linear1.bias", hidden, tile.ff_pad, tile.d_ff),
-                (prefix + "linear2.weight", None, 1, tile.ff_pad, tile.d_ff),
-            ]
-        first = 0
-        for name, bias, groups, padded, real in parts:
-            taken = slice(first, first + groups * padded)
-            matrix = rows[i, taken].view(groups, padded, -1)[:, :real, : spec.d_model].flatten(0, 1)
-            grads[name] = matrix if bias else matrix.T
-            if bias:
-                grads[bias] = biases[i, taken].view(groups, padded)[:, :real].flatten()
-            first = taken.stop
-    return [grads[name].to(w.dtype).contiguous() for name, w in weights.items()]
+def vector_gradients(vectors: Tensor, spec: BlockSpec) -> dict[str, Tensor]:
+    """Gradients of the norms by name, from those of V, where the places of other biases stay 0."""
+    return norm_gradients(vectors[:, SLOTS.index(NORM_VECTORS[0]) :], spec)

@@ -7,6 +7,7 @@ figures in ``benchmarks/results/offline/triton.json``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -23,9 +24,6 @@ MAX_ROWS = 128
 # With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
 BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
 BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
-# What the backward writes for the weight gradients, in the order of its kernel's arguments.
-OPERANDS = ("xn", "dqkv", "o", "dy", "xn2", "dpre", "act", "dy2")
-OPERAND_BYTES = 512 * 2**20  # of weight-gradient operands alive at once: bounds the loops per launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,21 +187,29 @@ def too_large(
     return None
 
 
-def operand_columns(t: Tile) -> dict[str, int]:
-    """Columns of each weight-gradient operand, by name; a row is one token in one loop."""
-    hidden = 2 if t.activation == "swiglu" else 1
-    columns = {
-        "xn": t.d_pad,
-        "dqkv": (t.n_heads + 2 * t.n_kv_heads) * t.head_pad,
-        "o": t.n_heads * t.head_pad,
-        "dy": t.d_pad,
-    }
-    if t.d_ff:
-        columns |= {"xn2": t.d_pad, "dpre": hidden * t.ff_pad, "act": t.ff_pad, "dy2": t.d_pad}
-    return columns
-
-
-def loops_per_launch(t: Tile, tokens: int, itemsize: int) -> int:
-    """Loops whose weight-gradient operands are alive at once: at least one."""
-    per_loop = t.n_layers * tokens * sum(operand_columns(t).values()) * itemsize
-    return max(1, OPERAND_BYTES // per_loop)
+@functools.lru_cache(maxsize=4096)
+def plan(
+    spec: BlockSpec,
+    seq_len: int,
+    batch: int,
+    *,
+    compute_dtype: torch.dtype,
+    pack: bool,
+    precision: str,
+    training: bool,
+    backward: bool,
+    capability: int,
+) -> Tile | None:
+    """The tile of a call's kernel; None where a block (in ``training``: its backward) is too large."""
+    if too_large(spec, seq_len, compute_dtype, grad=training, capability=capability):
+        return None
+    return tile(
+        spec,
+        seq_len,
+        batch,
+        itemsize=compute_dtype.itemsize,
+        pack=pack,
+        precision=precision,
+        grad=backward,
+        capability=capability,
+    )

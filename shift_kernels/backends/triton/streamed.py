@@ -25,6 +25,8 @@ from torch import Tensor
 from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward, needs_exact
+from shift_kernels.backends.weight_gradients import WeightGradients, in_order
+from shift_kernels.backends.windows import seq_lens_on
 from shift_kernels.call import CallOptions
 from shift_kernels.halting import has_settled
 from shift_kernels.rotary import rotary_table
@@ -278,9 +280,7 @@ class _Gradients:
             return torch.empty(self.capacity, width, dtype=body.compute, device=device)
 
         self.operands = {name: (empty(w.shape[1]), empty(w.shape[0])) for name, w in linear.items()}
-        self.sums = {
-            name: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for name, w in body.w.items()
-        }
+        self.sums = WeightGradients(bias=body.spec.bias)
         self.partials: dict[str, Tensor] = {}
         self.start = self.end = 0
 
@@ -308,19 +308,16 @@ class _Gradients:
     def flush(self) -> None:
         """Turn the operands that wait into gradients."""
         for name, (left, right) in self.operands.items():
-            right = right[: self.end]
-            self.sums[name] += right.t() @ left[: self.end]
-            bias = name.removesuffix("_weight") + "_bias" if name.endswith("_weight") else name[:-6] + "bias"
-            if bias in self.sums:
-                self.sums[bias] += right.sum(0, dtype=torch.float32)
+            self.sums.add(name, right[: self.end], left[: self.end])
         self.start = self.end = 0
 
     def finish(self) -> dict[str, Tensor]:
+        """Every gradient by name, fp32; what no loop reached is missing."""
         if self.end:
             self.flush()
-        for name, partial in self.partials.items():
-            self.sums[name] = partial.sum(0)
-        return self.sums
+        biases = {name.removesuffix("weight") + "bias": x for name, x in self.sums.biases.items()}
+        norms = {name: partial.sum(0) for name, partial in self.partials.items()}
+        return self.sums.weights | biases | norms
 
 
 def _alloc(body: Body) -> Alloc:
@@ -368,7 +365,7 @@ def forward(
     """h_T (or all h_t), the loops used, and for the backward [h_0 .. h_{T-1}]; see ``torch_backend``."""
     batch, seq_len, d = e.shape
     e = e.detach()
-    lens = None if options.seq_lens is None else options.seq_lens.to(e.device)
+    lens = seq_lens_on(e, options)
     e = _clean(e, lens)
     body = _body(e, weights, spec, options.compute_dtype)
     loops, halt_threshold = _loops(options.n_loops, batch), options.halt_threshold
@@ -435,7 +432,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``, from the loop boundaries."""
     batch, seq_len, d = e.shape
-    lens = None if options.seq_lens is None else options.seq_lens.to(e.device)
+    lens = seq_lens_on(e, options)
     e, grad_h = _clean(e.detach(), lens), _clean(grad_h.detach(), lens)
     body = _body(e, weights, spec, options.compute_dtype)
     loops = _loops(options.n_loops, batch)
@@ -467,5 +464,4 @@ def backward(
             if add:
                 de[cut:n] += du
         grad_e[at] = (de if add else dh).to(e.dtype)
-    named = grads.finish()
-    return _clean(grad_e, lens), [named[name].to(w.dtype) for name, w in weights.items()]
+    return _clean(grad_e, lens), in_order(grads.finish(), weights)
