@@ -4,8 +4,8 @@
 #include <cstdint>
 
 // Options, and their names in Python in the order of the values.
-enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
-constexpr const char* ACTIVATIONS[] = {"relu", "gelu", "gelu_tanh", "swiglu"};
+enum Activation { RELU, GELU, GELU_TANH, SWIGLU, RELU2 };
+constexpr const char* ACTIVATIONS[] = {"relu", "gelu", "gelu_tanh", "swiglu", "relu2"};
 
 enum Norm { LAYERNORM, RMSNORM, NO_NORM };
 constexpr const char* NORMS[] = {"layernorm", "rmsnorm", "none"};

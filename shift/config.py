@@ -132,7 +132,7 @@ class ModelConfig(Checked, table="model."):
     d_ff: int = whole(256, 0, MAX_WIDTH)
     """Hidden width of the MLP; 0: attention only."""
     activation: str = word("gelu", CHOICES["activation"])
-    """relu, gelu, gelu_tanh or swiglu."""
+    """relu, relu2, gelu, gelu_tanh or swiglu."""
     norm: str = word("layernorm", CHOICES["norm"])
     """layernorm, rmsnorm or none."""
     norm_placement: str = word("pre", CHOICES["norm_placement"])

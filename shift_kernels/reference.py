@@ -224,6 +224,8 @@ def mlp(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, prefix: str) -> Ten
         y = F.silu(gate) * up
     elif spec.activation == "relu":
         y = F.relu(y)
+    elif spec.activation == "relu2":
+        y = F.relu(y).square()
     else:
         y = F.gelu(y, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
     return _linear(y, w, prefix + "linear2.weight", prefix + "linear2.bias").to(x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shift_kernels.errors import input_error, near_miss, refuses_unknown_keywords, type_error
 from shift_kernels.torch_internals import has_no_values
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu", "relu2")
 NORMS = ("layernorm", "rmsnorm", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 POSITIONS = ("none", "rope")
@@ -53,7 +53,8 @@ class BlockSpec:
         head_dim: width of a head; default ``d_model / n_heads``.
         n_layers: layers in one loop body.
         d_ff: hidden width of the MLP; 0 makes an attention-only block; default ``4 * d_model``.
-        activation: ``relu``, ``gelu`` (erf), ``gelu_tanh`` or ``swiglu`` (``silu(gate) * up``).
+        activation: ``relu``, ``relu2`` (``relu(x)^2``; So et al., arXiv 2109.08668), ``gelu`` (erf),
+            ``gelu_tanh`` or ``swiglu`` (``silu(gate) * up``).
         norm: ``layernorm``, ``rmsnorm`` or ``none``.
         norm_placement: ``pre`` ``x + f(norm(x))``, ``post`` ``norm(x + f(x))`` or
             ``sandwich`` ``x + norm_post(f(norm(x)))``.

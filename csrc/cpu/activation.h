@@ -18,6 +18,10 @@ struct ValueSlope {
 template <Activation A>
 inline ValueSlope activation(vf x) {
     if (A == RELU) return {max(all(0), x), pick(x <= 0.0f, all(0), all(1))};  // in this order a NaN stays one
+    if (A == RELU2) {
+        const vf root = max(all(0), x);
+        return {root * root, 2.0f * root};
+    }
     if (A == GELU) {
         const Normal n = normal(x);
         const vf cdf = pick(x < 0.0f, n.tail, 1.0f - n.tail);
@@ -27,10 +31,12 @@ inline ValueSlope activation(vf x) {
     return {x * s, s + x * s * (1.0f - s) * 2 * TANH_A * (1.0f + 3 * TANH_B * x * x)};
 }
 
-// The gradient of x, given the activation's: of relu no product, for a unit that is off stops even an infinity.
+// The gradient of x, given the activation's. A unit of relu or relu2 that is off stops even an infinity.
 template <Activation A>
 inline vf through(vf x, vf slope, vf gradient) {
-    return A == RELU ? pick(x <= 0.0f, all(0), gradient) : slope * gradient;
+    if (A == RELU) return pick(x <= 0.0f, all(0), gradient);
+    if (A == RELU2) return pick(x <= 0.0f, all(0), slope * gradient);
+    return slope * gradient;
 }
 
 }  // namespace

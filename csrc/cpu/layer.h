@@ -143,6 +143,7 @@ inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<
     typedef typename P::number Number;
     switch (s.activation) {
         case RELU: return gemm<P>(m, n, k, a, b, Epilogue<RELU, Number>{fields...});
+        case RELU2: return gemm<P>(m, n, k, a, b, Epilogue<RELU2, Number>{fields...});
         case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU, Number>{fields...});
         case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH, Number>{fields...});
         default: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU, Number>{fields...});

@@ -21,6 +21,7 @@ __device__ inline Gate sigmoid_gate(bool silu, float x) {
 // f(x); of swiglu's gate, silu.
 __device__ inline float activate(int64_t activation, float x) {
     if (activation == RELU) return x < 0.0f ? 0.0f : x;
+    if (activation == RELU2) return x < 0.0f ? 0.0f : x * x;
     if (activation == GELU) return x * (0.5f * (1.0f + erff(x * 0.7071067811865476f)));
     return x * sigmoid_gate(activation == SWIGLU, x).share;
 }
@@ -30,6 +31,10 @@ __device__ inline float activate_backward(int64_t activation, float x, float& dy
     if (activation == RELU) {
         if (x <= 0.0f) dy = 0.0f;
         return x < 0.0f ? 0.0f : x;
+    }
+    if (activation == RELU2) {
+        dy = x <= 0.0f ? 0.0f : dy * 2.0f * x;
+        return x < 0.0f ? 0.0f : x * x;
     }
     if (activation == GELU) {
         const float share = 0.5f * (1.0f + erff(x * 0.7071067811865476f));

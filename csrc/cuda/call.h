@@ -85,5 +85,5 @@ enum Weight {
 constexpr int WEIGHTS = 16;
 enum Norm { LAYERNORM, RMSNORM, NO_NORM };
 enum Placement { PRE, POST, SANDWICH };
-enum Activation { RELU, GELU, GELU_TANH, SWIGLU };
+enum Activation { RELU, GELU, GELU_TANH, SWIGLU, RELU2 };
 enum Refusal { FITS, BAD_DTYPE, BAD_D_MODEL, BAD_HEAD_DIM, SEQUENCE_TOO_LONG, NO_SHARED_MEMORY, REFUSALS };

@@ -37,6 +37,7 @@ OPTIONS = {
     "attention only, post": {"d_ff": 0, "norm_placement": "post", "loop_norm": True},
     # With this seed nothing lies so close to the kink that a rounding decides between its two slopes.
     "relu": {"activation": "relu", "seed": 1},
+    "relu2": {"activation": "relu2"},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "swiglu": {"activation": "swiglu"},
     "no bias": {"bias": False},

@@ -35,6 +35,7 @@ OPTIONS = {
     "no norm": {"norm": "none"},
     "attention only": {"d_ff": 0},
     "relu": {"activation": "relu"},
+    "relu2": {"activation": "relu2"},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "swiglu": {"activation": "swiglu"},
     "no bias": {"bias": False},

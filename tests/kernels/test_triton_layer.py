@@ -80,6 +80,7 @@ BLOCKS = {
     "bare": dict(norm="none", bias=False),
     "two layers, loop norm": dict(n_layers=2, loop_norm=True),
     "relu": dict(activation="relu"),
+    "relu2": dict(activation="relu2"),
     "gelu_tanh": dict(activation="gelu_tanh"),
     "swiglu": dict(activation="swiglu"),
     "rotary": dict(position="rope"),

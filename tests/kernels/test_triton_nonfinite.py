@@ -97,6 +97,7 @@ def test_activations_are_finite_where_pytorchs_are(kind):
     gate = x[:, :1]
     plain = {
         "relu": nn.functional.relu,
+        "relu2": lambda y: nn.functional.relu(y).square(),
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
         "swiglu": lambda y: nn.functional.silu(y) * x[:, 1:],

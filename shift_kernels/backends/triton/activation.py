@@ -14,6 +14,9 @@ def activate(x, KIND: tl.constexpr):
     """f(x); of swiglu's gate, silu."""
     if KIND == "relu":
         y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif KIND == "relu2":
+        root = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = root * root
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
@@ -30,6 +33,10 @@ def activate_backward(x, dy, KIND: tl.constexpr):
     if KIND == "relu":
         y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         dx = tl.where(x <= 0.0, 0.0, dy)
+    elif KIND == "relu2":
+        root = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = root * root
+        dx = tl.where(x <= 0.0, 0.0, dy * 2.0 * root)
     elif KIND == "gelu":
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         y = x * share
