@@ -25,6 +25,7 @@ from shift_kernels.calibrate import LIMIT_S, calibrate
 from shift_kernels.call import Problem
 from shift_kernels.errors import input_error
 from shift_kernels.measured import table_path
+from shift_kernels.spec import MAX_TOKENS, check_int
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -58,20 +59,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _problems(flags: argparse.Namespace) -> list[Problem]:
+    me = "shift-calibrate"
     try:
         text = flags.spec if flags.spec.lstrip().startswith("{") else Path(flags.spec).read_text("utf-8-sig")
         fields = json.loads(text)
         device = torch.device(flags.device)
     except (OSError, ValueError, RuntimeError) as error:
         raise input_error(
-            "shift-calibrate", "--spec or --device", str(error), "JSON or a file of it; a device", "Mend it."
+            me, "--spec or --device", str(error), "JSON or a file of it; a device", ""
         ) from error
-    if not isinstance(fields, dict):
-        raise input_error("shift-calibrate", "--spec", fields, "an object of BlockSpec's fields", "Mend it.")
-    dtype = getattr(torch, flags.dtype)
-    grad = not flags.forward_only
+    if not isinstance(fields, dict) or not {"d_model", "n_heads"} <= set(fields):
+        raise input_error(me, "--spec", fields, "fields of BlockSpec, d_model and n_heads among them", "")
+    sizes = {"--batch": flags.batch, "--seq-len": flags.seq_len}
+    for name, size in [*sizes.items(), *(("--n-loops", n) for n in flags.n_loops)]:
+        check_int(me, name, size, 1, MAX_TOKENS)
+    spec, dtype, grad = BlockSpec(**fields), getattr(torch, flags.dtype), not flags.forward_only
     return [
-        Problem(BlockSpec(**fields), flags.batch, flags.seq_len, dtype, dtype, device, grad, n_loops=n)
+        Problem(spec, flags.batch, flags.seq_len, dtype, dtype, device, grad, n_loops=n)
         for n in flags.n_loops
     ]
 

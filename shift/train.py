@@ -31,6 +31,7 @@ from shift.config import Options, TrainConfig, load_config
 from shift.reading import tomllib
 from shift.run.metrics import Console
 from shift.run.ranks import OtherRankFailed
+from shift.run.shapes import When, calibrate_shapes
 from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
@@ -49,6 +50,8 @@ class Command:
     """A TOML file, or the name of a preset."""
     resume: Literal["no", "auto"] = "no"
     """auto: go on from the newest valid checkpoint in run_dir."""
+    calibrate: When = "auto"
+    """auto: before training on a GPU, verify and time the backends for shapes not measured there yet."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +151,7 @@ def _train(command: Command) -> int:
     leader = not distributed or dist.get_rank() == 0
     console = Console(command.train.steps) if leader else None
     try:
+        calibrate_shapes(command.train, command.calibrate, lambda line: print(line, file=sys.stderr))
         trainer = Trainer(command.train, command.run_dir, resume=command.resume == "auto", console=console)
         with _stopped_by_signals(trainer):
             trainer.fit()

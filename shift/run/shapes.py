@@ -1,12 +1,20 @@
-"""The shapes that a training run calls its loop body with: what there is to calibrate before it starts."""
+"""The shapes that a training run calls its loop body with, and their calibration before it starts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 
 from shift.build import build_task, find_device
 from shift.config import TrainConfig
+from shift_kernels import dispatch, measured
+from shift_kernels.calibrate import calibrate
 from shift_kernels.call import Problem
+
+When = Literal["auto", "never", "always"]
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
@@ -22,3 +30,26 @@ def problems_of(config: TrainConfig) -> list[Problem]:
 
     stages = sorted({1, config.model.n_loops})
     return [problem(n, grad=True) for n in stages] + [problem(stages[-1], grad=False)]
+
+
+def calibrate_shapes(config: TrainConfig, when: When, say: Callable[[str], object]) -> None:
+    """Measure a run's shapes; rank 0 does it, and all ranks take what it found.
+
+    Args:
+        config: a run whose backend is "auto"; another one needs no measurement.
+        when: "auto" measures on accelerators what has no row in the table yet, "always" everything.
+        say: gets lines of progress, on rank 0.
+    """
+    if when == "never" or config.backend != "auto":
+        return
+    problems = problems_of(config)
+    rows: list[dict[str, measured.Row]] = [{}]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        new = [p for p in problems if p.device.type != "cpu" and measured.lookup(p) is None]
+        calibrate(problems if when == "always" else new, say=say)
+        known = {measured.shape_class(p): measured.lookup(p) for p in problems}
+        rows = [{key: row for key, row in known.items() if row is not None}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(rows, src=0)
+        measured.adopt(rows[0])
+        dispatch.forget()

@@ -1,0 +1,107 @@
+"""``shift-calibrate`` and what ``shift-train`` measures before it starts."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shift import calibrate as command
+from shift.config import TrainConfig, load_config
+from shift.run import shapes
+from shift_kernels import dispatch, measured
+from shift_kernels.measured import VERIFIED, Verdict
+
+ROW = {"torch": Verdict(VERIFIED, "", 1.0, 2.0, 0.0)}
+
+
+@pytest.fixture(autouse=True)
+def measurements(monkeypatch, tmp_path):
+    """Problems that were asked to be measured; nothing is."""
+    found = []
+    monkeypatch.setenv("SHIFT_KERNELS_CACHE", str(tmp_path / "cache"))
+    for module in (command, shapes):
+        monkeypatch.setattr(module, "calibrate", lambda problems, **_: found.extend(problems))
+    dispatch.forget()
+    yield found
+    measured.drop_adopted()
+    dispatch.forget()
+
+
+def test_a_config_is_measured_in_both_stages_and_for_evaluation(measurements, capsys):
+    assert command.main(["--config", "demo"]) == 0
+    config = load_config("demo")
+    assert [(p.n_loops, p.grad) for p in measurements] == [(1, True), (4, True), (4, False)]
+    assert {p.batch for p in measurements} == {config.batch_size}
+    assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["inline", "file"])
+def test_a_block_is_measured_for_every_number_of_loops(measurements, form, tmp_path):
+    spec = json.dumps({"d_model": 16, "n_heads": 2})
+    if form == "file":
+        (tmp_path / "spec.json").write_text(spec)
+        spec = str(tmp_path / "spec.json")
+    flags = [
+        "--batch",
+        "3",
+        "--seq-len",
+        "5",
+        "--n-loops",
+        "2",
+        "7",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+    ]
+    assert command.main(["--spec", spec, *flags, "--forward-only"]) == 0
+    assert [(p.batch, p.seq_len, p.n_loops, p.dtype, p.grad) for p in measurements] == [
+        (3, 5, n, torch.bfloat16, False) for n in (2, 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config", "no-such-preset"],
+        ["--spec", "no-such-file"],
+        ["--spec", "[]"],
+        ["--spec", "{"],
+        ["--spec", '{"d_model": 16}'],
+        ["--spec", '{"d_model": 16, "n_heads": 2, "heads": 3}'],
+        ["--spec", '{"d_model": 16, "n_heads": 2}', "--batch", "0"],
+        ["--spec", '{"d_model": 16, "n_heads": 2}', "--device", "toaster"],
+    ],
+    ids=" ".join,
+)
+def test_unusable_input_is_one_line_and_exit_code_2(flags, capsys):
+    assert command.main([*flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_training_on_a_cpu_measures_only_if_it_is_asked_to(measurements):
+    config = TrainConfig(device="cpu")
+    shapes.calibrate_shapes(config, "auto", print)
+    shapes.calibrate_shapes(config, "never", print)
+    assert not measurements
+    shapes.calibrate_shapes(config, "always", print)
+    assert len(measurements) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_take_what_rank_0_measured(rank, measurements, monkeypatch):
+    config = TrainConfig(device="cpu")
+    problem = shapes.problems_of(config)[0]
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+
+    def broadcast(objects, src):
+        sent.extend(objects)
+        objects[0] = {measured.shape_class(problem): ROW}
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    shapes.calibrate_shapes(config, "always", print)
+    assert len(measurements) == (3 if rank == 0 else 0)
+    assert dispatch.plan(problem).backend == "torch"
