@@ -69,7 +69,9 @@ def test_every_path_in_backticks_exists(page):
     """A path has a slash, or is a file at the top; what a run or a build makes is not here."""
     for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+/?|[A-Z]+\.\w+|[\w-]+\.py)`", prose(page)):
         folders = (ROOT, page.parent)
-        assert path.startswith(("runs/", ".venv/")) or any((f / path).exists() for f in folders), path
+        assert path.startswith(("runs/", "build/", ".venv/")) or any((f / path).exists() for f in folders), (
+            path
+        )
 
 
 @each_page
