@@ -29,12 +29,9 @@ def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
     """
     torch.manual_seed(config.seed)
     try:
-        return LoopedTransformer(
+        return LoopedTransformer.for_task(
             config.model.block_spec(task.causal),
-            vocab_size=task.vocab_size,
-            n_classes=task.n_classes,
-            max_seq_len=task.max_seq_len,
-            n_contexts=task.n_contexts,
+            task,
             learned_positions=config.model.learned_positions,
             final_norm=config.model.final_norm,
         )

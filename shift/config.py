@@ -365,7 +365,7 @@ def _plain(kind: type, value: Any) -> Any:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if operator.gt(value, 0) else -math.inf
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, source: str, name: str, rule: Rule | None) -> tuple[Any, ...]:

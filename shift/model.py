@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from shift.tasks.base import Task
 from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.errors import input_error
 
@@ -49,6 +50,30 @@ class LoopedTransformer(nn.Module):
             if embedding is not None:
                 # Small beside the block's own updates: with 0.5 the looped model took 1.8x the steps on hop.
                 nn.init.normal_(embedding.weight, std=0.1)
+
+    @classmethod
+    def for_task(
+        cls, spec: BlockSpec, task: Task, *, learned_positions: bool = True, final_norm: bool = True
+    ) -> LoopedTransformer:
+        """The model whose sizes are those of a task; the other arguments are the class's.
+
+        Raises:
+            ShiftInputError: the block sees other positions than the task lets it (``causal``).
+        """
+        if spec.causal != task.causal:
+            raise input_error(
+                "LoopedTransformer.for_task", "spec.causal", spec.causal, f"{task.causal}, as the task's",
+                "Build the spec with causal=task.causal.",
+            )  # fmt: skip
+        return cls(
+            spec,
+            vocab_size=task.vocab_size,
+            n_classes=task.n_classes,
+            max_seq_len=task.max_seq_len,
+            n_contexts=task.n_contexts,
+            learned_positions=learned_positions,
+            final_norm=final_norm,
+        )
 
     def embed(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Input embeddings e, [batch, seq_len, d_model], of ids [batch, seq_len]."""

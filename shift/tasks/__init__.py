@@ -26,7 +26,24 @@ TASKS: dict[str, type[Task]] = {
     )
 }
 
-__all__ = ["IGNORE", "TASKS", "Batch", "Task", "make_task"]
+__all__ = [
+    "IGNORE",
+    "TASKS",
+    "Addition",
+    "Batch",
+    "BinarySum",
+    "Copy",
+    "Hop",
+    "Markov",
+    "Multiplication",
+    "PHop",
+    "Parity",
+    "PrefixProducts",
+    "Task",
+    "Text",
+    "UniqueSet",
+    "make_task",
+]
 
 
 def make_task(name: str, *, seed: int = 0, **options: Any) -> Task:
