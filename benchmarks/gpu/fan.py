@@ -54,7 +54,7 @@ def task_config(task: str, backend: str = "auto") -> TrainConfig:
 def train(config: TrainConfig, run_dir: Path, deadline: float) -> bool:
     """Go on with a run until it is done or ``time.monotonic()`` is past the deadline; whether it is done.
 
-    A run that diverges is done, and says why in :data:`shift.comparison.results.FAILURE`.
+    A run that diverges is done, and says why in :data:`shift.run.record.FAILURE`.
     """
     if time.monotonic() >= deadline:
         return False

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shift.comparison.arms import AGAIN, declared
 from shift.config import TrainConfig, differing_key
-
-if TYPE_CHECKING:
-    from shift.comparison.results import Runs
-    from shift.run.record import Run
+from shift.run.record import Run, Runs
 
 Check = dict[str, Any]
 """``rule`` (what must hold), ``ok`` and ``detail`` (the figures behind it)."""

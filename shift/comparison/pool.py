@@ -33,8 +33,8 @@ def default_jobs() -> int:
 def train_all(runs: Mapping[Path, TrainConfig], jobs: int, stream: TextIO | None = None) -> None:
     """Train every run, ``jobs`` at a time, each in one thread; unfinished run directories are resumed.
 
-    A run that diverges leaves the reason in ``results.FAILURE``; the others go on. Ctrl-C lets every worker
-    save a checkpoint, then raises :class:`KeyboardInterrupt`.
+    A run that diverges leaves the reason in :data:`shift.run.record.FAILURE`; the others go on. Ctrl-C lets
+    every worker save a checkpoint, then raises :class:`KeyboardInterrupt`.
     """
     if not runs:
         return

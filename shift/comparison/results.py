@@ -16,14 +16,11 @@ from shift.build import build_schedule
 from shift.comparison.fairness import fairness
 from shift.comparison.ratios import against_looped, smallest_sufficient, stopped_at
 from shift.config import TrainConfig
-from shift.run.record import Run
+from shift.run.record import Run, Runs
 from shift.schedules.registry import SCHEDULES, switch_step
 
 SCHEMA_VERSION = 1
 CROSSING_RULE = "the first evaluation whose accuracy is at or above the target"
-
-Runs = Mapping[str, Mapping[int, Run]]
-"""Arm name -> seed -> run."""
 
 
 def first_crossing(evals: Sequence[Mapping[str, Any]], target: float) -> Mapping[str, Any] | None:

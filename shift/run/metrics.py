@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from shift.run.files import naming, write_all
+from shift.run.files import naming, take_lock, write_all
 from shift_kernels.errors import ShiftInputError, input_error
 
 
@@ -49,7 +48,7 @@ class RowFile:
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self.close()
             raise self._refusal("a regular file", "Remove it.")
-        if not _lock(self._file.fileno()):
+        if not take_lock(self._file.fileno()):
             self.close()
             raise self._refusal(
                 "a run that no other process is training",
@@ -135,17 +134,6 @@ class RowFile:
 
     def _refusal(self, allowed: str, remedy: str) -> ShiftInputError:
         return input_error("shift.Trainer", "run_dir", str(self.path), allowed, remedy)
-
-
-def _lock(handle: int) -> bool:
-    """Whether this process now has the file for itself, until it closes it or ends, in whatever way."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True  # a file system that has no locks
-    return True
 
 
 class PendingRows:

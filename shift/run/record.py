@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ class Run:
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """The ``train``, ``eval`` or ``look`` rows of ``metrics.jsonl``."""
         return [row for row in self.rows if row["kind"] == kind]
+
+
+Runs = Mapping[str, Mapping[int, Run]]
+"""Arm of a comparison -> seed -> run."""
 
 
 def read_run(path: Path) -> Run:

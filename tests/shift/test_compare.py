@@ -17,10 +17,12 @@ from synthetic_runs import (
     switches,
     write_arm,
 )
+from tiny_runs import processes
 
-from shift.compare import main, matched_mean
+from shift.compare import main
 from shift.comparison.arms import colours, make_arm, seeded
 from shift.comparison.fairness import fairness
+from shift.comparison.plan import alone_in, matched_mean
 from shift.comparison.pool import Display
 from shift.comparison.ratios import against_looped
 from shift.comparison.results import first_crossing, share_of_looped
@@ -362,9 +364,55 @@ def test_runs_that_miss_the_target_get_loopeds_compute(tmp_path):
     assert (out / "single" / "seed-5" / "result.json").stat().st_mtime_ns == result
 
 
+def hold(out, held, done):
+    """Child process: be the one comparison in ``out`` until ``done``."""
+    with alone_in(out):
+        held.set()
+        done.wait(60)
+
+
+def test_of_two_comparisons_in_one_directory_the_first_goes_on(tmp_path, capsys):
+    config, out = tmp_path / "tiny.toml", tmp_path / "out"
+    config.write_text(TINY)
+    context = processes()
+    held, done = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(out, held, done))
+    first.start()
+    assert held.wait(60)
+    assert main(["--config", str(config), "--out", str(out), "--jobs", "1"]) == 2
+    assert "no other comparison is running" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    done.set()
+    first.join()
+    assert first.exitcode == 0
+    with alone_in(out):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"created": 1, "first_target_rule": "x"}', '{"matched": "2"}', "[" * 9999],
+    ids=range(7),
+)
+def test_a_plan_that_was_changed_by_hand_is_one_line(tmp_path, capsys, content):
+    config, out = tmp_path / "tiny.toml", tmp_path / "out"
+    config.write_text(TINY)
+    out.mkdir()
+    (out / "plan.json").write_text(content)
+    assert main(["--config", str(config), "--out", str(out), "--target", "0.5", "--jobs", "1"]) == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_mean_without_fraction_is_read_again(out):
+    (out / "plan.json").write_text(json.dumps(PLAN))
+    looped = read_arms(out, ["looped"], SEEDS)["looped"]
+    assert matched_mean(out, looped) == matched_mean(out, looped) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--arms", "looped", "matched"], "argument 'arms' = 'matched'"),
         (["--task", "hops"], "argument 'name' = 'hops'"),
         (["--arms", "spiral"], "argument 'arms' = 'spiral'"),
         (["--arms", "fixed:2.5"], "argument 'at' = 2.5"),
