@@ -23,10 +23,10 @@ from shift_kernels.spec import (
 )
 from shift_kernels.torch_internals import must_be_observed, transforms_are_active
 
-_ME = "shift_kernels.looped_block"
+_FUNCTION = "shift_kernels.looped_block"
 
 
-@refuses_unknown_keywords(_ME)
+@refuses_unknown_keywords(_FUNCTION)
 def looped_block(
     e: Tensor,
     weights: Mapping[str, Tensor],
@@ -67,7 +67,7 @@ def looped_block(
     if cu_seqlens is not None:
         e, seq_lens, (sample, position) = _padded(e, cu_seqlens, seq_lens)
     n_loops, seq_lens, n_grad_loops = check_call(
-        _ME, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold, return_all_loops
+        _FUNCTION, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold, return_all_loops
     )
     compute_dtype = e.dtype
     can_autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
@@ -112,7 +112,7 @@ def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:
     """Kernels know reverse mode alone: a tangent would be lost without a word."""
     if transforms_are_active(inputs):
         raise input_error(
-            _ME,
+            _FUNCTION,
             "backend",
             backend,
             "'torch' under torch.func and in forward-mode differentiation",
@@ -146,14 +146,14 @@ def _padded(
     e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Packed sequences padded, their lengths, and every row's sample and position. Waits for cu_seqlens."""
-    check_floating(_ME, "e", e)
+    check_floating(_FUNCTION, "e", e)
     if seq_lens is not None:
         raise input_error(
-            _ME, "seq_lens", "given", "None together with cu_seqlens", "Lengths follow from it."
+            _FUNCTION, "seq_lens", "given", "None together with cu_seqlens", "Lengths follow from it."
         )
     if e.ndim != 2:
         raise input_error(
-            _ME,
+            _FUNCTION,
             "e",
             list(e.shape),
             "[total, d_model] together with cu_seqlens",
@@ -161,11 +161,11 @@ def _padded(
         )
     if not isinstance(cu_seqlens, Tensor):
         given = type(cu_seqlens).__name__
-        raise type_error(_ME, "cu_seqlens", given, "an int32 or int64 tensor", "Use torch.tensor(...).")
-    check_offsets(_ME, "cu_seqlens", cu_seqlens)
+        raise type_error(_FUNCTION, "cu_seqlens", given, "an int32 or int64 tensor", "Use torch.tensor(...).")
+    check_offsets(_FUNCTION, "cu_seqlens", cu_seqlens)
     remedy = "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
     if cu_seqlens.is_meta:
-        raise input_error(_ME, "cu_seqlens", "on meta", "offsets whose values are known", remedy)
+        raise input_error(_FUNCTION, "cu_seqlens", "on meta", "offsets whose values are known", remedy)
     total = e.shape[0]
     offsets = cu_seqlens.detach().to("cpu", torch.int64, copy=True)  # once: it is the caller's memory
     if (
@@ -176,7 +176,7 @@ def _padded(
         or (lens := offsets.diff()).min() < 0
     ):
         allowed = f"offsets rising from 0 to {total}, the rows of e"
-        raise input_error(_ME, "cu_seqlens", offsets.tolist(), allowed, remedy)
+        raise input_error(_FUNCTION, "cu_seqlens", offsets.tolist(), allowed, remedy)
     sample = torch.arange(len(lens)).repeat_interleave(lens, output_size=total)
     position = torch.arange(total) - offsets[sample]
     row = sample.to(e.device), position.to(e.device)
@@ -209,31 +209,43 @@ def attention(
     Raises:
         ShiftInputError: shapes, dtypes or lengths that do not fit together.
     """
-    me = "shift_kernels.attention"
+    function = "shift_kernels.attention"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_floating(me, name, x)
+        check_floating(function, name, x)
         if x.ndim != 4 or 0 in x.shape:
             raise input_error(
-                me, name, list(x.shape), "[batch, heads, seq_len, head_dim], none of them 0", "Reshape it."
+                function,
+                name,
+                list(x.shape),
+                "[batch, heads, seq_len, head_dim], none of them 0",
+                "Reshape it.",
             )
         if x.dtype != q.dtype:
-            raise type_error(me, name, x.dtype, f"q's dtype {q.dtype}", "Cast one of them.")
+            raise type_error(function, name, x.dtype, f"q's dtype {q.dtype}", "Cast one of them.")
         if x.device != q.device:
-            raise input_error(me, name, f"on {x.device}", f"q's device {q.device}", "Move one of them.")
+            raise input_error(function, name, f"on {x.device}", f"q's device {q.device}", "Move one of them.")
     if k.shape != v.shape:
-        raise input_error(me, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
+        raise input_error(function, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
     batch, n_heads, seq_len, head_dim = q.shape
     if (k.shape[0], *k.shape[2:]) != (batch, seq_len, head_dim):
         raise input_error(
-            me, "k", list(k.shape), f"[{batch}, n_kv_heads, {seq_len}, {head_dim}], as q", "Match q's shape."
+            function,
+            "k",
+            list(k.shape),
+            f"[{batch}, n_kv_heads, {seq_len}, {head_dim}], as q",
+            "Match q's shape.",
         )
     if n_heads % k.shape[1]:
         raise input_error(
-            me, "k", list(k.shape), f"a number of heads that divides q's {n_heads}", "Change n_kv_heads."
+            function,
+            "k",
+            list(k.shape),
+            f"a number of heads that divides q's {n_heads}",
+            "Change n_kv_heads.",
         )
     if seq_lens is not None:
-        seq_lens = own_per_sample(me, "seq_lens", seq_lens, q, 0, seq_len)
-    check_bool(me, "causal", causal)
+        seq_lens = own_per_sample(function, "seq_lens", seq_lens, q, 0, seq_len)
+    check_bool(function, "causal", causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     problem = AttentionProblem(batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad)
     chosen = dispatch.plan_attention(problem, backend)

@@ -1,4 +1,4 @@
-"""The looped block for autograd: an eager function, and a registered operator for whoever must see one.
+"""The looped block for autograd: an eager function, and an operator for compilers, tracers and modes.
 
 ``shift_kernels::looped_block`` takes the number of loops as data: a compiled model that passes it as a
 tensor is never recompiled when it changes, one that passes an int is compiled once more at most.

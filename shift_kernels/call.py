@@ -70,13 +70,13 @@ class CallOptions:
     n_grad_loops: int | None = None
     halt_threshold: float | None = None
 
-    def own_loops(self, device: torch.device) -> Tensor | None:
+    def sample_loops(self, device: torch.device) -> Tensor | None:
         """Each sample's T, int64 [batch], or None where all have the same."""
         if isinstance(self.n_loops, Tensor):
             return self.n_loops.to(device, torch.int64).clamp(min=0).contiguous()
         return None
 
-    def most_loops(self) -> int:
+    def max_loops(self) -> int:
         """The largest T; the host waits for it where samples' own are on a device."""
         return max(int(self.n_loops.max()), 0) if isinstance(self.n_loops, Tensor) else self.n_loops
 
@@ -86,7 +86,7 @@ class CallOptions:
             return None  # a T that decides a plan would be compiled for
         if isinstance(self.n_loops, Tensor) and (self.n_loops.is_cuda or has_no_values(self.n_loops)):
             return None
-        return self.most_loops()
+        return self.max_loops()
 
 
 def without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:

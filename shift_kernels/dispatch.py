@@ -218,15 +218,15 @@ def explain(
     Raises:
         ShiftInputError: no such block can be called, or the named backend does not serve it.
     """
-    me = "shift_kernels.explain"
+    function = "shift_kernels.explain"
     if not isinstance(spec, BlockSpec):
-        raise type_error(me, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
-    batch = check_int(me, "batch", batch, 1, MAX_TOKENS)
-    seq_len = check_int(me, "seq_len", seq_len, 1, MAX_TOKENS)
-    n_loops = check_int(me, "n_loops", n_loops, 0, MAX_LOOPS)
-    check_dtype(me, "dtype", dtype)
-    place = check_device(me, "device", device)
-    check_bool(me, "grad", grad)
+        raise type_error(function, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
+    batch = check_int(function, "batch", batch, 1, MAX_TOKENS)
+    seq_len = check_int(function, "seq_len", seq_len, 1, MAX_TOKENS)
+    n_loops = check_int(function, "n_loops", n_loops, 0, MAX_LOOPS)
+    check_dtype(function, "dtype", dtype)
+    place = check_device(function, "device", device)
+    check_bool(function, "grad", grad)
     problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops)
     chosen = plan(problem, backend)
     running = LOOPED_BLOCK.get(chosen.backend)
@@ -268,15 +268,19 @@ def explain_attention(
     Raises:
         ShiftInputError: no such attention can be called, or the named backend does not serve it.
     """
-    me = "shift_kernels.explain_attention"
+    function = "shift_kernels.explain_attention"
     shape = dict(batch=batch, n_heads=n_heads, seq_len=seq_len, head_dim=head_dim)
     shape |= {"n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads}
-    sizes = {name: check_int(me, name, size, 1, MAX_TOKENS) for name, size in shape.items()}
+    sizes = {name: check_int(function, name, size, 1, MAX_TOKENS) for name, size in shape.items()}
     if sizes["n_heads"] % sizes["n_kv_heads"]:
-        raise input_error(me, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}", "Change either.")
-    check_dtype(me, "dtype", dtype)
-    check_bool(me, "grad", grad)
-    problem = AttentionProblem(**sizes, dtype=dtype, device=check_device(me, "device", device), grad=grad)
+        raise input_error(
+            function, "n_kv_heads", n_kv_heads, f"a divisor of n_heads = {n_heads}", "Change either."
+        )
+    check_dtype(function, "dtype", dtype)
+    check_bool(function, "grad", grad)
+    problem = AttentionProblem(
+        **sizes, dtype=dtype, device=check_device(function, "device", device), grad=grad
+    )
     chosen = plan_attention(problem, backend)
     how = ATTENTION.get(chosen.backend).describe(problem)
     shown = f"{str(dtype).removeprefix('torch.')} on {device}"

@@ -115,13 +115,15 @@ class LoopedBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        me = "shift_kernels.LoopedBlock"
+        function = "shift_kernels.LoopedBlock"
         if not isinstance(spec, BlockSpec):
-            raise type_error(me, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
+            raise type_error(
+                function, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
+            )
         if dtype is not None:
-            check_dtype(me, "dtype", dtype)
+            check_dtype(function, "dtype", dtype)
         if device is not None:
-            check_usable_device(me, "device", device)
+            check_usable_device(function, "device", device)
         self.spec = spec
         for name, shape in spec.weight_shapes().items():
             *path, leaf = name.split(".")
@@ -206,10 +208,10 @@ class LoopedBlock(nn.Module):
         Raises:
             ShiftInputError: dropout, an activation that is neither relu nor gelu, or such an option.
         """
-        me = "LoopedBlock.from_torch"
+        function = "LoopedBlock.from_torch"
         if not isinstance(layer, nn.TransformerEncoderLayer):
             raise type_error(
-                me,
+                function,
                 "layer",
                 type(layer).__name__,
                 "a torch.nn.TransformerEncoderLayer",
@@ -217,7 +219,7 @@ class LoopedBlock(nn.Module):
             )
         if layer.training and layer.dropout.p > 0:
             raise input_error(
-                me,
+                function,
                 "layer",
                 f"dropout={layer.dropout.p} in training mode",
                 "dropout=0",
@@ -227,7 +229,7 @@ class LoopedBlock(nn.Module):
             d_model=layer.linear1.in_features,
             n_heads=layer.self_attn.num_heads,
             d_ff=layer.linear1.out_features,
-            activation=_activation_name(me, layer),
+            activation=_activation_name(function, layer),
             norm="layernorm",
             norm_placement="pre" if layer.norm_first else "post",
             norm_eps=layer.norm1.eps,
@@ -236,13 +238,13 @@ class LoopedBlock(nn.Module):
         )
         if twice := of_layer.keys() & options.keys():
             raise input_error(
-                me, "options", sorted(twice), "fields that the layer does not decide", "Leave them out."
+                function, "options", sorted(twice), "fields that the layer does not decide", "Leave them out."
             )  # fmt: skip
         spec = BlockSpec(**of_layer, **options)
         own = {f"layers.0.{name}": tuple(w.shape) for name, w in layer.state_dict().items()}
         if {name: shape for name, shape in spec.weight_shapes().items() if "loop_norm" not in name} != own:
             raise input_error(
-                me, "options", options, "fields that ask for no other weights than the layer's",
+                function, "options", options, "fields that ask for no other weights than the layer's",
                 "Leave out n_layers, n_kv_heads and head_dim.",
             )  # fmt: skip
         weight = layer.linear1.weight

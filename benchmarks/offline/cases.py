@@ -44,7 +44,7 @@ def block(
     spec = spec_of(d_model, **options)
     weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
     e = torch.zeros(1, seq_len, d_model, dtype=dtype)
-    asked = CallOptions(
+    call_options = CallOptions(
         n_loops=torch.ones(1, dtype=torch.int64) if own_loops else 1,
         compute_dtype=dtype,
         seq_lens=torch.tensor([seq_len]) if ragged else None,
@@ -54,9 +54,9 @@ def block(
     if grad:
         saved = triton_backend.TRITON.saved_like(e, spec, 1)
         grad_h = e[None] if keep_all else e
-        triton_backend.TRITON.backward(grad_h, e, weights, spec, asked, saved)
+        triton_backend.TRITON.backward(grad_h, e, weights, spec, call_options, saved)
     else:
-        triton_backend.TRITON.forward(e, weights, spec, asked, for_backward=training and not halt)
+        triton_backend.TRITON.forward(e, weights, spec, call_options, for_backward=training and not halt)
 
 
 def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:
@@ -81,6 +81,6 @@ def layer(d_model: int, dtype: torch.dtype) -> None:
         spec = spec_of(d_model, **options)
         weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
         e = torch.zeros(1, 16, d_model, dtype=dtype)
-        asked = CallOptions(1, dtype)
-        h, _, saved = streamed.forward(e, weights, spec, asked, for_backward=True)
-        streamed.backward(h, e, weights, spec, asked, saved)
+        call_options = CallOptions(1, dtype)
+        h, _, saved = streamed.forward(e, weights, spec, call_options, for_backward=True)
+        streamed.backward(h, e, weights, spec, call_options, saved)

@@ -181,7 +181,7 @@ class _Launch:
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, backward: bool
     ) -> None:
         self.e, self.backward = e.contiguous(), backward
-        self.loops, lengths = options.own_loops(e.device), seq_lens_on(e, options)
+        self.loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
         rotary = None
         if spec.position == "rope":
             rotary = rotary_table(e.shape[1], spec, e.device).to(torch.float32).contiguous()

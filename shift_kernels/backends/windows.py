@@ -34,9 +34,9 @@ class Forward:
     @classmethod
     def of(cls, e: Tensor, options: CallOptions, for_backward: bool) -> Forward:
         """For a call. Waits for the device only where the number of states to return or keep is needed."""
-        own = options.own_loops(e.device)
+        own = options.sample_loops(e.device)
         known = own is None or options.return_all_loops or for_backward
-        most = options.most_loops() if known else _FOREVER
+        most = options.max_loops() if known else _FOREVER
         used = torch.full((len(e),), most, device=e.device) if own is None else own
         if own is not None and options.halt_threshold is not None:
             used = own.clone()

@@ -102,9 +102,11 @@ def in_dtypes(block, e, cotangent, call, dtypes):
 def on_cpu_backend(block, e, cotangent, call, isa=None, dtypes=FLOAT32):
     weights = {name: w.detach().to(dtypes[0]) for name, w in block.weights().items()}
     e = e.to(dtypes[0])
-    asked = CallOptions(compute_dtype=dtypes[1], **call)
-    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, asked, for_backward=True, isa=isa)
-    grad_e, grads = cpu_backend.CPU.backward(cotangent(h), e, weights, block.spec, asked, saved, isa=isa)
+    call_options = CallOptions(compute_dtype=dtypes[1], **call)
+    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, call_options, for_backward=True, isa=isa)
+    grad_e, grads = cpu_backend.CPU.backward(
+        cotangent(h), e, weights, block.spec, call_options, saved, isa=isa
+    )
     return [h, grad_e, *grads]
 
 
@@ -149,9 +151,9 @@ def test_gelu_is_right_everywhere(isa):
     weights = {name: torch.zeros(w.shape) for name, w in LoopedBlock(spec).weights().items()}
     weights["layers.0.linear1.weight"] = weights["layers.0.linear2.weight"] = torch.eye(16)
     x = torch.linspace(-12, 12, 64 * 1024).view(64, 64, 16)
-    asked = CallOptions(n_loops=1, compute_dtype=torch.float32)
-    h, _, saved = cpu_backend.CPU.forward(x, weights, spec, asked, for_backward=True, isa=isa)
-    slope, _ = cpu_backend.CPU.backward(torch.ones_like(h), x, weights, spec, asked, saved, isa=isa)
+    call_options = CallOptions(n_loops=1, compute_dtype=torch.float32)
+    h, _, saved = cpu_backend.CPU.forward(x, weights, spec, call_options, for_backward=True, isa=isa)
+    slope, _ = cpu_backend.CPU.backward(torch.ones_like(h), x, weights, spec, call_options, saved, isa=isa)
     exact = x.double().requires_grad_()
     value = exact + torch.nn.functional.gelu(exact)
     (exact_slope,) = torch.autograd.grad(value.sum(), exact)
@@ -495,8 +497,10 @@ def test_what_is_kept_begins_on_a_cache_line_and_takes_less_in_bfloat16():
     kept = {}
     for dtypes in (FLOAT32, AUTOCAST):
         weights = {name: w.detach() for name, w in block.weights().items()}
-        asked = CallOptions(n_loops=2, compute_dtype=dtypes[1])
-        *_, (kept[dtypes[1]],) = cpu_backend.CPU.forward(e, weights, block.spec, asked, for_backward=True)
+        call_options = CallOptions(n_loops=2, compute_dtype=dtypes[1])
+        *_, (kept[dtypes[1]],) = cpu_backend.CPU.forward(
+            e, weights, block.spec, call_options, for_backward=True
+        )
     assert all(x.data_ptr() % 64 == 0 for x in kept.values())
     assert kept[torch.bfloat16].nbytes < 0.75 * kept[torch.float32].nbytes
 
@@ -506,9 +510,9 @@ def test_more_loops_than_memory_holds_is_a_memory_error():
     block, e = make(batch=1, seq_len=1)
     for n_loops in (2**40, 2**50, 2**60):
         for kind in ({"return_all_loops": True}, {}):
-            asked = CallOptions(n_loops=n_loops, compute_dtype=torch.float32, **kind)
+            call_options = CallOptions(n_loops=n_loops, compute_dtype=torch.float32, **kind)
             with pytest.raises(MemoryError, match=f"{n_loops}"):
-                cpu_backend.CPU.forward(e, block.weights(), block.spec, asked, for_backward=not kind)
+                cpu_backend.CPU.forward(e, block.weights(), block.spec, call_options, for_backward=not kind)
 
 
 @needs_library
@@ -518,10 +522,10 @@ def test_integers_that_change_while_a_call_runs_are_held_to_their_limits(name):
     block, e = make()
     call = {"n_loops": torch.tensor([2, 3, 1, 1]), "seq_lens": torch.tensor([5, 2, 5, 1])}
     weights = {k: w.detach() for k, w in block.weights().items()}
-    asked = CallOptions(compute_dtype=torch.float32, **call)
-    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, asked, for_backward=True)
+    call_options = CallOptions(compute_dtype=torch.float32, **call)
+    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, call_options, for_backward=True)
     call[name].fill_(10**6)
-    cpu_backend.CPU.backward(normal(h), e, weights, block.spec, asked, saved)
+    cpu_backend.CPU.backward(normal(h), e, weights, block.spec, call_options, saved)
 
 
 @needs_library

@@ -78,12 +78,12 @@ def test_relu_passes_a_nan_and_stops_an_infinite_gradient(isa):
     weights = {name: torch.zeros_like(w) for name, w in block.weights().items()}
     weights["layers.0.linear1.weight"] = weights["layers.0.linear2.weight"] = torch.eye(16)
     e = torch.tensor([math.nan, -1.0, 2.0, 0.0])[:, None, None].expand(4, 1, 16).contiguous()
-    asked = cpu_backend.CallOptions(n_loops=1, compute_dtype=torch.float32)
-    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, asked, for_backward=True, isa=isa)
+    call_options = cpu_backend.CallOptions(n_loops=1, compute_dtype=torch.float32)
+    h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, call_options, for_backward=True, isa=isa)
     assert h[0].isnan().all()
     assert h[1:, 0, 0].tolist() == [-1.0, 4.0, 0.0]
     grad_h = torch.full_like(h, math.inf)
-    grad_e, _ = cpu_backend.CPU.backward(grad_h, e, weights, block.spec, asked, saved, isa=isa)
+    grad_e, _ = cpu_backend.CPU.backward(grad_h, e, weights, block.spec, call_options, saved, isa=isa)
     assert not grad_e.isfinite().any()
 
 

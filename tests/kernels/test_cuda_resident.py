@@ -100,9 +100,11 @@ def in_dtype(block, e, call, dtype):
 
 def on_kernels(block, e, call, grad=cotangent):
     weights = {name: w.detach() for name, w in block.weights().items()}
-    asked = CallOptions(**{"n_loops": 2, "compute_dtype": e.dtype, **call})
-    h, _, saved = cuda_backend.CUDA.forward(e, weights, block.spec, asked, for_backward=True)
-    grad_e, grads = cuda_backend.CUDA.backward(grad(h).to(e.dtype), e, weights, block.spec, asked, saved)
+    call_options = CallOptions(**{"n_loops": 2, "compute_dtype": e.dtype, **call})
+    h, _, saved = cuda_backend.CUDA.forward(e, weights, block.spec, call_options, for_backward=True)
+    grad_e, grads = cuda_backend.CUDA.backward(
+        grad(h).to(e.dtype), e, weights, block.spec, call_options, saved
+    )
     return [h, grad_e, *grads]
 
 
@@ -218,8 +220,8 @@ def test_each_sample_halts_where_the_reference_halts(gpu):
     lens = torch.tensor([7, 3, 1, 7, 5, 2])
     weights = {name: w.detach() for name, w in block.weights().items()}
     for threshold in (0.3, 0.05):
-        asked = CallOptions(12, e.dtype, lens, halt_threshold=threshold)
-        _, used, _ = cuda_backend.CUDA.forward(e, weights, block.spec, asked, for_backward=False)
+        call_options = CallOptions(12, e.dtype, lens, halt_threshold=threshold)
+        _, used, _ = cuda_backend.CUDA.forward(e, weights, block.spec, call_options, for_backward=False)
         exact = {name: w.double() for name, w in weights.items()}
         _, expected = reference.looped_block(
             e.double(), exact, block.spec, 12, halt_threshold=threshold, seq_lens=lens

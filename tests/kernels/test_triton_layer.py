@@ -37,12 +37,12 @@ def problem(spec, dtype=torch.float32, seed=0):
 
 def run(backend, e, weights, spec, n_loops, grad_seed=1, grad=None, **call):
     """h, loops used, grad_e, gradients of the weights."""
-    asked = CallOptions(n_loops, **{"compute_dtype": e.dtype, **call})
+    call_options = CallOptions(n_loops, **{"compute_dtype": e.dtype, **call})
     with torch.no_grad():
-        h, used, saved = backend.forward(e, weights, spec, asked, for_backward=True)
+        h, used, saved = backend.forward(e, weights, spec, call_options, for_backward=True)
         if grad is None:
             grad = torch.randn(h.shape, generator=torch.Generator().manual_seed(grad_seed)).to(e.dtype)
-        grad_e, grads = backend.backward(grad.to(h.dtype), e, weights, spec, asked, saved)
+        grad_e, grads = backend.backward(grad.to(h.dtype), e, weights, spec, call_options, saved)
     return h, used, grad_e, grads
 
 
@@ -146,9 +146,9 @@ def test_nan_in_pads_reaches_nothing_and_pads_return_zero():
 def test_halting_stops_each_sample_where_the_reference_does(seq_lens, threshold):
     spec = BlockSpec(**BASE, injection="add")
     e, weights = problem(spec)
-    asked = CallOptions(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
-    h, used, saved = layer.forward(e, weights, spec, asked, for_backward=False)
-    expected, expected_used, _ = TORCH.forward(e, weights, spec, asked, for_backward=False)
+    call_options = CallOptions(6, e.dtype, seq_lens, return_all_loops=True, halt_threshold=threshold)
+    h, used, saved = layer.forward(e, weights, spec, call_options, for_backward=False)
+    expected, expected_used, _ = TORCH.forward(e, weights, spec, call_options, for_backward=False)
     assert torch.equal(used, expected_used)
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
     assert saved == []

@@ -88,10 +88,10 @@ weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
 with launches(90) as found:
     for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
         e = torch.randn(batch, seq_len, 16)
-        asked = CallOptions(n_loops, e.dtype)
-        backend.forward(e, weights, spec, asked, for_backward=True)
+        call_options = CallOptions(n_loops, e.dtype)
+        backend.forward(e, weights, spec, call_options, for_backward=True)
         saved = backend.saved_like(e, spec, n_loops)
-        backend.backward(e, e, weights, spec, asked, saved)
+        backend.backward(e, e, weights, spec, call_options, saved)
 print(json.dumps([len(found), len(set(map(id, found)))]))
 """)
     assert compiled == [6, 2]  # launches; kernels: one forward, one backward

@@ -65,7 +65,7 @@ def backward(
     batch, seq_len, _ = e.shape
     states, grad_h = saved[0], grad_h.contiguous()
     most, programs = len(states) // tile.saves, tile.programs(batch, seq_len)
-    own_loops, lens = options.own_loops(e.device), seq_lens_on(e, options)
+    own_loops, lens = options.sample_loops(e.device), seq_lens_on(e, options)
     n_grad_loops = most if options.n_grad_loops is None else min(options.n_grad_loops, most)
     packed: Packed = pack(weights, spec, tile, seq_len, options.compute_dtype)
     vectors = packed.vectors.new_zeros(programs, *packed.vectors.shape)
