@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from shift_kernels import BlockSpec, LoopedBlock, attention, looped_block
+from shift_kernels.spec import ACTIVATIONS
 
 F64 = torch.float64
 
@@ -34,10 +35,7 @@ OPTIONS = {
     "rmsnorm": {"norm": "rmsnorm"},
     "no norm": {"norm": "none"},
     "attention only": {"d_ff": 0},
-    "relu": {"activation": "relu"},
-    "relu2": {"activation": "relu2"},
-    "gelu_tanh": {"activation": "gelu_tanh"},
-    "swiglu": {"activation": "swiglu"},
+    **{name: {"activation": name} for name in ACTIVATIONS if name != "gelu"},  # which all others have
     "no bias": {"bias": False},
     "full attention": {"causal": False},
     "rope": {"position": "rope"},

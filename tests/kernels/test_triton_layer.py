@@ -18,6 +18,7 @@ from shift_kernels.backends.torch import TORCH
 from shift_kernels.backends.triton import graph, rows
 from shift_kernels.backends.triton import streamed as layer
 from shift_kernels.call import CallOptions
+from shift_kernels.spec import ACTIVATIONS
 
 F64 = torch.float64
 # What the reference in the same dtype may gain by luck; relative to the largest number of a tensor.
@@ -79,10 +80,7 @@ BLOCKS = {
     "no norm": dict(norm="none", residual_scale=0.3, injection="add"),
     "bare": dict(norm="none", bias=False),
     "two layers, loop norm": dict(n_layers=2, loop_norm=True),
-    "relu": dict(activation="relu"),
-    "relu2": dict(activation="relu2"),
-    "gelu_tanh": dict(activation="gelu_tanh"),
-    "swiglu": dict(activation="swiglu"),
+    **{name: dict(activation=name) for name in ACTIVATIONS if name != "gelu"},  # which all others have
     "rotary": dict(position="rope"),
     "full attention": dict(causal=False),
     "attention only": dict(d_ff=0, loop_norm=True),
