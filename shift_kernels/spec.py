@@ -364,7 +364,7 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
         return torch.ops.shift_kernels.own_copy(x)
     x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     if x.device.type == "cpu" and not has_no_values(x):
-        smallest, largest = int(x.min()), int(x.max())
+        smallest, largest = map(int, x.aminmax())
         if smallest < low or largest > high:
             bad = smallest if smallest < low else largest
             raise input_error(
