@@ -23,9 +23,10 @@ from shift.run.shapes import problems_of
 from shift_kernels import BlockSpec, ShiftInputError
 from shift_kernels.calibrate import LIMIT_S, calibrate
 from shift_kernels.call import Problem
+from shift_kernels.checks import check_int
 from shift_kernels.errors import input_error
 from shift_kernels.measured import table_path
-from shift_kernels.spec import MAX_TOKENS, check_int
+from shift_kernels.spec import MAX_TOKENS
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 

@@ -12,15 +12,10 @@ from shift_kernels import dispatch, reference
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
+from shift_kernels.call_checks import check_call, check_offsets, own_per_sample
+from shift_kernels.checks import check_bool, check_floating
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
-from shift_kernels.spec import (
-    BlockSpec,
-    check_bool,
-    check_call,
-    check_floating,
-    check_offsets,
-    own_per_sample,
-)
+from shift_kernels.spec import BlockSpec
 from shift_kernels.torch_internals import must_be_observed, transforms_are_active
 
 _FUNCTION = "shift_kernels.looped_block"

@@ -20,17 +20,9 @@ from shift_kernels import measured
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.base import Backend, Kind, Registry, WhyNot
 from shift_kernels.call import AttentionProblem, Problem
+from shift_kernels.checks import check_bool, check_choice, check_device, check_dtype, check_int
 from shift_kernels.errors import BackendFallbackWarning, input_error, refuses_unknown_keywords, type_error
-from shift_kernels.spec import (
-    MAX_LOOPS,
-    MAX_TOKENS,
-    BlockSpec,
-    check_bool,
-    check_choice,
-    check_device,
-    check_dtype,
-    check_int,
-)
+from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
 from shift_kernels.torch_internals import constant_for_dynamo
 
 

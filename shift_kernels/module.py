@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from shift_kernels.api import looped_block
+from shift_kernels.checks import check_dtype, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
-from shift_kernels.spec import BlockSpec, check_dtype, check_usable_device
+from shift_kernels.spec import BlockSpec
 
 RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 """Torch's functions for one and the same thing."""

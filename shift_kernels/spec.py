@@ -1,22 +1,15 @@
-"""What a loop body is, which weights it has, and which calls make sense. All validation lives here."""
+"""What a loop body is, and which weights it has."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import numbers
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from shift_kernels.errors import input_error, near_miss, refuses_unknown_keywords, type_error
-from shift_kernels.torch_internals import has_no_values
+from shift_kernels.checks import check_bool, check_choice, check_int, check_positive
+from shift_kernels.errors import input_error, refuses_unknown_keywords
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "swiglu", "relu2")
 NORMS = ("layernorm", "rmsnorm", "none")
@@ -31,7 +24,6 @@ CHOICES = {
     "injection": INJECTIONS,
 }
 """Fields of :class:`BlockSpec` that are words, and the words."""
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH, MAX_LAYERS = 2**24, 2**12
 """Of d_model, heads, head_dim, d_ff and the projection to all heads; of n_layers. Far beyond any block, and
 so small that a product of two fits 64 bits."""
@@ -210,248 +202,5 @@ def spec_from_key(key: str) -> BlockSpec:
     return BlockSpec(**json.loads(key))
 
 
-def check_call(
-    function: str,
-    e: Tensor,
-    weights: Mapping[str, Tensor],
-    spec: BlockSpec,
-    n_loops: int | Tensor,
-    seq_lens: Tensor | None,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    return_all_loops: bool,
-) -> tuple[int | Tensor, Tensor | None, int | None]:
-    """Refuse a call of the looped block that makes no sense, before any kernel runs.
-
-    Values inside tensors are checked where they lie in host memory; on an accelerator that would cost a
-    synchronisation, so kernels clamp them instead (lengths to [0, seq_len], loops to >= 0).
-
-    Returns:
-        n_loops, seq_lens and n_grad_loops as backends take them. Tensors are copies, int64 [batch]: what the
-        caller does to theirs after this cannot reach the call or its backward.
-    """
-    if not isinstance(spec, BlockSpec):
-        raise type_error(function, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
-    check_floating(function, "e", e)
-    if e.ndim != 3 or e.shape[2] != spec.d_model:
-        raise input_error(
-            function,
-            "e",
-            list(e.shape),
-            f"a tensor of shape [batch, seq_len, {spec.d_model}]",
-            "The last dimension is d_model of the spec.",
-        )
-    if e.shape[0] < 1 or e.shape[1] < 1:
-        raise input_error(
-            function, "e", list(e.shape), "batch >= 1 and seq_len >= 1", "Skip empty batches before the call."
-        )
-    _check_weights(function, weights, spec, e.device)
-    check_bool(function, "return_all_loops", return_all_loops)
-    n_loops = _check_loops(function, n_loops, e)
-    if seq_lens is not None:
-        seq_lens = own_per_sample(function, "seq_lens", seq_lens, e, 0, e.shape[1])
-    if n_grad_loops is not None:
-        n_grad_loops = check_int(function, "n_grad_loops", n_grad_loops, 1, None, "None or an int >= 1")
-        if n_grad_loops > MAX_LOOPS:
-            n_grad_loops = MAX_LOOPS
-    if halt_threshold is not None:
-        _check_halting(function, e, weights, halt_threshold)
-    return n_loops, seq_lens, n_grad_loops
-
-
-def _check_halting(function: str, e: Tensor, weights: Mapping[str, Tensor], halt_threshold: float) -> None:
-    check_positive(function, "halt_threshold", halt_threshold, "None or a finite float > 0")
-    if torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values())):
-        raise input_error(
-            function,
-            "halt_threshold",
-            halt_threshold,
-            "None while gradients are recorded (halting is for inference)",
-            "Wrap the call in torch.no_grad().",
-        )
-
-
-def check_floating(function: str, name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise type_error(function, name, type(x).__name__, "a torch.Tensor", "Convert it first.")
-    if x.dtype not in DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise type_error(function, name, x.dtype, f"a tensor of dtype {allowed}", f"Cast it: {name}.float().")
-    if x.is_nested or x.layout != torch.strided:
-        given = "a nested tensor" if x.is_nested else x.layout
-        raise type_error(function, name, given, "a dense tensor", "Pad it, and give its seq_lens.")
-
-
-def _check_weights(
-    function: str, weights: Mapping[str, Tensor], spec: BlockSpec, device: torch.device
-) -> None:
-    if not isinstance(weights, Mapping):
-        raise type_error(
-            function,
-            "weights",
-            type(weights).__name__,
-            "a dict of tensors",
-            "Pass dict(block.named_parameters()).",
-        )
-    shapes = spec.weight_shapes()
-    missing = [name for name in shapes if name not in weights]
-    if missing:
-        raise input_error(
-            function,
-            "weights",
-            f"without {missing}",
-            f"exactly the keys {list(shapes)}",
-            "See BlockSpec.weight_shapes().",
-        )
-    unknown = [name for name in weights if name not in shapes]
-    if unknown:
-        raise input_error(
-            function,
-            "weights",
-            f"with {unknown}",
-            f"exactly the keys {list(shapes)}",
-            near_miss(unknown[0], shapes, "Remove what the spec does not have."),
-        )
-    for name, shape in shapes.items():
-        w = weights[name]
-        check_floating(function, f"weights[{name!r}]", w)
-        if tuple(w.shape) != shape:
-            raise input_error(
-                function,
-                f"weights[{name!r}]",
-                list(w.shape),
-                f"shape {list(shape)}",
-                "It follows from the spec.",
-            )
-        if w.device != device:
-            raise input_error(
-                function,
-                f"weights[{name!r}]",
-                f"on {w.device}",
-                f"the device of e ({device})",
-                "Move one of them.",
-            )
-
-
-def _check_loops(function: str, n_loops: int | Tensor, e: Tensor) -> int | Tensor:
-    if isinstance(n_loops, Tensor):
-        if n_loops.is_meta:
-            raise input_error(function, "n_loops", "on meta", "loops whose number is known", "Pass an int.")
-        if n_loops.ndim == 0:
-            n_loops = n_loops.expand(e.shape[0])
-        return own_per_sample(function, "n_loops", n_loops, e, 0, MAX_LOOPS)
-    allowed = f"an int from 0 to {MAX_LOOPS}, or an int tensor of shape [] or [batch]"
-    return check_int(function, "n_loops", n_loops, 0, MAX_LOOPS, allowed)
-
-
-def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, high: int) -> Tensor:
-    """A copy of one int per sample, int64 [batch], on the same device: copied once, then checked."""
-    batch = e.shape[0]
-    if not isinstance(x, Tensor):
-        raise type_error(
-            function, name, type(x).__name__, f"an int tensor of shape [{batch}]", "Use torch.tensor(...)."
-        )
-    check_offsets(function, name, x)
-    if tuple(x.shape) != (batch,):
-        raise input_error(
-            function, name, list(x.shape), f"shape [{batch}], one per sample", "One entry a sample."
-        )
-    if x.device.type != "cpu" and x.device != e.device:
-        raise input_error(
-            function, name, f"on {x.device}", f"the CPU or the device of e ({e.device})", "Move it."
-        )
-    if torch.compiler.is_compiling():
-        return torch.ops.shift_kernels.own_copy(x)
-    x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
-    if x.device.type == "cpu" and not has_no_values(x):
-        smallest, largest = map(int, x.aminmax())
-        if smallest < low or largest > high:
-            bad = smallest if smallest < low else largest
-            raise input_error(
-                function, name, bad, f"values from {low} to {high}", "Check how it was computed."
-            )
-    return x
-
-
-def check_offsets(function: str, name: str, x: Tensor) -> None:
-    """Refuse a tensor that does not hold plain int32 or int64 numbers."""
-    if x.dtype not in (torch.int32, torch.int64):
-        raise type_error(function, name, x.dtype, "int32 or int64", f"Cast it: {name}.long().")
-    if x.is_nested or x.layout != torch.strided:
-        given = "a nested tensor" if x.is_nested else x.layout
-        raise type_error(function, name, given, "a dense tensor", "Use torch.tensor(...).")
-
-
 def _refuse(name: str, value: object, allowed: str, remedy: str) -> NoReturn:
     raise input_error("BlockSpec", name, value, allowed, remedy)
-
-
-def check_int(
-    function: str, name: str, value: Any, low: int, high: int | None, allowed: str | None = None
-) -> int:
-    """The value as an int, if it is one (numpy's too) and within the bounds."""
-    allowed = allowed or (f"an int >= {low}" if high is None else f"an int from {low} to {high}")
-    if not isinstance(value, (int, torch.SymInt)):
-        try:
-            value = operator.index(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise type_error(function, name, value, allowed, "Pass an int.") from None
-    elif isinstance(value, bool):
-        raise type_error(function, name, value, allowed, "Pass an int.")
-    if value < low or (high is not None and value > high):
-        raise input_error(
-            function, name, value, allowed, f"Choose a {'larger' if value < low else 'smaller'} one."
-        )
-    return value
-
-
-def check_bool(function: str, name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise type_error(function, name, value, "True or False", "Pass a bool.")
-
-
-def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
-    allowed = "one of " + ", ".join(map(repr, choices))
-    if not isinstance(value, str):
-        raise type_error(function, name, value, allowed, "Pass a string.")
-    if value not in choices:
-        raise input_error(function, name, value, allowed, near_miss(value, choices, "Check the spelling."))
-
-
-def check_positive(function: str, name: str, value: Any, allowed: str) -> float:
-    """The value as a float, if it is a number (numpy's too), finite and above 0."""
-    if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
-        raise type_error(function, name, value, allowed, "Pass a float.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number > 0):
-        raise input_error(function, name, value, allowed, "Choose a positive number that a float holds.")
-    return number
-
-
-def check_device(function: str, name: str, value: Any) -> torch.device:
-    """The device of this name, which need not exist on this machine."""
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise input_error(
-            function, name, value, "a device's name, such as 'cpu' or 'cuda:0'", "Change it."
-        ) from error
-
-
-def check_usable_device(function: str, name: str, value: Any) -> None:
-    """Refuse a device that is not one, or not on this machine."""
-    device = check_device(function, name, value)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        allowed = "a device that torch can use here"
-        raise input_error(function, name, str(device), allowed, "See torch.cuda.is_available().") from error
-
-
-def check_dtype(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, torch.dtype) or value not in DTYPES:
-        allowed = "one of " + ", ".join(map(str, DTYPES))
-        raise type_error(function, name, value, allowed, "Pass one of these.")
