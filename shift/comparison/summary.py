@@ -42,14 +42,14 @@ Comparisons = Mapping[str, Mapping[str, Any]]
 
 
 def write_summary(path: Path, comparisons: Comparisons) -> None:
-    """Write the runs of some comparisons."""
+    """Write the runs of some comparisons; what results made by older versions lack is null."""
     rows = [
         {
             "task": task,
             "arm": name,
             "reached": facts["flops_to_target"] is not None,
             "share_of_looped": arm.get("against_looped", {}).get("per_seed", {}).get(str(facts["seed"])),
-            **{column: facts[key] for column, key in COLUMNS.items()},
+            **{column: facts.get(key) for column, key in COLUMNS.items()},
         }
         for task, results in comparisons.items()
         for name, arm in results["arms"].items()

@@ -2,13 +2,17 @@
 
 import json
 import math
+from operator import attrgetter
 
 import pytest
 import torch
 from tiny_runs import tiny
 
+from shift.build import build_schedule
+from shift.comparison.arms import FAMILIES, colours, make_arm
 from shift.comparison.results import seed_facts
-from shift.config import ScheduleConfig
+from shift.config import ScheduleConfig, TrainConfig
+from shift.report.document import Key
 from shift.run.record import read_run
 from shift.run.trainer import Trainer
 from shift.schedules import SCHEDULES, Signals, make_schedule
@@ -202,6 +206,20 @@ def test_a_run_records_the_switch_step_that_its_schedule_names(kind, tmp_path):
 def test_a_ladder_that_starts_with_two_loops_has_a_switch_step():
     schedule = make("ladder", rungs=[2, 4])
     assert loops(schedule, 800).index(4) == schedule.switch_step
+
+
+def test_no_two_arms_share_a_name_a_label_or_a_colour():
+    for facts in (attrgetter("name"), attrgetter("label"), attrgetter("colour")):
+        assert len({facts(family) for family in FAMILIES.values()}) == len(FAMILIES)
+    declared = [family.name for schedule in SCHEDULES.values() for family in schedule.families]
+    assert len(declared) == len(FAMILIES) - 2  # matched and again are a comparison's own
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "matched"])
+def test_every_arm_that_a_schedule_declares_can_be_built_and_drawn(name):
+    arm = make_arm(name, TrainConfig())
+    assert build_schedule(arm.config).step(0, None).n_loops >= 1
+    assert Key(arm.label, colours([name])[name])
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
