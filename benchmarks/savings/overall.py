@@ -48,7 +48,7 @@ def overall(results: Results, name: str) -> str:
 
 
 def hindsight(results: Results) -> str:
-    """What whoever knew each task's best arm of all beforehand would have needed."""
+    """The compute of each task's best arm of all, which is known with hindsight alone."""
     means, lost = [], 0
     for r in results.values():
         best = best_of((name for name in r["arms"] if name != AGAIN), r["arms"])

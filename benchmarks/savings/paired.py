@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 EXACT = 12
-"""Up to so many differing pairs all sign patterns are counted; beyond, the one seen and 20,000 drawn ones."""
+"""Up to this many differing pairs all sign patterns count; beyond, the observed one and 20,000 drawn ones."""
 
 
 def costs(seeds: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -29,13 +29,13 @@ def p_cheaper(arm: Mapping[Any, float], other: Mapping[Any, float]) -> float:
         return 1.0
     ranks = _ranks([abs(d) for d in differences])
     signs = np.sign(differences)
-    seen = float(signs @ ranks)
+    observed = float(signs @ ranks)
     if len(ranks) <= EXACT:
         patterns = np.array(list(itertools.product((-1, 1), repeat=len(ranks))))
     else:
         drawn = np.random.default_rng(0).choice((-1, 1), size=(20_000, len(ranks)))
         patterns = np.vstack((signs, drawn))  # or p could be 0
-    return float(np.mean(patterns @ ranks >= seen - 1e-9))
+    return float(np.mean(patterns @ ranks >= observed - 1e-9))
 
 
 def _log(cost: float) -> float:

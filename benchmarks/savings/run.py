@@ -57,7 +57,7 @@ def main() -> int:
         for i, wave in enumerate(waves):
             # Each wave takes in the seeds of those before it, so one that is done needs no look of its own.
             if wave is not waves[-1] and all(finished(case, wave, args.out) for case in suite.cases):
-                progress.skip(len(suite.cases))
+                progress.advance(len(suite.cases))
                 continue
             seeds, results = sum(waves[: i + 1], ()), {}
             for case in suite.cases:
@@ -73,7 +73,7 @@ def main() -> int:
                     command_line,
                 )
                 results[case.name] = found | {"used_for": case.used_for}
-                progress.skip(1)
+                progress.advance(1)
             reports = write_suite_report(results, args.out)
     except ShiftInputError as error:
         print(f"savings: {error}", file=sys.stderr)
@@ -108,8 +108,8 @@ class Progress:
     def __init__(self, costs: Sequence[float], clock: Callable[[], float] = time.monotonic) -> None:
         self._costs, self._done, self._clock, self._start = costs, 0, clock, clock()
 
-    def skip(self, pieces: int) -> None:
-        """So many more pieces are behind us."""
+    def advance(self, pieces: int) -> None:
+        """Note that this many more pieces are done."""
         self._done += pieces
 
     def words(self) -> str:

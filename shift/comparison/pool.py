@@ -78,7 +78,7 @@ class Display:
             self._bar = tqdm(total=total_steps, file=stream, unit="step", dynamic_ncols=True)
 
     def step(self, run: str, step: int) -> None:
-        """A run has done so many steps."""
+        """Note that a run has done ``step`` steps."""
         if not self._steps:
             self._started = time.monotonic()  # the workers' start is over
         if run not in self._steps:

@@ -35,7 +35,7 @@ def share_of_looped(looped: Mapping[int, Run], share: float) -> float | None:
 
 
 def seed_facts(run: Run, seed: int, target: float | None) -> dict[str, Any]:
-    """One entry of ``arms.<name>.seeds``; a target of None is reached by nobody."""
+    """One entry of ``arms.<name>.seeds``; no run reaches a target of None."""
     evals, train, result = run.of_kind("eval"), run.of_kind("train"), run.result
     last: Mapping[str, Any] = evals[-1] if evals else {}
     crossing = (first_crossing(evals, target) if result and target is not None else None) or {}

@@ -1,4 +1,4 @@
-"""Who decides how many loops a step runs: one protocol, a file an idea, all listed in ``registry``."""
+"""Schedules choose the number of loops of each step. All are listed in ``registry``, one idea a file."""
 
 from shift.schedules.base import Decision, Declaration, Family, LoopSchedule
 from shift.schedules.registry import SCHEDULES, make_schedule

@@ -1,4 +1,4 @@
-"""All schedules: who adds one declares it in its own file and lists it here.
+"""All schedules. A new one is declared in its own file and listed here.
 
 Arms, results, fairness, reports, pictures, the savings benchmark and the tests go by this list.
 """

@@ -148,9 +148,9 @@ def test_the_time_left_goes_by_what_the_tasks_cost():
     progress = Progress([1.0, 0.0, 3.0], clock=lambda: now[0])
     assert progress.words() == "1 of 3, time left unknown"
     now[0] = 60.0
-    progress.skip(1)
+    progress.advance(1)
     assert progress.words() == "2 of 3, about 3 min left"
-    progress.skip(1)
+    progress.advance(1)
     assert progress.words() == "3 of 3, about 3 min left"
     assert Progress([0.0]).words() == "1 of 1, all trained"
 
