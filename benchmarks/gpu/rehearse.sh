@@ -7,7 +7,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 folder="${1:-$(mktemp -d)}"
 mkdir -p "$folder/bin"
 # In the place of compute-sanitizer: runs what follows its options.
-printf '#!/bin/sh\nshift 4\nexec "$@"\n' > "$folder/bin/compute-sanitizer"
+printf '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\nexec "$@"\n' > "$folder/bin/compute-sanitizer"
 chmod +x "$folder/bin/compute-sanitizer"
 export PATH="$folder/bin:$PATH" SHIFT_GPU_REHEARSAL=1 OMP_NUM_THREADS=1
 "$here/run.sh" "$folder/out" --work "$folder/work" --seconds 1200

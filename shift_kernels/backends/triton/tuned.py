@@ -1,7 +1,7 @@
 """Warps and hidden columns at a time of the resident kernels, by GPU family and shape class.
 
 ``tuned.json`` holds what was found: fewest bytes spilled, by compiling for the family
-(``benchmarks/offline/tune_triton.py``), or least time, on a device (``benchmarks/gpu/tune.py resident``).
+(``benchmarks/offline/tune_triton.py``), or least time, on a device (``benchmarks/gpu/tune.py``).
 What it does not hold takes :func:`safe`.
 Nothing is tuned when a kernel is imported or called.
 """
