@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 180.0
 WORKERS = 8
 OPTIONS = ("-m", "gpu", "-p", "no:cacheprovider")
-REHEARSED = ("attention_is_right[small-causal-whole-torch.bf", "block_is_right[small-whole-torch.bfloat16-cuda")
+REHEARSED = (
+    "attention_is_right[small-causal-whole-torch.bf",
+    "block_is_right[small-whole-torch.bfloat16-cuda",
+)
 """Parts of the names of the tests that a rehearsal runs."""
 
 
