@@ -13,26 +13,21 @@ start again with ``--resume auto``. (``torchrun`` has codes of its own; the chec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
-import torch
-import torch.distributed as dist
 import tyro
 
 from shift.config import Options, TrainConfig, load_config
 from shift.reading import tomllib
-from shift.run.metrics import Console
+from shift.run.process import run
 from shift.run.ranks import OtherRankFailed
-from shift.run.shapes import When, calibrate_shapes
-from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
+from shift.run.shapes import When
+from shift.run.trainer import TrainingDiverged, TrainingInterrupted
 from shift_kernels import ShiftInputError
 
 INTERRUPTED = 75
@@ -143,21 +138,12 @@ def _option(word: str) -> tuple[str, Any]:
 
 
 def _train(command: Command) -> int:
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if distributed:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    leader = not distributed or dist.get_rank() == 0
-    console = Console(command.train.steps) if leader else None
     try:
-        calibrate_shapes(command.train, command.calibrate, lambda line: print(line, file=sys.stderr))
-        trainer = Trainer(command.train, command.run_dir, resume=command.resume == "auto", console=console)
-        with _stopped_by_signals(trainer):
-            trainer.fit()
+        run(command.train, command.run_dir, resume=command.resume == "auto", calibrate=command.calibrate)
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
+    # An OSError: the disk is full, say.
     except (
         TrainingDiverged,
         OtherRankFailed,
@@ -166,28 +152,7 @@ def _train(command: Command) -> int:
     ) as error:  # OSError: the disk is full, say
         print(f"shift-train: {error}", file=sys.stderr)
         return 1
-    finally:
-        if console:
-            console.close()
-        if distributed:
-            dist.destroy_process_group()
     return 0
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run in order; a second one ends it at once."""
-
-    def stop(number: int, _frame: object) -> None:
-        signal.signal(number, before[number])
-        trainer.stop()
-
-    before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

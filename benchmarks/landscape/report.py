@@ -16,9 +16,9 @@ from benchmarks.landscape.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Claim, 
 from benchmarks.landscape.figures import LABELS, NAMES, Study
 from benchmarks.landscape.seen import Seen, cost, final_accuracy, hopping, late, log_cost_ratio, spectra
 from benchmarks.landscape.study import ARMS, SURVEYS, SWITCHES, arms_of, run_dir, tasks
-from shift.landscape.cli import CAPTIONS
 from shift.landscape.plane import plane
 from shift.landscape.plots import draw
+from shift.landscape.report import CAPTIONS
 from shift.landscape.valley import split, threshold
 from shift.report.document import (
     Block,

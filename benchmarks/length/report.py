@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from shift.comparison.arms import FAMILIES
-from shift.eval import CAPTION
 from shift.length.heat_map import heat_map
+from shift.length.report import CAPTION
 from shift.length.sweep import RULES, SweepConfig, sweep
 from shift.reading import read_json
 from shift.report.document import Block, Cell, Code, Heading, Items, Paragraph, Picture, Table, markdown

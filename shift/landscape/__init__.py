@@ -9,4 +9,5 @@ cuts        the loss along one direction: U or V?
 plane       the loss on a plane that the run's path lies near
 upstream    whether Single's and Looped's gradients agree
 survey      all of it at points along a recorded run
+report      a survey as numbers, pictures and one HTML file
 """

@@ -10,7 +10,8 @@ from torch import nn
 import shift.length.sweep
 from shift.build import build_model
 from shift.config import ModelConfig, ScheduleConfig, TaskConfig
-from shift.eval import main, write
+from shift.eval import main
+from shift.length.report import write
 from shift.length.sweep import SweepConfig, sweep
 from shift.run.checkpoint import newest_valid
 from shift.run.evaluate import evaluate

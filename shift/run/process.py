@@ -1,0 +1,73 @@
+"""One training run as a process of its own: its process group, its console, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shift.config import TrainConfig
+from shift.run.metrics import Console
+from shift.run.shapes import When, calibrate_shapes
+from shift.run.trainer import Trainer
+
+
+def run(config: TrainConfig, run_dir: Path, *, resume: bool, calibrate: When = "auto") -> None:
+    """Train; under ``torchrun`` as one rank of it. Progress goes to the console of rank 0.
+
+    Args:
+        config, run_dir, resume: see :class:`shift.run.trainer.Trainer`.
+        calibrate: see :func:`shift.run.shapes.calibrate_shapes`.
+
+    Raises:
+        TrainingInterrupted: after SIGTERM or Ctrl-C; a checkpoint was saved.
+        ShiftInputError, TrainingDiverged, OtherRankFailed, OSError: see there.
+    """
+    with _process_group() as leads:
+        console = Console(config.steps) if leads else None
+        try:
+            calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
+            trainer = Trainer(config, run_dir, resume=resume, console=console)
+            with _stopped_by_signals(trainer):
+                trainer.fit()
+        finally:
+            if console:
+                console.close()
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[bool]:
+    """Join the processes of ``torchrun``, if there are any; yields whether this one is rank 0."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield True
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run in order; a second one ends it at once."""
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, before[number])
+        trainer.stop()
+
+    before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
