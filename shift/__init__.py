@@ -23,6 +23,7 @@ The parts work without the trainer. A training loop of your own asks the schedul
 With the trainer: ``Trainer(TrainConfig(steps=100), "runs/first").fit()``; from the shell: ``shift-train``.
 """
 
+from shift import requirements as _requirements  # noqa: F401 (first, for its message)
 from shift.config import (
     LandscapeConfig,
     ModelConfig,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from shift.tasks import TASKS
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 SAYS = {
     "own_model": r"differ by \d\.\de-0[5-9]\n(.*\n)+after 150 steps: ([7-9]\d|100)% right",
@@ -16,9 +18,17 @@ SAYS = {
 """What it prints, where that is more than that it ends."""
 
 
+@pytest.fixture
+def tasks_as_they_were():
+    before = dict(TASKS)
+    yield
+    TASKS.clear()
+    TASKS.update(before)
+
+
 @pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")  # without a compiler
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_example_runs(path, tmp_path, monkeypatch, capsys):
+def test_the_example_runs(path, tmp_path, monkeypatch, capsys, tasks_as_they_were):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")

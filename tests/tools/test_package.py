@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import shift_kernels
+from shift import requirements
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +40,20 @@ def test_the_source_distribution_holds_every_file_so_that_its_tests_run(metadata
 
 def test_the_metadata_has_the_version_of_the_code(metadata):
     assert f"\nVersion: {shift_kernels.__version__}\n" in (metadata / "PKG-INFO").read_text()
+
+
+@pytest.mark.parametrize("missing", requirements.NEEDED)
+def test_a_missing_extra_is_told_with_its_remedy(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs {missing}, .*pip install 'shift-kernels\[train\]'"
+    ):
+        requirements.check()
+
+
+def test_what_shift_needs_is_what_its_extra_installs():
+    extra = " ".join(PROJECT["project"]["optional-dependencies"]["train"]).replace("-", "_")
+    assert all(name in extra for name in requirements.NEEDED)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
