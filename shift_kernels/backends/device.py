@@ -14,5 +14,8 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def matmul_precision() -> str:
-    """``ieee`` or ``tf32``: float32 products follow torch's own switch."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """``ieee`` or ``tf32``: float32 products follow torch's own switches.
+
+    ``torch.get_float32_matmul_precision`` raises where the newer of the two was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
