@@ -17,8 +17,8 @@ struct Round {
     int first_query_column;  // of the round in [n_heads head_dim]
     int kv_heads, queries, head_dim, columns, ld;
     int group;
-    template <class T>
-    __device__ Round(const Program<T>& p, int round)
+    template <class A, class T>
+    __device__ Round(const Program<A, T>& p, int round)
         : kv_heads(int(p.p().kv_heads)), head_dim(int(p.c().head_dim)), group(int(query_group(p.c()))) {
         queries = kv_heads * group;
         first_query_column = round * queries * head_dim;
@@ -31,8 +31,8 @@ struct Round {
 };
 
 // Turns the pair (x, y) of a head's halves by the angle of the row's position; back: by the opposite angle.
-template <class T>
-__device__ inline void rotate(const Program<T>& p, int row, int column_in_head, bool back, float2& x, float2& y) {
+template <class A, class T>
+__device__ inline void rotate(const Program<A, T>& p, int row, int column_in_head, bool back, float2& x, float2& y) {
     const int half = int(p.c().head_dim) / 2, n = int(p.c().seq_len);
     const float* at = p.c().rotary + p.position(row) * half + column_in_head / 16 * 8 + column_in_head % 8;
     const float2 cos = load<float2>(at);
@@ -44,14 +44,14 @@ __device__ inline void rotate(const Program<T>& p, int row, int column_in_head, 
 }
 
 // A round's Wqkv, for the product before it.
-template <class T>
-__device__ inline Ahead<T> qkv_ahead(const Program<T>& p, const Weights<T>& w, int round) {
+template <class A, class T>
+__device__ inline Ahead<T> qkv_ahead(const Program<A, T>& p, const Weights<T>& w, int round) {
     const Round of(p, round);
     return {w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d()};
 }
 
-template <class T>
-__device__ __forceinline__ void project_qkv(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int round,
+template <class A, class T>
+__device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int round,
                                             Ahead<T> ahead = {}) {
     const Round of(p, round);
     const float* bias = w.qkv_bias() + round * of.columns;
@@ -69,15 +69,15 @@ __device__ __forceinline__ void project_qkv(const Program<T>& p, Rows<T> xn, con
 }
 
 // The keys low <= key < high that a row sees; none, if the row is a pad or does not exist.
-template <class T>
-__device__ inline void span_of(const Program<T>& p, int row, int& low, int& high) {
+template <class A, class T>
+__device__ inline void span_of(const Program<A, T>& p, int row, int& low, int& high) {
     low = p.exists(row) ? p.low()[row] : int(MOST_ROWS);
     high = p.exists(row) ? p.high()[row] : 0;
 }
 
 // The keys that any of 16 rows sees.
-template <class T>
-__device__ inline void span_of_16(const Program<T>& p, int row0, int& low, int& high) {
+template <class A, class T>
+__device__ inline void span_of_16(const Program<A, T>& p, int row0, int& low, int& high) {
     span_of(p, row0 + lane() % 16, low, high);
     low = int(-max_over_lanes<16>(-float(low)));
     high = int(max_over_lanes<16>(float(high)));
@@ -90,15 +90,15 @@ struct Keys {
     int ld, rows;
 };
 
-template <class T>
-__device__ inline Keys<T> own_keys(const Program<T>& p, const Round& of, int kv_head, int key) {
+template <class A, class T>
+__device__ inline Keys<T> own_keys(const Program<A, T>& p, const Round& of, int kv_head, int key) {
     const T* row = p.work() + key * of.ld;
     return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows_from(key)};
 }
 
 // Of another block's rows, by all who own rows in this one.
-template <class T>
-__device__ inline Keys<T> others_keys(const Program<T>& p, const Round& of, int kv_head, int part, int key, int rows) {
+template <class A, class T>
+__device__ inline Keys<T> others_keys(const Program<A, T>& p, const Round& of, int kv_head, int part, int key, int rows) {
     const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD);
     p.sync();  // all are done with those before
     copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.others(), ld, rows, columns);
@@ -109,8 +109,8 @@ __device__ inline Keys<T> others_keys(const Program<T>& p, const Round& of, int 
 
 // Calls f(key, its Keys) for each 16 keys of the sequence with any from begin to end. They are counted from where the
 // first row's sequence begins.
-template <class T, class F>
-__device__ inline void each_16_keys(const Program<T>& p, const Round& of, int kv_head, int begin, int end, F f) {
+template <class A, class T, class F>
+__device__ inline void each_16_keys(const Program<A, T>& p, const Round& of, int kv_head, int begin, int end, F f) {
     const int parts = p.c().causal ? p.part() + 1 : p.split();
 #pragma unroll 1
     for (int part = 0; part < parts; part++) {
@@ -150,8 +150,8 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 // One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
 // rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
 // exist.
-template <class T, class Out, class Rest>
-__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of, int head, int row0, Out out,
+template <class A, class T, class Out, class Rest>
+__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<A, T>& p, const Round& of, int head, int row0, Out out,
                                             Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
@@ -219,8 +219,8 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<T>& p, const Round& of
 }
 
 // tile += scale self_attention(xn). after: the weights of the product that follows.
-template <class T>
-__device__ __forceinline__ void attention(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale,
+template <class A, class T>
+__device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
                                           Ahead<T> after) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
     for (int round = 0; round < rounds; round++) {

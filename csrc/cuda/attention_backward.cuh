@@ -20,7 +20,8 @@ template <class T>
 struct RoundGradients {
     T *d_o, *dqkv;
     int ld_o;
-    __device__ RoundGradients(const Program<T>& p, const Round& of) {
+    template <class A>
+    __device__ RoundGradients(const Program<A, T>& p, const Round& of) {
         ld_o = of.queries * of.head_dim + int(PAD);
         d_o = p.work() + p.rows() * of.ld;
         dqkv = d_o + p.rows() * ld_o;
@@ -28,8 +29,8 @@ struct RoundGradients {
 };
 
 // Stores the gradient of columns j and j + 8 of a round's q, k or v: for the next product, and in in_proj's order.
-template <class T>
-__device__ inline void keep_dqkv(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int round,
+template <class A, class T>
+__device__ inline void keep_dqkv(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int round,
                                  Rows<T> dqkv, int r, int j, float2 x, float2 y) {
     if (p.c().rope && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
     const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
@@ -57,8 +58,8 @@ __device__ inline void accumulate(float (&c)[HELD_COLUMNS / 16][2][4], const flo
 }
 
 // Calls out(row, column, x, y) for [16, columns] accumulators, as multiply does.
-template <class T, class Out>
-__device__ inline void give_out(const Program<T>& p, const float (&c)[HELD_COLUMNS / 16][2][4], int row0, int columns,
+template <class A, class T, class Out>
+__device__ inline void give_out(const Program<A, T>& p, const float (&c)[HELD_COLUMNS / 16][2][4], int row0, int columns,
                                 Out out) {
 #pragma unroll
     for (int i = 0; i < HELD_COLUMNS / 16; i++)
@@ -79,14 +80,14 @@ struct Queries {
     int ld_q, ld_o, rows;
 };
 
-template <class T>
-__device__ inline Queries<T> own_queries(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int row) {
+template <class A, class T>
+__device__ inline Queries<T> own_queries(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int row) {
     return {p.work() + row * of.ld, g.d_o + row * g.ld_o, of.ld, g.ld_o, p.rows_from(row)};
 }
 
 // As others_keys.
-template <class T>
-__device__ inline Queries<T> others_queries(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int part,
+template <class A, class T>
+__device__ inline Queries<T> others_queries(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int part,
                                             int row, int rows) {
     const int columns = of.queries * of.head_dim, ld = 2 * columns + int(PAD);
     T *q = p.others(), *d_o = q + columns;
@@ -98,8 +99,8 @@ __device__ inline Queries<T> others_queries(const Program<T>& p, const Round& of
 }
 
 // dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
-template <class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int head,
+template <class A, class T, class Out>
+__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int head,
                                              int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
     const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * g.ld_o + of.q(head);
@@ -135,8 +136,8 @@ __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<T>& p, const Round& o
 }
 
 // dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
-template <class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, const RoundGradients<T>& g, int kv,
+template <class A, class T, class Out>
+__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int kv,
                                           int key0, Out out) {
     const int hd = of.head_dim;
     const float factor = 1.0f / sqrtf(float(hd));
@@ -167,7 +168,7 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
                         const int key = position0 + lane() / 4 + i % 4 / 2 * 8;
                         const int query = row + i / 4 * 8 + lane() % 4 * 2 + i % 2, at = head * p.rows() + query;
                         float &x = s[i / 4][i % 4], &dx = ds[i / 4][i % 4];
-                        const bool seen = (!SM90A || query < rows) && low[query] <= key && key < high[query];
+                        const bool seen = (A::ROWS_ARE_PADDED || query < rows) && low[query] <= key && key < high[query];
                         x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[at]) : 0.0f;
                         dx = seen ? x * (dx - o_do[at]) * factor : 0.0f;
                     }
@@ -184,8 +185,8 @@ __device__ SHIFT_OUT_OF_LINE void keys_16(const Program<T>& p, const Round& of, 
 }
 
 // tile += gradient of xn. dqkv, o: rows of this program.
-template <class T>
-__device__ __forceinline__ void attention_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+template <class A, class T>
+__device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                                    Rows<T> dqkv, Rows<T> o) {
     const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
     for (int round = 0; round < rounds; round++) {

@@ -10,19 +10,19 @@
 
 namespace shift_cuda {
 
-template <class T>
-__device__ inline float2 tile_pair(const Program<T>& p, int r, int j) {
+template <class A, class T>
+__device__ inline float2 tile_pair(const Program<A, T>& p, int r, int j) {
     return load<float2>(p.tile().row(r) + j);
 }
 
-template <class T>
-__device__ inline void clear_tile(const Program<T>& p) {
+template <class A, class T>
+__device__ inline void clear_tile(const Program<A, T>& p) {
     p.each_pair([&](int r, int j) { store(p.tile().row(r) + j, make_float2(0.0f, 0.0f)); });
 }
 
 // The first weights that the half layer behind this one needs; behind the last, the first layer's in the next loop.
-template <class T>
-__device__ inline Ahead<T> following(const Program<T>& p, int layer, bool is_mlp) {
+template <class A, class T>
+__device__ inline Ahead<T> following(const Program<A, T>& p, int layer, bool is_mlp) {
     if (!is_mlp && p.c().d_ff) return up_ahead(p, Weights<T>{p.job, layer}, 0);
     return qkv_ahead(p, Weights<T>{p.job, layer + 1 < p.c().n_layers ? layer + 1 : 0}, 0);
 }
@@ -30,8 +30,8 @@ __device__ inline Ahead<T> following(const Program<T>& p, int layer, bool is_mlp
 // Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)
 // and sum(layer, is_mlp), tiles for x and for what the second norm reads, or tiles at null. apply: whether the
 // result is wanted, and not only what is kept before the branch.
-template <class T, class Keep>
-__device__ __forceinline__ void half_layer(const Program<T>& p, int layer, bool is_mlp, const Keep& keep,
+template <class A, class T, class Keep>
+__device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bool is_mlp, const Keep& keep,
                                            bool apply = true) {
     const Weights<T> w{p.job, layer};
     const bool post = p.c().placement == POST, sandwich = p.c().placement == SANDWICH;

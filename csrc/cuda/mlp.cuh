@@ -9,16 +9,16 @@
 namespace shift_cuda {
 
 // W1_c for the hidden columns from `first` on, for the product before it.
-template <class T>
-__device__ inline Ahead<T> up_ahead(const Program<T>& p, const Weights<T>& w, int first) {
+template <class A, class T>
+__device__ inline Ahead<T> up_ahead(const Program<A, T>& p, const Weights<T>& w, int first) {
     const int parts = int(hidden_parts(p.c())), n = smaller(int(p.p().ff_chunk), int(p.p().ff_pad) - first);
     return {w.up() + int64_t(parts) * first * p.d(), p.d(), parts * n, p.d()};
 }
 
 // xn W1_c^T + b for the hidden columns first .. first + n: out as in multiply, columns counted from the chunk's
 // first in W1's packed rows (with swiglu x gates, y their values).
-template <class T, class Out>
-__device__ __forceinline__ void project_up(const Program<T>& p, Rows<T> xn, const Weights<T>& w, int first, int n,
+template <class A, class T, class Out>
+__device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int first, int n,
                                            Out out, Ahead<T> ahead = {}) {
     const int parts = int(hidden_parts(p.c()));
     const float* bias = w.up_bias() + parts * first;
@@ -31,8 +31,8 @@ __device__ __forceinline__ void project_up(const Program<T>& p, Rows<T> xn, cons
 }
 
 // tile += scale mlp(xn). after: the weights of the product that follows.
-template <class T>
-__device__ __forceinline__ void mlp(const Program<T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
+template <class A, class T>
+__device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD);
     const int64_t f = p.c().activation;
     for (int first = 0; first < ff; first += chunk) {

@@ -9,8 +9,8 @@
 namespace shift_cuda {
 
 // tile += gradient of xn. act, dpre: rows of this program.
-template <class T>
-__device__ __forceinline__ void mlp_backward(const Program<T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+template <class A, class T>
+__device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                              Rows<T> act, Rows<T> dpre) {
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD), d = p.d();
     const int64_t f = p.c().activation;

@@ -27,8 +27,8 @@ __device__ inline Moments moments(const float* x, const Call& c) {
 }
 
 // Calls out(row, column, y) with pairs of columns of y = norm(tile); the weight and bias stand at `weight`.
-template <class T, class Out>
-__device__ inline void norm(const Program<T>& p, const float* weight, Out out) {
+template <class A, class T, class Out>
+__device__ inline void norm(const Program<A, T>& p, const float* weight, Out out) {
     const int d = p.d();
     for (int r = warp(); r < p.rows(); r += p.warps()) {
         const float* x = p.tile().row(r);
@@ -45,8 +45,8 @@ __device__ inline void norm(const Program<T>& p, const float* weight, Out out) {
 }
 
 // The same, in place: a thread reads and writes its own columns alone.
-template <class T>
-__device__ inline void norm_in_place(const Program<T>& p, const float* weight) {
+template <class A, class T>
+__device__ inline void norm_in_place(const Program<A, T>& p, const float* weight) {
     norm(p, weight, [&](int r, int j, float2 y) { store(p.tile().row(r) + j, y); });
 }
 

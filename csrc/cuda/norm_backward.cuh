@@ -9,8 +9,8 @@ namespace shift_cuda {
 
 // x: what the norm read. dy(row, column) gives pairs of columns, zero in pads; out(row, column, dx) may replace
 // what dy reads. dv: [2][d_model] of this program in device memory, the same thread for the same column each time.
-template <class T, class Dy, class Out>
-__device__ inline void norm_backward(const Program<T>& p, Tile x, const float* weight, float* dv, Dy dy, Out out) {
+template <class A, class T, class Dy, class Out>
+__device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float* weight, float* dv, Dy dy, Out out) {
     const int d = p.d();
     if (p.c().norm == NO_NORM) {
         p.each_pair([&](int r, int j) { out(r, j, dy(r, j)); });

@@ -19,44 +19,6 @@ __device__ inline float number(const void* from, int64_t at, int64_t dtype) {
                              : to_float(static_cast<const fp16*>(from)[at]);
 }
 
-// to [rows][columns] from rows of `have` columns, zeros beyond; row(i) is packed row i's, -1 for none.
-template <class T, class Row>
-__device__ inline void pack_matrix(const T* to, int64_t rows, int64_t columns, const void* from, int64_t dtype,
-                                   int64_t have, Row row) {
-    const int64_t step = int64_t(gridDim.x) * blockDim.x;
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < rows * columns / 2; i += step) {
-        const int64_t r = row(int(2 * i / columns)), j = 2 * i % columns;
-        const float x = r >= 0 && j < have ? number(from, r * have + j, dtype) : 0.0f;
-        const float y = r >= 0 && j + 1 < have ? number(from, r * have + j + 1, dtype) : 0.0f;
-        store(const_cast<T*>(to) + 2 * i, pack<T>(x, y));
-    }
-}
-
-#if defined(SHIFT_SM90A)
-// All parts of a layer's weights as bricks that wgmma reads, swizzled. number_at(weight, row, column).
-template <class T, class Number>
-__device__ inline void pack_bricks(const Job& job, T* to, Number number_at) {
-    const auto pack_part = [&](const Part& of) {
-        const int64_t across = bricks_along(of.k), some = bricks_along(of.n) * across;
-        for (int64_t i = blockIdx.x; i < some; i += gridDim.x)
-            for (int pair = threadIdx.x; pair < BRICK_SIDE * BRICK_SIDE / 2; pair += blockDim.x) {
-                const int line = pair / int(BRICK_SIDE / 2), at = pair % int(BRICK_SIDE / 2) * 2;
-                const int64_t r = i / across * BRICK_SIDE + line, j = i % across * BRICK_SIDE + at;
-                const bool is = r < of.n && j < of.k;
-                const float x = is ? number_at(of.weight, of.row + r, of.column + j) : 0.0f;
-                const float y = is ? number_at(of.weight, of.row + r, of.column + j + 1) : 0.0f;
-                T* brick = to + (of.brick + i) * (BRICK / OPERAND);
-                store(brick + swizzled(line, at * 2) / int(OPERAND), pack<T>(x, y));
-            }
-    };
-    for (int half = 0; half < halves(job.call); half++)
-        each_pass(job.call, job.plan, half != 0, [&](const Part& to_hidden, const Part& back) {
-            pack_part(to_hidden);
-            pack_part(back);
-        });
-}
-#endif
-
 template <class Row>
 __device__ inline void pack_vector(const float* to, int64_t n, const void* from, int64_t dtype, Row row) {
     const int64_t step = int64_t(gridDim.x) * blockDim.x;
@@ -66,7 +28,7 @@ __device__ inline void pack_vector(const float* to, int64_t n, const void* from,
     }
 }
 
-template <class T>
+template <class A, class T>
 __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJob pack) {
     const Job& job = pack.job;
     const Call& c = job.call;
@@ -80,18 +42,11 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
         return column < c.d_ff ? hidden / int(ff) * int(c.d_ff) + column : -1;
     };
     if (pack.layer < c.n_layers) {
-#if defined(SHIFT_SM90A)
-        pack_bricks(job, w.qkv(), [&](Weight weight, int64_t row, int64_t column) {
+        A::pack_weights(job, w, [&](Weight weight, int64_t row, int64_t column) {
             const int64_t r = weight == QKV_W ? qkv(int(row)) : weight == UP_W ? up(int(row)) : row;
             const int64_t have = weight == OUT_W ? attn : weight == DOWN_W ? c.d_ff : d;
             return r >= 0 && column < have ? number(pack.from[weight], r * have + column, type) : 0.0f;
         });
-#else
-        pack_matrix(w.qkv(), qkv_columns(c), d, pack.from[QKV_W], type, d, qkv);
-        pack_matrix(w.out(), d, attn, pack.from[OUT_W], type, attn, same);
-        if (ff) pack_matrix(w.up(), hidden_parts(c) * ff, d, pack.from[UP_W], type, d, up);
-        if (ff) pack_matrix(w.down(), d, ff, pack.from[DOWN_W], type, c.d_ff, same);
-#endif
         pack_vector(w.qkv_bias(), qkv_columns(c), pack.from[QKV_B], type, qkv);
         pack_vector(w.out_bias(), d, pack.from[OUT_B], type, same);
     }
@@ -104,7 +59,7 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
 }
 
 // Packs all layers, then runs the kernel. Null, or what went wrong.
-template <class T>
+template <class A, class T>
 const char* pack_and_launch(const Job& job, void* stream, void (*kernel)(Job)) {
     const Call& c = job.call;
     for (int layer = 0; layer < c.n_layers + (c.loop_norm != 0); layer++) {
@@ -114,7 +69,7 @@ const char* pack_and_launch(const Job& job, void* stream, void (*kernel)(Job)) {
             pack.from[layer < c.n_layers ? i : N1_W + i] = c.weights[layer * WEIGHTS + i];
         tile::Launch grid;
         grid.grid = dim3(unsigned(2 * c.n_sms)), grid.threads = 256, grid.shared_bytes = 0, grid.stream = stream;
-        if (const char* error = tile::launch(grid, pack_layer<T>, pack)) return error;
+        if (const char* error = tile::launch(grid, pack_layer<A, T>, pack)) return error;
     }
     tile::Launch grid;
     grid.grid = dim3(unsigned(job.plan.programs)), grid.threads = unsigned(job.plan.threads);

@@ -7,6 +7,12 @@
 //   up  [ff_pad or 2 ff_pad][d_model]; with swiglu gates and values interleaved by 8, likewise
 //   down [d_model][ff_pad]
 // For sm_90a the same matrices, but as bricks of the parts that are multiplied at once (plan.h, each_pass).
+//
+// A is the architecture's policy, arch/*.cuh:
+//   ROWS_ARE_PADDED    rows are a multiple of 16; else as many as tokens
+//   SPLITS             a sequence's rows may be split over the blocks of a cluster
+//   OWNERS             threads that own rows; 0: all of the block
+//   multiply           overloads for Program<A, T>; pack_weights likewise
 // Packed vectors of a layer, fp32: biases of qkv, of up, of out, of down, then the norms' eight; 0 where absent.
 // The loop norm is the first norm of "layer" n_layers.
 #pragma once
@@ -21,25 +27,8 @@
 #include "tile/mma.cuh"
 #include "tile/types.cuh"
 #include "tile/warp.cuh"
-#if defined(SHIFT_SM90A)
-#include "tile/bulk_copy.cuh"
-#include "tile/wgmma.cuh"
-#endif
-
-// The inner loops are functions of their own: each has all registers, and nvcc compiles them in half the time.
-#if defined(SHIFT_EMULATE)
-#define SHIFT_OUT_OF_LINE inline
-#else
-#define SHIFT_OUT_OF_LINE __noinline__
-#endif
 
 namespace shift_cuda {
-
-#if defined(SHIFT_SM90A)
-constexpr bool SM90A = true;  // see resident_sm90a.cu
-#else
-constexpr bool SM90A = false;
-#endif
 
 using namespace tile;
 
@@ -153,7 +142,7 @@ struct Rows {
     bool streamed;
 };
 
-template <class T>
+template <class A, class T>
 struct Program {
     const Job& job;
     int inside;     // how many of the rows are tokens of the batch (pads included)
@@ -170,10 +159,10 @@ struct Program {
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
-    // How many rows there are from one on, and whether it is one. But for sm_90a there is a multiple of 16.
-    __device__ int rows_from(int row) const { return SM90A ? rows() - row : 16; }
-    __device__ bool exists(int row) const { return !SM90A || row < rows(); }
-    __device__ int split() const { return SM90A ? int(job.plan.split) : 1; }
+    // How many rows there are from one on, and whether it is one.
+    __device__ int rows_from(int row) const { return A::ROWS_ARE_PADDED ? 16 : rows() - row; }
+    __device__ bool exists(int row) const { return A::ROWS_ARE_PADDED || row < rows(); }
+    __device__ int split() const { return A::SPLITS ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
     __device__ int sample() const { return int(blockIdx.x) / split() * int(job.plan.sequences); }
     __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
@@ -182,10 +171,10 @@ struct Program {
     }
 
     // Those who own the rows: all of the block, but for the warp that streams weights.
-    __device__ int threads() const { return SM90A ? int(CONSUMERS) : int(blockDim.x); }
+    __device__ int threads() const { return A::OWNERS ? A::OWNERS : int(blockDim.x); }
     __device__ int warps() const { return threads() / 32; }
     __device__ void sync() const {
-        if (SM90A)
+        if (A::OWNERS)
             sync_threads(1, threads());
         else
             sync_block();
@@ -241,7 +230,7 @@ struct Program {
         token = sample() * c.seq_len + first;
         const int64_t left = smaller(j.plan.sequences, c.batch - sample()) * c.seq_len - first;
         inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
-        if (!SM90A) find_spans();
+        if (!A::OWNERS) find_spans();
     }
 
     __device__ void find_spans() const {

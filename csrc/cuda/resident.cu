@@ -1,4 +1,5 @@
 // The looped block on CUDA: what the library exports (call.h says how). nvcc needs --expt-relaxed-constexpr.
+#include "arch/sm80.cuh"
 #include "pack.cuh"
 #include "resident_backward.cuh"
 
@@ -8,8 +9,18 @@ extern "C" const char* shift_cuda_run_sm90a(const Call*, const Plan*, int backwa
 namespace shift_cuda {
 
 template <class T>
-const char* run(const Job& job, void* stream) {
-    return pack_and_launch<T>(job, stream, job.backward ? resident_backward<T> : resident_forward<T>);
+__global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job job) {
+    forward(Program<Sm80, T>(job), [](int64_t, bool running) { return running; });
+}
+
+template <class T>
+__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
+    backward(Program<Sm80, T>(job));
+}
+
+template <class T>
+const char* run_sm80(const Job& job, void* stream) {
+    return pack_and_launch<Sm80, T>(job, stream, job.backward ? resident_backward<T> : resident_forward<T>);
 }
 
 }  // namespace shift_cuda
@@ -30,7 +41,7 @@ const char* shift_cuda_run(const Call* call, const Plan* plan, int backward, voi
     if (plan->refusal) return shift_cuda::reason(plan->refusal);
     if (plan->tiles) return shift_cuda_run_sm90a(call, plan, backward, stream);
     const shift_cuda::Job job = {*call, *plan, shift_cuda::layout(*call, *plan, backward != 0), backward};
-    return call->compute_dtype == BFLOAT16 ? shift_cuda::run<tile::bf16>(job, stream)
-                                           : shift_cuda::run<tile::fp16>(job, stream);
+    return call->compute_dtype == BFLOAT16 ? shift_cuda::run_sm80<tile::bf16>(job, stream)
+                                           : shift_cuda::run_sm80<tile::fp16>(job, stream);
 }
 }

@@ -19,9 +19,9 @@
 namespace shift_cuda {
 
 // What the loop that is computed again leaves behind: normalised inputs as weight-gradient operands.
-template <class T>
+template <class A, class T>
 struct BackwardKeep {
-    const Program<T>& p;
+    const Program<A, T>& p;
     int n_rows;
     int64_t loop;  // counted from the launch's first
 
@@ -43,11 +43,11 @@ struct BackwardKeep {
 };
 
 // dh of this program's tokens, in device memory; 0 in rows that are none.
-template <class T>
+template <class A, class T>
 struct Gradient {
-    const Program<T>& p;
+    const Program<A, T>& p;
     float* at;
-    __device__ Gradient(const Program<T>& p, float* of_batch) : p(p), at(of_batch + p.token * p.d()) {}
+    __device__ Gradient(const Program<A, T>& p, float* of_batch) : p(p), at(of_batch + p.token * p.d()) {}
     __device__ float2 get(int r, int j) const {
         return r < p.inside ? load<float2>(at + int64_t(r) * p.d() + j) : make_float2(0.0f, 0.0f);
     }
@@ -61,9 +61,9 @@ struct Gradient {
 };
 
 // dh becomes the gradient of the half layer's input.
-template <class T>
-__device__ __forceinline__ void half_layer_backward(const Program<T>& p, int layer, bool is_mlp,
-                                                    const BackwardKeep<T>& keep, const Gradient<T>& dh) {
+template <class A, class T>
+__device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int layer, bool is_mlp,
+                                                    const BackwardKeep<A, T>& keep, const Gradient<A, T>& dh) {
     const Call& c = p.c();
     const Weights<T> w{p.job, layer};
     const int d = p.d(), slot = is_mlp ? NORM2 : NORM1;
@@ -104,10 +104,10 @@ __device__ __forceinline__ void half_layer_backward(const Program<T>& p, int lay
 }
 
 // Loop t again from its boundary, and dh from the gradient of h_t to that of h_{t-1}.
-template <class T>
-__device__ __forceinline__ void loop_backward(const Program<T>& p, int64_t t, const Gradient<T>& dh) {
+template <class A, class T>
+__device__ __forceinline__ void loop_backward(const Program<A, T>& p, int64_t t, const Gradient<A, T>& dh) {
     const Call& c = p.c();
-    const BackwardKeep<T> keep{p, p.inside, t - 1 - c.low};
+    const BackwardKeep<A, T> keep{p, p.inside, t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
     const int64_t boundary = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
     begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
@@ -125,22 +125,22 @@ __device__ __forceinline__ void loop_backward(const Program<T>& p, int64_t t, co
 }
 
 // Up to this loop of the program's no gradient is carried.
-template <class T>
-__device__ inline int64_t loops_without_gradient(const Program<T>& p) {
+template <class A, class T>
+__device__ inline int64_t loops_without_gradient(const Program<A, T>& p) {
     const int64_t n = p.c().n_grad_loops;
     return n ? larger<int64_t>(p.loops() - n, 0) : 0;
 }
 
 // How many loops of this launch the program goes through.
-template <class T>
-__device__ inline int64_t loops_backward(const Program<T>& p) {
+template <class A, class T>
+__device__ inline int64_t loops_backward(const Program<A, T>& p) {
     return smaller(p.loops(), p.c().high) - larger(p.c().low, loops_without_gradient(p));
 }
 
-template <class T>
-__device__ __forceinline__ void backward(const Program<T>& p) {
+template <class A, class T>
+__device__ __forceinline__ void backward(const Program<A, T>& p) {
     const Call& c = p.c();
-    const Gradient<T> dh(p, c.dh), de(p, c.de);
+    const Gradient<A, T> dh(p, c.dh), de(p, c.de);
     const int64_t last = p.loops(), first = loops_without_gradient(p);
     for (int64_t t = c.high; t > larger(c.low, first); t--) {
         if (c.return_all) {
@@ -154,11 +154,6 @@ __device__ __forceinline__ void backward(const Program<T>& p) {
         if (c.injection) p.each_pair([&](int r, int j) { de.add(r, j, dh.get(r, j)); });
     }
     if (first > c.low) p.each_pair([&](int r, int j) { dh.set(r, j, make_float2(0.0f, 0.0f)); });
-}
-
-template <class T>
-__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job job) {
-    backward(Program<T>(job));
 }
 
 }  // namespace shift_cuda

@@ -13,9 +13,9 @@
 
 namespace shift_cuda {
 
-template <class T>
+template <class A, class T>
 struct ForwardKeep {
-    const Program<T>& p;
+    const Program<A, T>& p;
     int n_rows;
     __device__ Rows<T> xn(int, bool) const { return {p.xn(), p.d() + int(PAD), false}; }
     __device__ Tile input(int, bool) const { return p.c().placement == SANDWICH ? p.aside(0) : Tile{nullptr, 0}; }
@@ -23,8 +23,8 @@ struct ForwardKeep {
 };
 
 // The tile as h_{at + 1} or h_T in a [.., batch, seq_len, d_model] tensor; pads become 0.
-template <class T>
-__device__ inline void store_state(const Program<T>& p, void* to, int64_t at) {
+template <class A, class T>
+__device__ inline void store_state(const Program<A, T>& p, void* to, int64_t at) {
     const int64_t first = (at * p.c().batch * p.c().seq_len + p.token) * p.d();
     p.each_pair([&](int r, int j) {
         if (r < p.inside)
@@ -34,8 +34,8 @@ __device__ inline void store_state(const Program<T>& p, void* to, int64_t at) {
 }
 
 // The tile becomes what a loop starts from: h (+ e), 0 in pads. h(row, column) gives h.
-template <class T, class H>
-__device__ inline void begin_loop(const Program<T>& p, H h) {
+template <class A, class T, class H>
+__device__ inline void begin_loop(const Program<A, T>& p, H h) {
     const int d = p.d();
     p.each_pair([&](int r, int j) {
         float2 x = make_float2(0.0f, 0.0f);  // pads too, or without a norm they could grow without bound
@@ -51,8 +51,8 @@ __device__ inline void begin_loop(const Program<T>& p, H h) {
 }
 
 // Sum of two numbers a thread, over all who own rows of the program's one sequence, for every such thread.
-template <class T>
-__device__ inline float2 sequence_sum(const Program<T>& p, float2 x) {
+template <class A, class T>
+__device__ inline float2 sequence_sum(const Program<A, T>& p, float2 x) {
     x = make_float2(sum_over_lanes(x.x), sum_over_lanes(x.y));
     p.sync();
     if (lane() == 0) store(p.sums() + 2 * warp(), x);
@@ -69,8 +69,8 @@ __device__ inline float2 sequence_sum(const Program<T>& p, float2 x) {
 }
 
 // Whether rms(h_t - h_{t-1}) < threshold rms(h_{t-1}) over the program's one sequence.
-template <class T>
-__device__ inline bool settled(const Program<T>& p, Tile before) {
+template <class A, class T>
+__device__ inline bool settled(const Program<A, T>& p, Tile before) {
     float2 squares = make_float2(0.0f, 0.0f);  // of the change, of h_{t-1}
     p.each_pair([&](int r, int j) {
         if (!p.valid(r)) return;
@@ -83,10 +83,10 @@ __device__ inline bool settled(const Program<T>& p, Tile before) {
 }
 
 // begins(t, running) is told before each loop, and at the end, whether there is one; it returns that.
-template <class T, class Begins>
-__device__ __forceinline__ void forward(const Program<T>& p, Begins begins) {
+template <class A, class T, class Begins>
+__device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
     const Call& c = p.c();
-    const ForwardKeep<T> keep{p, p.rows()};
+    const ForwardKeep<A, T> keep{p, p.rows()};
     const Tile before = p.aside(c.placement == SANDWICH);  // with halting
     const int64_t most = p.loops();
     p.each_pair([&](int r, int j) {
@@ -112,11 +112,6 @@ __device__ __forceinline__ void forward(const Program<T>& p, Begins begins) {
     if (c.halting && threadIdx.x == 0 && p.part() == 0) c.used[p.sample()] = t;
     if (!c.return_all) store_state(p, c.out, 0);
     for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
-}
-
-template <class T>
-__global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job job) {
-    forward(Program<T>(job), [](int64_t, bool running) { return running; });
 }
 
 }  // namespace shift_cuda

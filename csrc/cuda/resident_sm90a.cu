@@ -1,11 +1,10 @@
 // The resident kernels for sm_90a: resident_forward.cuh and resident_backward.cuh with another way of multiplying,
-// matmul_sm90a.cuh.
+// arch/sm90a.cuh.
 //
 // Block: two warpgroups for up to 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The blocks of
 // a cluster (1, 2 or 4) share the weights' way from L2; and 2 or 4 neighbours in it a sequence that is too large for
 // the shared memory of one: split.cuh.
-#define SHIFT_SM90A
-#define shift_cuda shift_cuda_sm90a  // the same sources, but other functions
+#include "arch/sm90a.cuh"
 #include "pack.cuh"
 #include "resident_backward.cuh"
 
@@ -13,7 +12,7 @@ namespace shift_cuda {
 
 // Streams the weights of so many loops, at most; false for who did that, true for those who own the rows.
 template <class T>
-__device__ inline bool beside_the_weights(const Program<T>& p, int64_t loops) {
+__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, int64_t loops) {
     if (threadIdx.x == 0) start_ring(p);
     sync_cluster();
     const bool streams = shuffle(warp(), 0) == p.warps();  // which the compiler then knows to be so for a whole warp
@@ -24,30 +23,30 @@ __device__ inline bool beside_the_weights(const Program<T>& p, int64_t loops) {
 
 template <class T>
 __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_forward_sm90a(const __grid_constant__ Job job) {
-#if defined(SHIFT_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    const Program<T> p(job);
-    if (beside_the_weights(p, p.loops()))
-        forward(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
-    sync_cluster();  // others may still arrive here, and bring tiles
-#else
-    asm volatile("trap;");  // compiled for another architecture; nobody plans for it there
-#endif
+    if constexpr (HAS_SM90A) {
+        const Program<Sm90a, T> p(job);
+        if (beside_the_weights(p, p.loops()))
+            forward(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
+        sync_cluster();  // others may still arrive here, and bring tiles
+    } else {
+        asm volatile("trap;");
+    }
 }
 
 template <class T>
 __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm90a(const __grid_constant__ Job job) {
-#if defined(SHIFT_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    const Program<T> p(job);
-    if (beside_the_weights(p, loops_backward(p))) backward(p);
-    sync_cluster();
-#else
-    asm volatile("trap;");
-#endif
+    if constexpr (HAS_SM90A) {
+        const Program<Sm90a, T> p(job);
+        if (beside_the_weights(p, loops_backward(p))) backward(p);
+        sync_cluster();
+    } else {
+        asm volatile("trap;");
+    }
 }
 
 template <class T>
-const char* run(const Job& job, void* stream) {
-    return pack_and_launch<T>(job, stream, job.backward ? resident_backward_sm90a<T> : resident_forward_sm90a<T>);
+const char* run_sm90a(const Job& job, void* stream) {
+    return pack_and_launch<Sm90a, T>(job, stream, job.backward ? resident_backward_sm90a<T> : resident_forward_sm90a<T>);
 }
 
 }  // namespace shift_cuda
@@ -56,5 +55,5 @@ const char* run(const Job& job, void* stream) {
 extern "C" const char* shift_cuda_run_sm90a(const Call* call, const Plan* plan, int backward, void* stream) {
     using namespace shift_cuda;
     const Job job = {*call, *plan, layout(*call, *plan, backward != 0), backward};
-    return call->compute_dtype == BFLOAT16 ? run<tile::bf16>(job, stream) : run<tile::fp16>(job, stream);
+    return call->compute_dtype == BFLOAT16 ? run_sm90a<tile::bf16>(job, stream) : run_sm90a<tile::fp16>(job, stream);
 }

@@ -7,20 +7,20 @@
 namespace shift_cuda {
 
 // In another block with rows of this sequence: the same place of its shared memory.
-template <class T, class N>
-__device__ inline N* in_part(const Program<T>& p, N* mine, int part) {
+template <class A, class T, class N>
+__device__ inline N* in_part(const Program<A, T>& p, N* mine, int part) {
     return map_shared(mine, cluster_rank() - p.part() + part);
 }
 
 // How many rows of the sequence another block has.
-template <class T>
-__device__ inline int rows_of(const Program<T>& p, int part) {
+template <class A, class T>
+__device__ inline int rows_of(const Program<A, T>& p, int part) {
     return smaller(int(p.c().seq_len) - part * p.rows(), p.rows());
 }
 
 // A barrier of all who own rows of the sequence; where it is not split, of those in this block.
-template <class T>
-__device__ inline void meet(const Program<T>& p) {
+template <class A, class T>
+__device__ inline void meet(const Program<A, T>& p) {
     if (p.split() == 1) return p.sync();
     sync_warp();
     if (lane() == 0)
@@ -29,15 +29,15 @@ __device__ inline void meet(const Program<T>& p) {
 }
 
 // How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.
-template <class T>
-__device__ inline int together(const Program<T>& p, int items) {
+template <class A, class T>
+__device__ inline int together(const Program<A, T>& p, int items) {
     return p.split() > 1 ? int(ceil_to(items, p.warps())) : items;
 }
 
 // Copies [rows][columns] at `from` in another block (columns a multiple of 8) to `to` in this one, by all who own rows
 // here. Ends without a barrier.
-template <class T>
-__device__ inline void copy_from_part(const Program<T>& p, int part, T* from, int ld_from, T* to, int ld, int rows,
+template <class A, class T>
+__device__ inline void copy_from_part(const Program<A, T>& p, int part, T* from, int ld_from, T* to, int ld, int rows,
                                       int columns) {
     const T* there = in_part(p, from, part);
     const int pieces = columns / 8;

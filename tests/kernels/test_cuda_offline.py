@@ -44,8 +44,9 @@ def test_compiler_inserts_no_waits_between_wgmmas(monkeypatch):
 
 def test_each_architecture_has_its_kernels_for_both_operand_types():
     found = {(row["kernel"], row["sm"]) for row in RECORDED["kernels"]}
-    kinds = [(k, 80) for k in ("pack_layer", *RESIDENT)] + [(k, 90) for k in ("pack_layer", *SM90A)]
-    assert found == {(f"{k}<{t}>", sm) for k, sm in kinds for t in ("bf16", "fp16")}
+    kinds = [(f"{k}<", 80) for k in RESIDENT] + [(f"{k}<", 90) for k in SM90A]
+    kinds += [("pack_layer<Sm80, ", 80), ("pack_layer<Sm90a, ", 90)]
+    assert found == {(f"{k}{t}>", sm) for k, sm in kinds for t in ("bf16", "fp16")}
 
 
 @kernels

@@ -11,17 +11,57 @@
 // layout is the other kernels'; or, streamed, as the block itself wrote it to device memory. The next tile's are on
 // their way while this one's weights are waited for. No barrier between tiles but each stage's own.
 #pragma once
+#include "../matmul.cuh"
+#include "../split.cuh"
+#include "../tile/bulk_copy.cuh"
+#include "../tile/wgmma.cuh"
 
 namespace shift_cuda {
 
+// Whether this compilation is for sm_90a (or emulates it): elsewhere its kernels are a trap that no plan leads to.
+#if defined(SHIFT_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool HAS_SM90A = true;
+#else
+constexpr bool HAS_SM90A = false;
+#endif
+
+struct Sm90a {
+    static constexpr bool ROWS_ARE_PADDED = false, SPLITS = true;
+    static constexpr int OWNERS = int(CONSUMERS);  // all but the warp that streams weights
+
+    // All parts of a layer's weights as bricks that wgmma reads, swizzled. number_at(weight, row, column).
+    template <class T, class Number>
+    __device__ static void pack_weights(const Job& job, const Weights<T>& w, Number number_at) {
+        T* const to = w.qkv();
+        const auto pack_part = [&](const Part& of) {
+            const int64_t across = bricks_along(of.k), some = bricks_along(of.n) * across;
+            for (int64_t i = blockIdx.x; i < some; i += gridDim.x)
+                for (int pair = threadIdx.x; pair < BRICK_SIDE * BRICK_SIDE / 2; pair += blockDim.x) {
+                    const int line = pair / int(BRICK_SIDE / 2), at = pair % int(BRICK_SIDE / 2) * 2;
+                    const int64_t r = i / across * BRICK_SIDE + line, j = i % across * BRICK_SIDE + at;
+                    const bool is = r < of.n && j < of.k;
+                    const float x = is ? number_at(of.weight, of.row + r, of.column + j) : 0.0f;
+                    const float y = is ? number_at(of.weight, of.row + r, of.column + j + 1) : 0.0f;
+                    T* brick = to + (of.brick + i) * (BRICK / OPERAND);
+                    store(brick + swizzled(line, at * 2) / int(OPERAND), pack<T>(x, y));
+                }
+        };
+        for (int half = 0; half < halves(job.call); half++)
+            each_pass(job.call, job.plan, half != 0, [&](const Part& to_hidden, const Part& back) {
+                pack_part(to_hidden);
+                pack_part(back);
+            });
+    }
+};
+
 template <class T>
-__device__ inline bool reads_weights_once(const Program<T>& p) {
+__device__ inline bool reads_weights_once(const Program<Sm90a, T>& p) {
     return p.p().tiles == p.p().stages;
 }
 
 // Full: bytes have arrived. Empty: every warp with rows, in every block of the cluster, is done with the stage.
 template <class T>
-__device__ inline void start_ring(const Program<T>& p) {
+__device__ inline void start_ring(const Program<Sm90a, T>& p) {
     for (int s = 0; s < p.p().stages; s++) {
         mbarrier_init(p.full() + s, 1);
         mbarrier_init(p.empty() + s, p.warps() * int(p.p().cluster));
@@ -33,7 +73,7 @@ __device__ inline void start_ring(const Program<T>& p) {
 
 // By one thread. With halting only those who own the rows know whether another loop comes: begins_loop says so.
 template <class T>
-__device__ inline void stream_weights(const Program<T>& p, int64_t loops) {
+__device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops) {
     const Call& c = p.c();
     const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(BRICK) / blocks;
     const int offset = cluster_rank() * share;
@@ -71,7 +111,7 @@ __device__ inline void stream_weights(const Program<T>& p, int64_t loops) {
 }
 
 template <class T>
-__device__ inline bool begins_loop(const Program<T>& p, int64_t t, bool running) {
+__device__ inline bool begins_loop(const Program<Sm90a, T>& p, int64_t t, bool running) {
     if (p.c().halting && threadIdx.x == 0 && (t == 0 || !reads_weights_once(p))) {
         *reinterpret_cast<int*>(p.again() + 1) = running;
         mbarrier_arrive(p.again());
@@ -81,7 +121,7 @@ __device__ inline bool begins_loop(const Program<T>& p, int64_t t, bool running)
 
 // What a thread holds of a [16, 64] operand, from `row` and column k0 on, for four products; 0 beyond k.
 template <class T>
-__device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<T>& p, const Rows<T>& a, int row, int k0, int k) {
+__device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& p, const Rows<T>& a, int row, int k0, int k) {
     const T* at = a.at + int64_t(smaller(row + lane() % 16, p.rows() - 1)) * a.ld + lane() / 16 * 8;  // as load_a
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
@@ -116,7 +156,7 @@ __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][
 // As the other multiply; where b is in memory, and what follows, only the producer knows. Whoever calls it is inlined
 // into the kernel too: in a function of its own ptxas would wait for each wgmma (C7510).
 template <bool ROWS_ALONG_N, class T, class Out>
-__device__ __forceinline__ void multiply(const Program<T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
+__device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
                                          Ahead<T> = {}) {
     constexpr Major B = ROWS_ALONG_N ? MN_MAJOR : K_MAJOR;
     const bool once = reads_weights_once(p);
