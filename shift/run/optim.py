@@ -115,9 +115,9 @@ class FlatAdamW(torch.optim.AdamW):
             self.state[p] = own
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What never changes in a parameter group; the learning rate is set anew at every step."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What the config says of a parameter group; the learning rate is set anew at every step."""
+    return tuple(group["betas"]), group["eps"], group["weight_decay"]
 
 
 def build_optimizer(model: nn.Module, config: OptimiserConfig) -> FlatAdamW:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig, differing_key
@@ -29,15 +28,16 @@ from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import NOTHING, first_not_finite, recipe
 from shift.run.directory import RunDirectory
-from shift.run.evaluate import autocast, evaluate, loops_of
+from shift.run.evaluate import evaluate, loops_of
 from shift.run.metrics import Console, PendingRows, StepTimer
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
 from shift.run.snapshots import SnapshotRecorder
+from shift.run.step import TrainStep
 from shift.run.summary import batches_sha256, environment, switch_ms
 from shift.schedules import Signals
-from shift.tasks.base import IGNORE, Batch
+from shift.tasks.base import Batch
 from shift_kernels.errors import input_error
 
 MAX_SKIPS = 5
@@ -84,6 +84,7 @@ class Trainer:
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimiser)
+        self._step = TrainStep(config, self.model, self.optimizer, self.ranks)
         self._initial = self.optimizer.weights.clone() if self.schedule.keep < 1 else None
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
@@ -169,8 +170,8 @@ class Trainer:
         batch = self.task.batch(c.batch_size, p.step, rank=self.ranks.rank)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps)
-        loss = self._backward(batch.to(self.device), loops)
-        grad_norm, skipped = self._update(loss, lr)
+        loss = self._step.backward(batch.to(self.device), loops)
+        grad_norm, skipped = self._step.update(loss, lr)
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
@@ -179,33 +180,6 @@ class Trainer:
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **p.costs()})
-
-    def _backward(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
-        """Leave the gradients of the global batch in the parameters; returns its loss."""
-        c = self.config
-        # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
-        # those of the mean over all read positions, however uneven the ranks are.
-        n_read = self.ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
-        with autocast(self.device, c.precision == "bf16"):
-            logits = self.model(
-                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
-            )
-        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
-        self.optimizer.zero_grad()
-        loss.backward()
-        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
-        self.ranks.mean(self.optimizer.gradients)
-        return self.ranks.mean(loss.detach())
-
-    def _update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Change the weights, unless loss or gradients are not finite; returns gradient norm, and whether."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = torch.linalg.vector_norm(self.optimizer.gradients)
-        skipped = ~(loss + grad_norm).isfinite()  # neither is below 0, so that nothing cancels
-        self.optimizer.clip_and_step(grad_norm, self.config.optimiser.clip, skipped)
-        return grad_norm, skipped
 
     def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""

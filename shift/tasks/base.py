@@ -100,10 +100,11 @@ class Task(ABC):
         Raises:
             ShiftInputError: it is not.
         """
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not low <= value <= high:
             allowed = f"an int >= {low}" if high == math.inf else f"an int in {low} .. {high}"
             raise input_error(f"task {self.name!r}", argument, value, allowed, "Change it.")
-        return value
+        return int(value)
 
 
 def to_batch(

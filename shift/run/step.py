@@ -1,0 +1,64 @@
+"""One optimiser step over all ranks: the loss at the read positions, its gradients, and AdamW."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from shift.config import TrainConfig
+from shift.model import LoopedTransformer
+from shift.run.evaluate import autocast
+from shift.run.optim import FlatAdamW
+from shift.run.ranks import Ranks
+from shift.tasks.base import IGNORE, Batch
+
+
+class TrainStep:
+    """The step of a run. Nothing in it waits for the device.
+
+    Args:
+        config: of the run.
+        model, optimizer: on one device; the optimiser's parameters are the model's.
+        ranks: that share the global batch.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: LoopedTransformer, optimizer: FlatAdamW, ranks: Ranks
+    ) -> None:
+        self._config, self._model, self._optimizer, self._ranks = config, model, optimizer, ranks
+
+    def backward(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
+
+        Args:
+            batch: of this rank, on the model's device.
+            loops: T, or an int tensor [batch].
+        """
+        c, ranks = self._config, self._ranks
+        # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
+        # those of the mean over all read positions, however uneven the ranks are.
+        n_read = ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
+        with autocast(batch.tokens.device, c.precision == "bf16"):
+            logits = self._model(
+                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
+            )
+        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
+        self._optimizer.zero_grad()
+        loss.backward()
+        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
+        ranks.mean(self._optimizer.gradients)
+        return ranks.mean(loss.detach())
+
+    def update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change the weights, unless loss or gradients are not finite.
+
+        Returns:
+            The gradient norm, and whether the step was skipped, both 0-d.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = torch.linalg.vector_norm(self._optimizer.gradients)
+        skipped = ~(loss + grad_norm).isfinite()  # neither is below 0, so that nothing cancels
+        self._optimizer.clip_and_step(grad_norm, self._config.optimiser.clip, skipped)
+        return grad_norm, skipped
