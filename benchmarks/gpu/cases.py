@@ -87,7 +87,7 @@ class Attention:
         return 2 * 4 * self.batch * self.n_heads * self.seq_len * self.head_dim
 
 
-BLOCKS = (
+BLOCKS: tuple[Block, ...] = (
     Block(1024, 32, 64, 4, 20),
     Block(512, 64, 128, 4, 12),
     Block(256, 64, 256, 8, 12),
@@ -99,7 +99,7 @@ BLOCKS = (
     Block(32, 512, 512, 8, 6),
     Block(8, 2048, 1024, 16, 4),
 )
-ATTENTIONS = (
+ATTENTIONS: tuple[Attention, ...] = (
     Attention(1024, 4, 32, 16),
     Attention(256, 64, 64, 4),
     Attention(256, 8, 64, 32),
@@ -107,7 +107,7 @@ ATTENTIONS = (
     Attention(8, 16, 2048, 64),
     Attention(8, 8, 2048, 128),
 )
-SLOPES = (BLOCKS[1], BLOCKS[4])
+SLOPES: tuple[Block, ...] = (BLOCKS[1], BLOCKS[4])
 """Timed against the number of loops, too."""
 
 if rehearsing():  # tiny, since an interpreter runs them

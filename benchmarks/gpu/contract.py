@@ -78,10 +78,15 @@ class _Reporter:
             self.finding = Finding(FAILED, (words or [""])[0][:160])
             print(report.longreprtext, flush=True)  # pytest prints it at its end, which a crash may forestall
         elif report.skipped and self.finding.outcome == OK:
-            self.finding = Finding(SKIPPED, str(report.longrepr[2] if report.longrepr else "")[:160])
+            self.finding = Finding(SKIPPED, _reason(report)[:160])
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.report.end(self.left.pop(nodeid), self.finding)
         if self.finding.outcome == FAILED:
             sys.stdout.flush()
             os._exit(1)  # a sticky CUDA error would fail all that follow
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped: the last of file, line and words."""
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)

@@ -113,7 +113,7 @@ class Results:
         self._published = time.monotonic()
         rows = list(self.rows.values())
         text = table.text(self.machine, rows)
-        summary = dict(machine=self.machine, sources=self.sources, counts=table.counts(rows))
+        summary: dict[str, Any] = dict(machine=self.machine, sources=self.sources, counts=table.counts(rows))
         summary["rows"] = [table.brief(row) for row in rows]
         for folder in (self.work, self.out):
             write_atomically(folder / TABLE, text)

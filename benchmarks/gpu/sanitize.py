@@ -36,7 +36,15 @@ def _group(tool: str, backends: tuple[str, ...]) -> Group:
         for case in cases
     ]
     # The allocator's cache would hide what lies outside a tensor.
-    wrapper = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", TOOL, "--tool", tool, "--error-exitcode", "9")
+    wrapper: tuple[str, ...] = (
+        "env",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+        TOOL,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+    )
     if tool == "memcheck":  # torch probes pointers and peers, and takes an error for an answer
         wrapper += ("--report-api-errors", "no")
     return Group([[case] for case in named], workers=2, wrapper=() if missing else wrapper)

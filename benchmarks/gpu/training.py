@@ -18,7 +18,7 @@ LIMIT_S = 150.0
 FAN_S = 240.0
 """Of Fan's training in one call; it goes on in the next."""
 FAN_TASKS = ("parity",)
-BACKENDS = ("torch", "triton", "cuda", "auto")
+BACKENDS: tuple[str, ...] = ("torch", "triton", "cuda", "auto")
 LM: dict[str, int] = dict(batch=16, seq_len=512, d_model=512, n_heads=8, n_loops=8, vocab_size=32768)
 SECONDS = 5.0
 if rehearsing():
@@ -97,16 +97,16 @@ def fan(task: str) -> Finding:
     from benchmarks.gpu import fan as study
 
     config = dataclasses.replace(study.task_config(task), device=device.here().torch)
-    arms, seconds = study.ARMS, FAN_S
+    arms: tuple[str, ...] = study.ARMS
     if rehearsing():
-        arms, options = ("looped",), {"max_length": 3}
+        arms = ("looped",)
         model = dataclasses.replace(config.model, n_loops=3, d_model=16, n_heads=2, d_ff=16)
-        own = dataclasses.replace(config.task, options=options)
+        own = dataclasses.replace(config.task, options={"max_length": 3})
         config = dataclasses.replace(
             config, task=own, model=model, steps=2, batch_size=2, eval_samples=2, eval_every=0
         )
     out = work_folder() / "fan"
-    code = study.run({task: config}, arms, (0,), out, seconds, "python -m benchmarks.gpu.fan")
+    code = study.run({task: config}, arms, (0,), out, FAN_S, "python -m benchmarks.gpu.fan")
     if code == 0:
         return Finding(data=dict(report=str((out / task / "report.md").relative_to(work_folder()))))
     return Finding(UNFINISHED, "goes on in the next call")
