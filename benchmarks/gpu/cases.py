@@ -115,7 +115,7 @@ if rehearsing():  # tiny, since an interpreter runs them
     ATTENTIONS = (Attention(1, 2, 20, 8),)
     SLOPES = BLOCKS
 
-CASES = {case.name: case for case in (*BLOCKS, *ATTENTIONS)}
+CASES: dict[str, Block | Attention] = {case.name: case for case in (*BLOCKS, *ATTENTIONS)}
 
 # In the order in which they run: what is cheap first, so that a cut-off leaves whole columns.
 BLOCK_RUNNERS = ("eager", "triton", "cuda", "graphed", "compile", "torch", "flex", "max-autotune")
