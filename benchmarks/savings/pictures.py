@@ -59,7 +59,9 @@ def loss_figure(results: Results) -> Figure:
         total = np.mean([s["flops_total"] for s in r["arms"]["looped"]["seeds"]])
         for name in filter(None, ("single", "looped", SMALLEST, "shift", "ramp", fixed, "climb")):
             arm = arm_of(r, name)
-            if arm is None:
+            if (
+                arm is None or name not in colour
+            ):  # the smallest T may have been Single's, and no other was run
                 continue
             at, loss = _median_curve(arm["seeds"])
             words, own = literal(label(results, name)), colour[name]

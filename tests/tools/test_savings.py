@@ -171,6 +171,14 @@ def test_a_wave_is_finished_when_every_arm_was_compared_on_its_seeds(tmp_path):
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)
 
 
+def test_the_report_is_written_where_no_smaller_t_was_run(tmp_path):
+    for name, loops in (("looped", lambda s: 4), ("single", lambda s: 1)):
+        write_arm(tmp_path / "task", name, {0: reaches(50)}, loops)
+    results = {"task": collected(tmp_path / "task", ["looped", "single"], [0]) | {"used_for": "tuning"}}
+    assert results["task"]["smallest_sufficient"]["arm"] == "single"
+    assert write_suite_report(results, tmp_path)[0].is_file()
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_the_summary_holds_all_that_a_table_is_made_of(table, results, tmp_path):
     write_summary(tmp_path / "summary.json", results)
