@@ -76,7 +76,7 @@ def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
 
 
 def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
-    """Compile csrc/cuda into ``target`` for ``archs``, and link it with the static CUDA runtime.
+    """Compile csrc/cuda and its module into ``target`` for ``archs``, with the static CUDA runtime.
 
     Args:
         target, scratch: the library; a folder for its objects and what the compiler said of each.
@@ -120,6 +120,10 @@ def cuda_library(archs=None):
         rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in sources)]
         code = [f"-gencode={_gencode(arch)}" for arch in own or rest or archs]
         jobs[source.stem] = ([*flags, *code], source)
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
+    jobs["module"] = ([*cxx, *MODULE_FLAGS, *python_headers()], ROOT / "csrc" / "cuda" / "module.cpp")
     return jobs, [*cuda, "-shared", "-cudart", "static"]
 
 

@@ -17,7 +17,7 @@ from build_native import build_cpu_library, build_cuda_library
 
 MODULES = {
     "shift_kernels._native": build_cpu_library,
-    "shift_kernels.native.libshift_cuda": build_cuda_library,
+    "shift_kernels._native_cuda": build_cuda_library,
 }
 
 
@@ -28,11 +28,6 @@ def reason_file(module):
 
 class BuildModules(build_ext):
     """Goes on without what cannot be built."""
-
-    def get_ext_filename(self, fullname):
-        if fullname.endswith(".libshift_cuda"):  # no module
-            return str(Path(*fullname.split(".")).with_suffix(".so"))
-        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))

@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +23,7 @@ Pointer address(py::handle value) {
     return value.is_none() ? Pointer{} : reinterpret_cast<Pointer>(value.cast<uintptr_t>());
 }
 
-// Binds a structure: Name(field=value, ...) and instance.field. An unknown name is an error, whatever its place.
+// Binds a structure: Name(field=value, ...), instance.field, and Name.FIELDS, their names. An unknown name is an error.
 template <class S>
 class Structure {
   public:
@@ -90,12 +92,15 @@ class Structure {
     Structure& field(const char* name, Set set, Get get) {
         type_.def_property(name, get, set);
         setters_[name] = set;
+        fields_.append(name);
+        type_.attr("FIELDS") = py::tuple(fields_);
         return *this;
     }
 
     py::class_<S> type_;
     std::string name_;
     Setters setters_;
+    py::list fields_;
 };
 
 template <size_t N>

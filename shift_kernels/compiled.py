@@ -41,7 +41,8 @@ def load(name: str, path: Path | None = None) -> tuple[ModuleType | None, str]:
         found.loader.exec_module(module)
     except ImportError as error:
         return None, f"built, but cannot be loaded: {error}"
-    sys.modules.setdefault(full_name, module)  # the same for whoever imports it by name
+    if not path:
+        sys.modules[full_name] = module  # the same for whoever imports it by name
     return module, f"built by {module.build_info()}"
 
 

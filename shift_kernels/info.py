@@ -11,7 +11,6 @@ import torch
 import shift_kernels
 from shift_kernels import compiled
 from shift_kernels.machine import version_of
-from shift_kernels.native import cuda
 
 MOST_LINES = 30
 """Of what a compiler said, the last ones."""
@@ -29,7 +28,7 @@ def report() -> str:
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
         ("cpu library", compiled.load("_native")[1]),
-        ("cuda library", cuda.load()[1]),
+        ("cuda library", compiled.load("_native_cuda")[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
     lines = [f"{name:<16}{value}" for name, value in rows]

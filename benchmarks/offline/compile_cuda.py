@@ -21,9 +21,8 @@ import torch
 import build_native
 from benchmarks.gpu.cases import BLOCKS
 from benchmarks.offline.limits import SHARED_LIMIT
-from shift_kernels import BlockSpec
+from shift_kernels import BlockSpec, compiled
 from shift_kernels.backends import cuda as cuda_backend
-from shift_kernels.native import cuda
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "cuda.json"
 N_SMS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM)
@@ -37,7 +36,7 @@ _REPORT = re.compile(
 
 def build() -> Path:
     """The library for the default architectures, compiled again only where something has changed."""
-    library = build_native.SCRATCH / "offline" / "libshift_cuda.so"
+    library = build_native.SCRATCH / "offline" / "_native_cuda.so"
     build_native.build_cuda_library(library, archs=build_native.CUDA_ARCHS.split())
     return library
 
@@ -72,7 +71,7 @@ def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
     }
 
 
-def plans(library: cuda.Library) -> Iterator[dict[str, Any]]:
+def plans(library: Any) -> Iterator[dict[str, Any]]:
     """The planner's answer for every timed block, forward and backward."""
     for sm in N_SMS:
         for case in BLOCKS:
@@ -84,11 +83,12 @@ def plans(library: cuda.Library) -> Iterator[dict[str, Any]]:
                     torch.bfloat16,
                     torch.bfloat16,
                     cuda_backend.Limits(SHARED_LIMIT[sm], N_SMS[sm], sm90a=sm == 90),
+                    library,
                 )
                 plan = library.plan(call, backward=backward)
                 row = {"case": case.name, "direction": "backward" if backward else "forward", "sm": sm}
                 reason = library.reason(plan)
-                numbers = {name: getattr(plan, name) for name, _ in plan._fields_[1:]}
+                numbers = {name: getattr(plan, name) for name in plan.FIELDS[1:]}
                 yield row | (numbers if reason is None else {"refused": reason})
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    library, status = cuda.load(build())
+    library, status = compiled.load("_native_cuda", build())
     assert library is not None, status
     found = {"built": status, "kernels": kernels(), "plans": list(plans(library))}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ __device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, 
                                             Ahead<T> ahead = {}) {
     const Round of(p, round);
     const float* bias = w.qkv_bias() + round * of.columns;
-    const int turned = p.c().rope ? of.v(0) : 0;  // columns of q and k
+    const int turned = p.c().position == ROPE ? of.v(0) : 0;  // columns of q and k
     multiply<false>(p, xn, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d(),
                     [&](int r, int j, float2 x, float2 y) {
                         const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);

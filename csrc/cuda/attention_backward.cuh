@@ -32,7 +32,7 @@ struct RoundGradients {
 template <class A, class T>
 __device__ inline void keep_dqkv(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int round,
                                  Rows<T> dqkv, int r, int j, float2 x, float2 y) {
-    if (p.c().rope && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
+    if (p.c().position == ROPE && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
     const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
     store(g.dqkv + r * of.ld + j, first);
     store(g.dqkv + r * of.ld + j + 8, second);

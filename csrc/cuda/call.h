@@ -1,26 +1,17 @@
-// What one call of the looped block hands over: sizes, options and device addresses. Plain C: Python mirrors it.
-//
-// Exported by resident.cu (all tensors contiguous and on one device, `stream` a cudaStream_t or null):
-//   int64_t shift_cuda_call_size()                              sizeof(Call), to check the mirror
-//   int64_t shift_cuda_plan_size()                              sizeof(Plan)
-//   int shift_cuda_plan(const Call*, int backward, Plan*)       fills Plan, returns its `refusal`; reads no address
-//   const char* shift_cuda_reason(int refusal)                  what it means
-//   const char* shift_cuda_run(const Call*, const Plan*, int backward, void* stream)   null, or what went wrong; the
-//                                                               plan is shift_cuda_plan's for this call
+// What one call of the looped block hands over, beside the block: sizes, options and device addresses.
 #pragma once
-#include <cstdint>
+#include "../block.h"
 
-struct Call {
+struct Call : Block {
     // sizes
-    int64_t batch, seq_len, d_model, n_heads, n_kv_heads, head_dim, n_layers, d_ff;
+    int64_t batch, seq_len;
     int64_t most_loops;  // forward: loops of every sample, or no fewer than any of `loops`. backward: of `boundaries`
     int64_t low, high;   // backward: the loops low + 1 .. high of this launch (0 <= low < high <= most_loops)
     // options
-    int64_t activation, norm, placement, causal, rope, injection, loop_norm;
     int64_t return_all, n_grad_loops, halting;  // n_grad_loops 0: all
     int64_t own_loops, ragged, save;            // `loops`, `lengths`, `boundaries` are given; for the planner too
     int64_t dtype, compute_dtype, weight_dtype; // enum Dtype: of e; of matmul operands; of all weights as given
-    double eps, residual_scale, halt_threshold;
+    double halt_threshold;
     // device
     int64_t shared_bytes;  // most shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
     int64_t n_sms;
@@ -30,8 +21,7 @@ struct Call {
     const int64_t* loops;    // [batch], or null: most_loops each
     const int64_t* lengths;  // [batch], or null: seq_len each
     const float* rotary;     // [2, seq_len, head_dim / 2] cos, sin; null without rope
-    const void* const* weights;  // host array of device addresses: 16 a layer in the order of `Weight`, null where
-                                 // absent, then the loop norm's 2
+    const void* const* weights;  // host array of device addresses: weight_count(), see block.h
     void* out;               // [batch, seq_len, d_model] dtype, or [most_loops, ...] with return_all; pads become 0
     void* boundaries;        // [most_loops, batch, seq_len, d_model] dtype: h_0 .. h_{T-1}; null if not saved
     int64_t* used;           // [batch], written with halting alone
@@ -78,12 +68,5 @@ struct Plan {
 };
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
-enum Weight {
-    QKV_W, QKV_B, OUT_W, OUT_B, N1_W, N1_B, N1P_W, N1P_B,
-    UP_W, UP_B, DOWN_W, DOWN_B, N2_W, N2_B, N2P_W, N2P_B
-};
-constexpr int WEIGHTS = 16;
-enum Norm { LAYERNORM, RMSNORM, NO_NORM };
-enum Placement { PRE, POST, SANDWICH };
-enum Activation { RELU, GELU, GELU_TANH, SWIGLU, RELU2 };
+constexpr const char* DTYPES[] = {"float32", "float16", "bfloat16"};
 enum Refusal { FITS, BAD_DTYPE, BAD_D_MODEL, BAD_HEAD_DIM, SEQUENCE_TOO_LONG, NO_SHARED_MEMORY, REFUSALS };

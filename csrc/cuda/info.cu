@@ -1,4 +1,5 @@
 // What this library was built by and for, and whether the driver is new enough for it.
+#include "entry.h"
 #include "tile/platform.cuh"
 
 #define SHIFT_TEXT_(x) #x

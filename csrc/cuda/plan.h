@@ -55,9 +55,7 @@ constexpr N smaller(N a, N b) {
     return a < b ? a : b;
 }
 
-constexpr int64_t hidden_parts(const Call& c) { return c.activation == SWIGLU ? 2 : 1; }
 constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
-constexpr int64_t qkv_columns(const Call& c) { return (c.n_heads + 2 * c.n_kv_heads) * c.head_dim; }
 constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
 
 // Columns of q, k and v, and of q alone, for some key/value heads.

@@ -109,7 +109,7 @@ __device__ inline int qkv_row(const Job& job, int i) {
     const int first = head < queries           ? round * queries + head
                       : head < queries + heads ? int(c.n_heads) + round * heads + head - queries
                                                : int(c.n_heads + c.n_kv_heads) + round * heads + head - queries - heads;
-    const bool turned = c.rope && head < queries + heads;
+    const bool turned = c.position == ROPE && head < queries + heads;
     return first * hd + (turned ? from_halves(i % hd, hd / 2) : i % hd);
 }
 

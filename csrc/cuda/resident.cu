@@ -1,5 +1,6 @@
-// The looped block on CUDA: what the library exports (call.h says how). nvcc needs --expt-relaxed-constexpr.
+// The looped block on CUDA: what the library exports (entry.h says how). nvcc needs --expt-relaxed-constexpr.
 #include "arch/sm80.cuh"
+#include "entry.h"
 #include "pack.cuh"
 #include "resident_backward.cuh"
 
@@ -27,13 +28,7 @@ const char* run_sm80(const Job& job, void* stream) {
 
 extern "C" {
 
-int64_t shift_cuda_call_size() { return sizeof(Call); }
-int64_t shift_cuda_plan_size() { return sizeof(Plan); }
-
-int shift_cuda_plan(const Call* call, int backward, Plan* plan) {
-    *plan = shift_cuda::plan(*call, backward != 0);
-    return int(plan->refusal);
-}
+void shift_cuda_plan(const Call* call, int backward, Plan* plan) { *plan = shift_cuda::plan(*call, backward != 0); }
 
 const char* shift_cuda_reason(int refusal) { return shift_cuda::reason(refusal); }
 

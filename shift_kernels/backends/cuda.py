@@ -8,13 +8,14 @@ weight gradients, which are then one matmul a weight over the rows of many loops
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shift_kernels import compiled
 from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
 from shift_kernels.backends.device import on_device_of
 from shift_kernels.backends.weight_gradients import (
@@ -26,13 +27,13 @@ from shift_kernels.backends.weight_gradients import (
 )
 from shift_kernels.backends.windows import Forward, Window, backward_through_windows, seq_lens_on
 from shift_kernels.call import CallOptions, Problem
-from shift_kernels.native import block, cuda
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec, spec_from_key
 from shift_kernels.torch_internals import constant_for_dynamo
 
 LONG = 1024
 """Tokens that no program holds; any longer sequence is refused as one of these."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Limits(NamedTuple):
@@ -49,8 +50,15 @@ class Limits(NamedTuple):
 HOPPER = Limits(227 * 1024, 132)
 """The device taken where there is none."""
 
-# CallOptions once, here, so that torch.compile finds a constant where it traces the choice of a backend.
-_LIBRARY, _STATUS = cuda.load()
+# Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
+_LIBRARY: Any
+_LIBRARY, _STATUS = compiled.load("_native_cuda")
+
+
+def runs_on(archs: tuple[str, ...], major: int, minor: int) -> bool:
+    """Whether code for these architectures runs on a device of this compute capability."""
+    own = 10 * major + minor
+    return any(int(arch[3:-1]) == own if arch[-1].isalpha() else int(arch[3:]) <= own for arch in archs)
 
 
 def _absent() -> str | None:
@@ -74,7 +82,7 @@ def _foreign(problem: Problem) -> str | None:
     if problem.device.type != ("cpu" if _emulated() else "cuda"):
         return f"is for CUDA tensors, not {problem.device.type}"
     for dtype in (problem.dtype, problem.compute_dtype):
-        if dtype not in cuda.DTYPES:
+        if dtype not in DTYPES:
             return f"is for float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -112,7 +120,7 @@ def _refusal(
     assert _LIBRARY is not None, "asked only if available"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if not _LIBRARY.runs_on(major, minor):
+        if not runs_on(_LIBRARY.archs, major, minor):
             return f"not compiled for compute capability {major}.{minor}: set CUDA_ARCHS and install again"
     call = sizes(spec_from_key(spec_key), 1, seq_len, dtype, compute_dtype, _limits(device))
     for backward in (False, True)[: 1 + grad]:
@@ -139,20 +147,27 @@ def sizes(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     limits: Limits | tuple[int, int],
-) -> cuda.Call:
-    """A call as far as the planner reads it."""
-    return cuda.Call(
+    library: Any = None,
+) -> Any:
+    """A call as far as the planner reads it, for another library than the installed one if it is given."""
+    library = library or _LIBRARY
+    return library.Call(
+        compiled.block(library, spec),
         batch=batch,
         seq_len=seq_len,
-        dtype=cuda.DTYPES.index(dtype),
-        compute_dtype=cuda.DTYPES.index(compute_dtype),
+        dtype=_name(dtype),
+        compute_dtype=_name(compute_dtype),
         **Limits(*limits)._asdict(),
-        **block.options(spec),
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
+    library: ModuleType,
     spec: BlockSpec,
     shape: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -161,17 +176,16 @@ def _plan(
     own_loops: bool,
     halting: bool,
     backward: bool,
-) -> cuda.Plan:
+) -> Any:
     """What the planner decides, asked once for every such call.
 
     Args:
         shape: batch and seq_len.
         dtypes: of e, and of matmul operands.
     """
-    assert _LIBRARY is not None, "checked by the backend's choice"
-    call = sizes(spec, *shape, *dtypes, limits)
+    call = sizes(spec, *shape, *dtypes, limits, library)
     call.own_loops, call.halting = own_loops, halting
-    return _LIBRARY.plan(call, backward=backward)
+    return library.plan(call, backward=backward)
 
 
 class _Launch:
@@ -187,18 +201,18 @@ class _Launch:
             rotary = rotary_table(e.shape[1], spec, e.device).to(torch.float32).contiguous()
         weight_dtype = _common_dtype(weights)
         values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
-        addresses = block.addresses(values, spec)
         limits = Limits(*_limits(e.device))
         call = sizes(spec, e.shape[0], e.shape[1], e.dtype, options.compute_dtype, limits)
         call.return_all = options.return_all_loops
         call.own_loops, call.ragged = self.loops is not None, lengths is not None
         call.halting, call.halt_threshold = options.halt_threshold is not None, options.halt_threshold or 0.0
-        call.weight_dtype = cuda.DTYPES.index(weight_dtype)
-        call.e, call.weights = self.e.data_ptr(), ctypes.addressof(addresses)
+        call.weight_dtype = _name(weight_dtype)
+        call.e, call.weights = self.e.data_ptr(), compiled.addresses(_LIBRARY, values, spec)
         call.loops, call.lengths, call.rotary = map(_address, (self.loops, lengths, rotary))
         self.call = call
-        self._alive = lengths, rotary, values, addresses
+        self._alive = lengths, rotary, values
         self.plan = _plan(
+            _LIBRARY,
             spec,
             (e.shape[0], e.shape[1]),
             (e.dtype, options.compute_dtype),
@@ -223,7 +237,7 @@ def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
     """The weights' dtype as they are, where the kernels read it and all have the same; else float32."""
     found = {w.dtype for w in weights.values()}
     (first, *others) = found
-    return torch.float32 if others or first not in cuda.DTYPES else first
+    return torch.float32 if others or first not in DTYPES else first
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+import build_native
+
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_sm90a.cu")  # all that csrc/cuda exports
@@ -65,6 +67,9 @@ def emulated(*sources: Path, watched: bool = False) -> "Library":
     objects = [_compile(HERE / f"{name}.cpp", optimised, folder) for name in RUNTIME]
     flags = [*FLAGS, *(WATCH if watched else []), "-xc++"]
     objects += [_compile(source, flags, folder) for source in sources]
+    if sources == LIBRARY:  # then it is a module for Python, too
+        module = ["-O1", *FLAGS, *build_native.python_headers()]
+        objects.append(_compile(CSRC / "cuda" / "module.cpp", module, folder))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
     library = folder / f"{digest}.so"
     if not library.exists():

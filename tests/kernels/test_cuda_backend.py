@@ -3,7 +3,6 @@
 What a GPU makes of the same sources is not tested here: tests/gpu does that, where there is one.
 """
 
-import re
 import shutil
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from torch._dynamo.utils import counters
 
 import build_native
 from benchmarks.gpu.cases import KINDS
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, explain
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain
 from shift_kernels.backends import cuda as cuda_backend
 from shift_kernels.backends import weight_gradients
-from shift_kernels.native import cuda
 
 ROOT = Path(__file__).parents[2]
 BF16 = torch.bfloat16
@@ -30,7 +28,7 @@ def gpu(monkeypatch, request):
     """The backend on an emulated GPU."""
     library = emulated(*LIBRARY).library
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(227 * 1024, 132, request.param))
-    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", compiled.load("_native_cuda", Path(library._name))[0])
     return library
 
 
@@ -66,29 +64,18 @@ def check(block, e, call):
 
 @pytest.mark.skipif(build_native.nvcc() is None, reason="needs nvcc")
 def test_library_is_there_wherever_it_can_be_built():
-    library, status = cuda.load()
+    library, status = compiled.load("_native_cuda")
     assert library is not None, f"{status}; build it: CUDA_ARCHS=default pip install -e ."
 
 
-def test_python_mirrors_the_structures_of_the_header():
-    header = re.sub(r"//.*", "", (ROOT / "csrc/cuda/call.h").read_text())
-    for mirror in (cuda.Call, cuda.Plan):
-        (body,) = re.findall(rf"struct {mirror.__name__} {{(.*?)}};", header, re.DOTALL)
-        names = [
-            n for line in body.split(";") for n in re.findall(r"\*?\s*(?:const\s*)?(\w+)\s*(?:,|$)", line)
-        ]
-        assert names == [name for name, _ in mirror._fields_]
-
-
 def test_code_for_an_architecture_runs_on_it_and_where_ptx_goes_further():
-    library = object.__new__(cuda.Library)
     for archs, served in (
         (("sm_80",), {(8, 0), (8, 6), (9, 0), (12, 0)}),
         (("sm_90a",), {(9, 0)}),
         (("sm_80", "sm_90a"), {(8, 0), (8, 6), (9, 0), (12, 0)}),
     ):
-        library.archs = archs
-        assert {c for c in ((7, 5), (8, 0), (8, 6), (9, 0), (12, 0)) if library.runs_on(*c)} == served
+        devices = ((7, 5), (8, 0), (8, 6), (9, 0), (12, 0))
+        assert {c for c in devices if cuda_backend.runs_on(archs, *c)} == served
 
 
 @needs_emulation

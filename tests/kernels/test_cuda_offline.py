@@ -10,6 +10,7 @@ import build_native
 from benchmarks.gpu.cases import BLOCKS
 from benchmarks.offline import compile_cuda
 from benchmarks.offline.limits import REGISTERS, SHARED_LIMIT
+from shift_kernels import compiled
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/offline/cuda.json").read_text())
@@ -27,7 +28,7 @@ kernels = pytest.mark.parametrize(
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_recorded_figures_are_those_of_the_present_sources(monkeypatch):
     monkeypatch.chdir(ROOT)
-    library, status = compile_cuda.cuda.load(compile_cuda.build().resolve())
+    library, status = compiled.load("_native_cuda", compile_cuda.build())
     assert RECORDED["plans"] == list(compile_cuda.plans(library)), "run benchmarks/offline/compile_cuda.py"
     if status == RECORDED["built"]:  # another nvcc allocates other registers
         assert RECORDED["kernels"] == compile_cuda.kernels(), "run benchmarks/offline/compile_cuda.py"

@@ -17,10 +17,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from test_reference import OPTIONS as REFERENCE_OPTIONS
 
 from benchmarks.gpu.cases import KINDS
-from shift_kernels import BlockSpec, LoopedBlock, reference
+from shift_kernels import BlockSpec, LoopedBlock, compiled, reference
 from shift_kernels.backends import cuda as cuda_backend
 from shift_kernels.call import CallOptions
-from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -57,7 +56,7 @@ CALLS = {
 
 def on(monkeypatch, watched):
     library = emulated(*LIBRARY, watched=watched).library
-    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", compiled.load("_native_cuda", Path(library._name))[0])
     return library
 
 

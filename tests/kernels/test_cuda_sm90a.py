@@ -14,9 +14,8 @@ from cuda_emulation import LIBRARY, Library, emulated
 from test_cuda_resident import OPTIONS
 
 from benchmarks.gpu.cases import KINDS
-from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels import BlockSpec, LoopedBlock, compiled
 from shift_kernels.backends import cuda as cuda_backend
-from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -89,7 +88,8 @@ def block_of(options):
 
 def on_device(monkeypatch, shared_bytes, n_sms, watched):
     library = emulated(*LIBRARY, watched=watched)
-    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library.library._name))[0])
+    module, _ = compiled.load("_native_cuda", Path(library.library._name))
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", module)
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, n_sms, True))
     return library
 

@@ -14,8 +14,8 @@ from cuda_emulation import LIBRARY, emulated
 from test_cuda_resident import CALLS, OPTIONS, check, make, on_kernels, plan
 
 from benchmarks.gpu.cases import KINDS
+from shift_kernels import compiled
 from shift_kernels.backends import cuda as cuda_backend
-from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -48,7 +48,7 @@ SPLIT_CALLS = {
 def on_hopper(monkeypatch, shared_bytes, watched=False):
     """The emulated GPU with ``shared_bytes`` of shared memory. Its outputs are NaN before a run."""
     library = emulated(*LIBRARY, watched=watched).library
-    monkeypatch.setattr(cuda_backend, "_LIBRARY", cuda.load(Path(library._name))[0])
+    monkeypatch.setattr(cuda_backend, "_LIBRARY", compiled.load("_native_cuda", Path(library._name))[0])
     monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
     operands = cuda_backend.ResidentGradients.operands
 

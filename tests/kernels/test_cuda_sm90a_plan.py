@@ -10,9 +10,8 @@ import torch
 from cuda_emulation import LIBRARY, emulated
 
 from benchmarks.gpu.cases import KINDS
-from shift_kernels import BlockSpec
+from shift_kernels import BlockSpec, compiled
 from shift_kernels.backends import cuda as cuda_backend
-from shift_kernels.native import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -23,11 +22,12 @@ WIDTHS = (256, 128, 64, 32, 16)
 
 @pytest.fixture(scope="module")
 def library():
-    return cuda.load(Path(emulated(*LIBRARY).library._name))[0]
+    return compiled.load("_native_cuda", Path(emulated(*LIBRARY).library._name))[0]
 
 
 def plan_of(library, spec, batch, seq_len, limit=227 * KB, sms=132, backward=False, sm90a=True, **more):
-    call = cuda_backend.sizes(spec, batch, seq_len, BF16, BF16, cuda_backend.Limits(limit, sms, sm90a))
+    limits = cuda_backend.Limits(limit, sms, sm90a)
+    call = cuda_backend.sizes(spec, batch, seq_len, BF16, BF16, limits, library)
     for name, value in more.items():
         setattr(call, name, value)
     return library.plan(call, backward=backward)

@@ -8,9 +8,9 @@ import torch
 
 from shift_kernels import backends, compiled
 from shift_kernels.info import report
-from shift_kernels.native import cuda
 
 NATIVE, _ = compiled.load("_native")
+CUDA, _ = compiled.load("_native_cuda")
 
 
 def test_report_names_versions_and_every_backend():
@@ -27,10 +27,10 @@ def test_report_says_how_the_cpu_library_was_built_and_what_it_uses():
     assert "g++" in line or "clang" in line
 
 
-@pytest.mark.skipif(cuda.load()[0] is None, reason="needs the CUDA library")
+@pytest.mark.skipif(CUDA is None, reason="needs the CUDA library")
 def test_report_says_for_what_the_cuda_library_was_built():
     (line,) = (line for line in report().splitlines() if line.startswith("cuda library"))
-    assert all(arch in line for arch in ("nvcc", *cuda.load()[0].archs))
+    assert all(arch in line for arch in ("nvcc", *CUDA.archs))
 
 
 def test_it_runs_as_a_module():

@@ -1,0 +1,110 @@
+// shift_kernels._native_cuda: the CUDA kernels for Python; in the tests, their emulation on the CPU.
+#include "../module.h"
+#include "entry.h"
+
+namespace {
+
+using namespace shift_module;
+
+// A call that owns its list of addresses.
+struct PythonCall : Call {
+    std::vector<const void*> weight_list;
+};
+
+Plan plan(const PythonCall& call, bool backward) {
+    Plan found;
+    shift_cuda_plan(&call, backward, &found);
+    return found;
+}
+
+std::optional<std::string> reason(const Plan& plan) {
+    if (plan.refusal == FITS) return std::nullopt;
+    return shift_cuda_reason(int(plan.refusal));
+}
+
+void run(const PythonCall& given, const Plan& plan, bool backward, uintptr_t stream) {
+    Call call = given;
+    if (int64_t(given.weight_list.size()) != weight_count(call) || !call.e || !call.workspace)
+        throw py::value_error("shift_kernels._native_cuda: e, workspace or some of the block's weights are missing");
+    call.weights = given.weight_list.data();
+    const char* error;
+    {
+        py::gil_scoped_release others_run;
+        error = shift_cuda_run(&call, &plan, backward, reinterpret_cast<void*>(stream));
+    }
+    if (error) throw std::runtime_error(std::string("shift_kernels: the cuda backend's launch failed: ") + error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_cuda, m) {
+    m.doc() = "The CUDA kernels (csrc/cuda). It takes addresses and sizes, whose memory must outlive a call.";
+    bind_block(m);
+    Structure<PythonCall>(m, "Call")
+        .number("batch", &PythonCall::batch)
+        .number("seq_len", &PythonCall::seq_len)
+        .number("most_loops", &PythonCall::most_loops)
+        .number("low", &PythonCall::low)
+        .number("high", &PythonCall::high)
+        .number("return_all", &PythonCall::return_all)
+        .number("n_grad_loops", &PythonCall::n_grad_loops)
+        .number("halting", &PythonCall::halting)
+        .number("halt_threshold", &PythonCall::halt_threshold)
+        .number("own_loops", &PythonCall::own_loops)
+        .number("ragged", &PythonCall::ragged)
+        .number("save", &PythonCall::save)
+        .choice("dtype", &PythonCall::dtype, DTYPES)
+        .choice("compute_dtype", &PythonCall::compute_dtype, DTYPES)
+        .choice("weight_dtype", &PythonCall::weight_dtype, DTYPES)
+        .number("shared_bytes", &PythonCall::shared_bytes)
+        .number("n_sms", &PythonCall::n_sms)
+        .number("sm90a", &PythonCall::sm90a)
+        .pointer("e", &PythonCall::e)
+        .pointer("loops", &PythonCall::loops)
+        .pointer("lengths", &PythonCall::lengths)
+        .pointer("rotary", &PythonCall::rotary)
+        .pointers("weights", &PythonCall::weight_list)
+        .pointer("out", &PythonCall::out)
+        .pointer("boundaries", &PythonCall::boundaries)
+        .pointer("used", &PythonCall::used)
+        .pointer("workspace", &PythonCall::workspace)
+        .pointer("grad_out", &PythonCall::grad_out)
+        .pointer("dh", &PythonCall::dh)
+        .pointer("de", &PythonCall::de)
+        .pointer("dv", &PythonCall::dv)
+        .pointer("xn", &PythonCall::xn)
+        .pointer("dqkv", &PythonCall::dqkv)
+        .pointer("o", &PythonCall::o)
+        .pointer("dy", &PythonCall::dy)
+        .pointer("xn2", &PythonCall::xn2)
+        .pointer("dpre", &PythonCall::dpre)
+        .pointer("act", &PythonCall::act)
+        .pointer("dy2", &PythonCall::dy2)
+        .made_from<Block>();
+    Structure<Plan>(m, "Plan")
+        .number("refusal", &Plan::refusal)
+        .number("rows", &Plan::rows)
+        .number("sequences", &Plan::sequences)
+        .number("split", &Plan::split)
+        .number("programs", &Plan::programs)
+        .number("threads", &Plan::threads)
+        .number("kv_heads", &Plan::kv_heads)
+        .number("ff_pad", &Plan::ff_pad)
+        .number("ff_chunk", &Plan::ff_chunk)
+        .number("stages", &Plan::stages)
+        .number("tiles", &Plan::tiles)
+        .number("cluster", &Plan::cluster)
+        .number("tile_in_shared", &Plan::tile_in_shared)
+        .number("shared_bytes", &Plan::shared_bytes)
+        .number("workspace_bytes", &Plan::workspace_bytes)
+        .made_from_keywords();
+    m.def("run", run, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("backward"), py::arg("stream"),
+          "Launch a forward or backward call as planned; RuntimeError where that failed.");
+    m.def("plan", plan, py::arg("call"), py::kw_only(), py::arg("backward"), "Reads sizes and options alone.");
+    m.def("reason", reason, py::arg("plan"), "Why the planner refuses, or None.");
+    m.def("build_info", shift_cuda_build_info, "Compiler and architectures of this build.");
+    py::list archs;
+    for (py::handle arch : py::str(shift_cuda_archs()).attr("split")()) archs.append(arch);
+    m.attr("archs") = py::tuple(archs);  // nothing for the emulation
+    m.attr("driver_is_too_old") = shift_cuda_driver_is_too_old() != 0;
+}
