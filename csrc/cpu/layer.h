@@ -3,62 +3,10 @@
 // All buffers have leading dimensions padded to 16 with zeros in the padding. Rows are the valid tokens of the
 // tile's sequences, one sequence behind the other: pads and finished samples are never computed.
 #pragma once
-#include "activation.h"
-#include "attention.h"
-#include "norm.h"
+#include "ops/activation.h"
+#include "scratch.h"
 
 namespace {
-
-struct Shape {
-    int d, dp, qkv, qp, a, ap, f, fp, up;  // widths and their padded forms; up: columns of the first MLP map
-    int activation, norm_kind, placement, seq_len;
-    bool rope;
-    float eps, scale;
-    Heads heads;
-
-    explicit Shape(const Call& c) {
-        d = c.d_model, dp = padded(d);
-        qkv = qkv_columns(c), qp = padded(qkv);
-        a = query_columns(c), ap = padded(a);
-        f = c.d_ff, fp = padded(f), up = hidden_parts(c) * fp;
-        activation = c.activation, norm_kind = c.norm, placement = c.placement;
-        seq_len = c.seq_len, rope = c.position == ROPE, eps = c.eps, scale = c.residual_scale;
-        heads = {int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), c.causal != 0, qp, ap};
-    }
-};
-
-// Rows of the caller's up-projection in ours: gate and values are padded apart.
-inline int up_row(const Shape& s, int i) { return i < s.f ? i : s.fp + i - s.f; }
-inline int up_rows(const Shape& s) { return s.activation == SWIGLU ? 2 * s.f : s.f; }
-
-template <class P>
-struct LayerWeights {
-    typedef const typename P::cell* Panels;
-    Panels qkv, out, up, down;          // packed for x W^T
-    Panels qkv_t, out_t, up_t, down_t;  // packed for dy W; backward only
-    const float *qkv_bias, *out_bias, *up_bias, *down_bias;
-    NormWeights n1, n1_post, n2, n2_post;
-};
-
-struct LayerGrads {  // row-major, padded
-    float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down_t, *down_bias;  // down_t: [inputs, outputs]
-    NormGrads n1, n1_post, n2, n2_post;
-};
-
-// Of one layer, [rows, width]: y1, y2 normed inputs, z1, z2 branch outputs (with post-norm: the sums). The
-// backward computes y1, y2 and act again, for they are cheap. What only products read again is rounded as their
-// operands are; attention works on qkv and o as they are: in single precision the same memory as what is kept.
-template <class P>
-struct Kept {
-    typedef typename P::number Number;
-    float *in, *y1, *qkv, *o, *z1, *mid, *y2, *z2;
-    Number *kept_qkv, *kept_o, *u, *act;
-};
-
-struct Rows {  // the sequences of a tile
-    int count;
-    const int* lengths;
-};
 
 inline void axpy(int64_t n, float factor, const float* x, const float* y, float* out) {
     for (int64_t i = 0; i < n; i += VL) store(out + i, load(y + i) + factor * load(x + i));
@@ -196,14 +144,6 @@ inline void close_branch_backward(const Shape& s, int rows, const float* x, cons
         norm_backward(s.norm_kind, rows, s.d, x, dy, w, s.eps, g, dx, true);
 }
 
-// Room for products' operands and for attention, of one thread.
-template <class P>
-struct Room {
-    typename P::number* rows;
-    typename P::cell *columns, *panels;
-    float* attention;
-};
-
 // A of x W^T.
 template <class P>
 inline MatA<P> operand(int rows, int width, const float* x, typename P::number* room) {
@@ -235,10 +175,6 @@ inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float*
     close_branch<P>(s, rows, f, row_operand<P>(k.act, s.fp), panels<P>(w.down, f), w.down_bias, mid, k.z2,
                     w.n2, w.n2_post, out);
 }
-
-struct Temporaries {  // [rows, width] each
-    float *dz, *dy, *d_o, *d_qkv, *du;
-};
 
 // The sums of VL columns of x.
 template <class Number>

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "../block.h"
+#include "../../block.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif

@@ -1,7 +1,7 @@
 // Layernorm and rmsnorm of rows with leading dimension padded(d); the padding stays zero.
 #pragma once
-#include "call.h"
-#include "vec.h"
+#include "../call.h"
+#include "../simd/vec.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // The MLP's activations and their derivatives.
 #pragma once
-#include "../block.h"
+#include "../../block.h"
 #include "normal.h"
 
 namespace {

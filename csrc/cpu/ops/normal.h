@@ -1,6 +1,6 @@
 // The normal distribution, which GELU is made of: P(X > |x|) and the density at x.
 #pragma once
-#include "vec.h"
+#include "../simd/vec.h"
 
 namespace {
 

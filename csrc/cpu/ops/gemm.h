@@ -4,7 +4,7 @@
 // A is addressed by two strides, so a transpose costs nothing; B is read in rows of VL cells: row-major, or in
 // panels of VL columns. n is a multiple of VL: buffers are padded to 16 columns with zeros. k counts cells.
 #pragma once
-#include "operand.h"
+#include "../simd/operand.h"
 
 namespace {
 
