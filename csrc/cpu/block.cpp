@@ -23,19 +23,20 @@ namespace {
 
 // One loop on `rows` rows of h (and e): from h_{t-1} to h_t in `out`.
 template <class P>
-void one_loop(const Call& c, const Model<P>& m, Workspace<P>& ws, Rows seqs, int rows, const float* h, const float* e,
+void one_loop(const Call& c, const Model<P>& m, Workspace<P>& ws, Lengths seqs, int rows, const float* h,
+              const float* e,
               float* out) {
     const Shape& s = m.shape;
-    const int64_t n = int64_t(rows) * s.dp;
+    const int64_t n = int64_t(rows) * s.model_cols;
     if (c.injection)
         axpy(n, 1.0f, e, h, ws.layers[0].in);
     else
         std::memcpy(ws.layers[0].in, h, n * sizeof(float));
     for (int l = 0; l < c.n_layers; l++) {
         float* next = l + 1 < c.n_layers ? ws.layers[l + 1].in : c.loop_norm ? ws.u : out;
-        layer_forward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.room);
+        layer_forward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.scratch);
     }
-    if (c.loop_norm) norm(s.norm_kind, rows, s.d, ws.u, m.loop_norm, s.eps, out);
+    if (c.loop_norm) norm(s.norm_kind, rows, s.d_model, ws.u, m.loop_norm, s.eps, out);
 }
 
 // Whether rms(new - old) < threshold * rms(old).
@@ -49,7 +50,7 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
 }
 
 template <class P>
-void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws, Team& team) {
+void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, Team& team) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     tile.gather(c.e, 0, tile.count, ws.e);
     if (c.injection)
@@ -79,7 +80,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<
 }
 
 template <class P>
-void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace<P>& ws, LayerGrads* grads,
+void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, LayerGrads* grads,
                    NormGrads loop_norm_grads, Team& team) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
@@ -95,7 +96,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace
         if (begin >= end) continue;
         const int rows = tile.starts[end] - tile.starts[begin];
         const int64_t from = int64_t(tile.starts[begin]) * tile.dp, n = int64_t(rows) * tile.dp;
-        const Rows seqs = {end - begin, tile.lengths + begin};
+        const Lengths seqs = {end - begin, tile.lengths + begin};
         if (c.kept) {
             bind(c, s, tile, t, tile.starts[begin], ws);
         } else {
@@ -103,12 +104,12 @@ void backward_tile(const Call& c, const Model<P>& m, const Tile& tile, Workspace
             one_loop(c, m, ws, seqs, rows, ws.h + from, ws.e + from, ws.dx);
         }
         if (c.loop_norm)
-            norm_backward(s.norm_kind, rows, s.d, ws.u, ws.dh + from, m.loop_norm, s.eps, loop_norm_grads, ws.dx,
+            norm_backward(s.norm_kind, rows, s.d_model, ws.u, ws.dh + from, m.loop_norm, s.eps, loop_norm_grads, ws.dx,
                           false);
         else
             std::memcpy(ws.dx, ws.dh + from, n * sizeof(float));
         for (int l = c.n_layers - 1; l >= 0; l--)
-            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads[l], ws.t, ws.dx, ws.room);
+            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads[l], ws.t, ws.dx, ws.scratch);
         std::memcpy(ws.dh + from, ws.dx, n * sizeof(float));
         if (c.injection) axpy(n, 1.0f, ws.dx, ws.de + from, ws.de + from);
     }
@@ -138,14 +139,14 @@ int forward(const Call& c, const Plan* plan, Team& team) {
     int failed = 0;
 #pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
     {
-        Arena memory(floats), room(2 * plan->most_samples + 1);
-        failed |= !memory.ok() || !room.ok();
-        if (memory.ok() && room.ok()) {
+        Arena memory(floats), integers(2 * plan->most_samples + 1);
+        failed |= !memory.ok() || !integers.ok();
+        if (memory.ok() && integers.ok()) {
             Workspace<P> ws(c, model.shape, plan->most_rows, memory, false);
-            int* tile_room = reinterpret_cast<int*>(room.take(0));
+            int* starts = reinterpret_cast<int*>(integers.place(0));
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < plan->n_tiles; i++)
-                forward_tile(c, model, Tile(c, *plan, i, tile_room), ws, team);
+                forward_tile(c, model, Sequences(c, *plan, i, starts), ws, team);
         }
         team.leave(team_size());
     }
@@ -166,23 +167,23 @@ int backward(const Call& c, const Plan* plan, Team& team) {
     const int64_t slices = plan->n_slices, floats = workspace_floats<P>(c, s, plan->most_rows, true);
     Arena sums(per_slice.floats);
     if (!sums.ok()) return 1;
-    float* total = sums.take(0);
+    float* total = sums.place(0);
     int failed = 0;
 #pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
     {
-        Arena memory(floats), room(2 * plan->most_samples + 1), gradients(per_slice.floats, false);
-        const bool ok = memory.ok() && room.ok() && gradients.ok();
+        Arena memory(floats), integers(2 * plan->most_samples + 1), gradients(per_slice.floats, false);
+        const bool ok = memory.ok() && integers.ok() && gradients.ok();
         failed |= !ok;
         Workspace<P> ws(c, s, plan->most_rows, memory, true);
-        Cursor cursor{gradients.take(0)};
+        Cursor cursor{gradients.place(0)};
         float* const slice_total = cursor.at;
         SliceGrads grads(c, s, cursor);
-        int* tile_room = reinterpret_cast<int*>(room.take(0));
+        int* starts = reinterpret_cast<int*>(integers.place(0));
 #pragma omp for schedule(monotonic : dynamic, 1) nowait
         for (int64_t slice = 0; slice < slices; slice++) {
             if (ok) std::memset(slice_total, 0, per_slice.floats * sizeof(float));
             for (int64_t i = slice; ok && i < plan->n_tiles; i += slices)
-                backward_tile(c, model, Tile(c, *plan, i, tile_room), ws, grads.layers, grads.loop_norm, team);
+                backward_tile(c, model, Sequences(c, *plan, i, starts), ws, grads.layers, grads.loop_norm, team);
             team.begin_turn(slice);
             for (int64_t i = 0; ok && i < per_slice.floats; i += VL)
                 store(total + i, load(total + i) + load(slice_total + i));
@@ -195,8 +196,8 @@ int backward(const Call& c, const Plan* plan, Team& team) {
     const SliceGrads grads(c, s, cursor);
     for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, grads.layers[l], c.grad_weights + l * WEIGHTS);
     float* const* last = c.grad_weights + c.n_layers * WEIGHTS;
-    add_padded(grads.loop_norm.gain, 1, s.d, s.dp, last[0]);
-    add_padded(grads.loop_norm.shift, 1, s.d, s.dp, last[1]);
+    add_padded(grads.loop_norm.gain, 1, s.d_model, s.model_cols, last[0]);
+    add_padded(grads.loop_norm.shift, 1, s.d_model, s.model_cols, last[1]);
     return 0;
 }
 

@@ -28,12 +28,12 @@ struct Residual {
     int64_t ld;
     const float *bias, *x;
     float scale;
-    void soon(int, int) const {}
-    void ahead(int i, int j) const {
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int i, int j) const {
         prefetch(x + i * ld + j);
         prefetch_to_write(out + i * ld + j);
     }
-    void take(int i, int j, vf sum) const {
+    void finish(int i, int j, vf sum) const {
         store(out + i * ld + j, load(x + i * ld + j) + scale * (sum + load(bias + j)));
     }
 };
@@ -44,9 +44,9 @@ struct Activate {
     Number *u, *act;
     const float* bias;
     int64_t up, fp;
-    void soon(int, int) const {}
-    void ahead(int i, int j) const { prefetch_to_write(u + i * up + j); }
-    void take(int i, int j, vf sum) const {
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int i, int j) const { prefetch_to_write(u + i * up + j); }
+    void finish(int i, int j, vf sum) const {
         const vf x = sum + load(bias + j);
         store(u + i * up + j, x);
         if (A != SWIGLU) {
@@ -66,12 +66,12 @@ struct ActivateBackward {
     float* du;
     int64_t up, fp;
     const Number* next;  // [rows, fp]: what is read after this
-    void soon(int i, int j) const { prefetch(next + i * fp + j); }
-    void ahead(int i, int j) const {
+    void prefetch_next(int i, int j) const { prefetch(next + i * fp + j); }
+    void prefetch_now(int i, int j) const {
         prefetch(u + i * up + j);
         if (A == SWIGLU) prefetch(u + i * up + fp + j);
     }
-    void take(int i, int j, vf sum) const {
+    void finish(int i, int j, vf sum) const {
         const vf x = load(u + i * up + j);
         if (A != SWIGLU) {
             const ValueSlope f = activation<A>(x);
@@ -101,7 +101,7 @@ inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<
 // y = the branch's input: norm(x) in the buffer y, or x itself where no norm comes first
 inline const float* branch_input(const Shape& s, int rows, const float* x, NormWeights w, float* y) {
     if (s.norm_kind == NO_NORM || s.placement == POST) return x;
-    norm(s.norm_kind, rows, s.d, x, w, s.eps, y);
+    norm(s.norm_kind, rows, s.d_model, x, w, s.eps, y);
     return y;
 }
 
@@ -111,68 +111,71 @@ template <class P>
 inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, const float* bias, const float* x,
                          float* z, NormWeights n, NormWeights n_post, float* out) {
     if (s.placement == SANDWICH) {
-        gemm<P>(rows, s.dp, k, y, w, Bias{z, s.dp, bias});
-        norm(s.norm_kind, rows, s.d, z, n_post, s.eps, out);
-        axpy(int64_t(rows) * s.dp, s.scale, out, x, out);
-        clear_padding(rows, s.d, s.dp, s.dp, out);
+        gemm<P>(rows, s.model_cols, k, y, w, Bias{z, s.model_cols, bias});
+        norm(s.norm_kind, rows, s.d_model, z, n_post, s.eps, out);
+        axpy(int64_t(rows) * s.model_cols, s.scale, out, x, out);
+        clear_padding(rows, s.d_model, s.model_cols, s.model_cols, out);
         return;
     }
     float* sum = s.placement == POST ? z : out;
-    gemm<P>(rows, s.dp, k, y, w, Residual{sum, s.dp, bias, x, s.scale});
-    clear_padding(rows, s.d, s.dp, s.dp, sum);
-    if (s.placement == POST) norm(s.norm_kind, rows, s.d, z, n, s.eps, out);
+    gemm<P>(rows, s.model_cols, k, y, w, Residual{sum, s.model_cols, bias, x, s.scale});
+    clear_padding(rows, s.d_model, s.model_cols, s.model_cols, sum);
+    if (s.placement == POST) norm(s.norm_kind, rows, s.d_model, z, n, s.eps, out);
 }
 
 // From d_out to the gradient dz of the branch's output; dx becomes what flows past the branch.
 inline void open_branch_backward(const Shape& s, int rows, float* dx, const float* z, NormWeights w,
                                  NormWeights w_post, NormGrads g, NormGrads g_post, float* dz) {
-    const int64_t n = int64_t(rows) * s.dp;
+    const int64_t n = int64_t(rows) * s.model_cols;
     if (s.placement == POST) {
-        norm_backward(s.norm_kind, rows, s.d, z, dx, w, s.eps, g, dz, false);
+        norm_backward(s.norm_kind, rows, s.d_model, z, dx, w, s.eps, g, dz, false);
         std::memcpy(dx, dz, n * sizeof(float));
     }
     for (int64_t i = 0; i < n; i += VL) store(dz + i, s.scale * load(dx + i));
-    if (s.placement == SANDWICH) norm_backward(s.norm_kind, rows, s.d, z, dz, w_post, s.eps, g_post, dz, false);
+    if (s.placement == SANDWICH) norm_backward(s.norm_kind, rows, s.d_model, z, dz, w_post, s.eps, g_post, dz, false);
 }
 
 // dx += what flows back through the branch's input, whose gradient is dy.
 inline void close_branch_backward(const Shape& s, int rows, const float* x, const float* dy, NormWeights w,
                                   NormGrads g, float* dx) {
-    if (s.norm_kind == NO_NORM || s.placement == POST)
-        axpy(int64_t(rows) * s.dp, 1.0f, dy, dx, dx), clear_padding(rows, s.d, s.dp, s.dp, dx);
-    else
-        norm_backward(s.norm_kind, rows, s.d, x, dy, w, s.eps, g, dx, true);
+    if (s.norm_kind == NO_NORM || s.placement == POST) {
+        axpy(int64_t(rows) * s.model_cols, 1.0f, dy, dx, dx);
+        clear_padding(rows, s.d_model, s.model_cols, s.model_cols, dx);
+    } else {
+        norm_backward(s.norm_kind, rows, s.d_model, x, dy, w, s.eps, g, dx, true);
+    }
 }
 
 // A of x W^T.
 template <class P>
-inline MatA<P> operand(int rows, int width, const float* x, typename P::number* room) {
-    return row_operand<P>(rounded(int64_t(rows) * width, x, room), width);
+inline MatA<P> operand(int rows, int width, const float* x, typename P::number* scratch) {
+    return row_operand<P>(rounded(int64_t(rows) * width, x, scratch), width);
 }
 
 template <class P>
-inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows,
-                          Kept<P> k, float* out, Room<P> room) {
-    const int d = cells_of<P>(s.d), a = cells_of<P>(s.a), f = cells_of<P>(s.f);
+inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Lengths seqs, int rows,
+                          Saved<P> k, float* out, OperandScratch<P> scratch) {
+    const int d = cells_of<P>(s.d_model), a = cells_of<P>(s.query), f = cells_of<P>(s.d_ff);
     const float* y = branch_input(s, rows, k.in, w.n1, k.y1);
-    gemm<P>(rows, s.qp, d, operand<P>(rows, s.dp, y, room.rows), panels<P>(w.qkv, d), Bias{k.qkv, s.qp, w.qkv_bias});
+    gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, scratch.rows), panels<P>(w.qkv, d),
+            Bias{k.qkv, s.qkv_cols, w.qkv_bias});
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
-        float* qkv = k.qkv + int64_t(at) * s.qp;
+        float* qkv = k.qkv + int64_t(at) * s.qkv_cols;
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, 1.0f, qkv);
-        attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.ap, room.attention);
+        attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.query_cols, scratch.attention);
     }
-    if (k.kept_qkv) rounded(int64_t(rows) * s.qp, k.qkv, k.kept_qkv);
-    float* mid = s.f ? k.mid : out;
-    close_branch<P>(s, rows, a, operand<P>(rows, s.ap, k.o, k.kept_o), panels<P>(w.out, a), w.out_bias, k.in, k.z1,
-                    w.n1, w.n1_post, mid);
-    if (!s.f) return;
+    if (k.saved_qkv) rounded(int64_t(rows) * s.qkv_cols, k.qkv, k.saved_qkv);
+    float* mid = s.d_ff ? k.mid : out;
+    close_branch<P>(s, rows, a, operand<P>(rows, s.query_cols, k.o, k.saved_o), panels<P>(w.out, a), w.out_bias,
+                    k.in, k.z1, w.n1, w.n1_post, mid);
+    if (!s.d_ff) return;
 
     y = branch_input(s, rows, mid, w.n2, k.y2);
-    gemm_activated<Activate, P>(s, rows, s.up, d, operand<P>(rows, s.dp, y, room.rows), panels<P>(w.up, d), k.u, k.act,
-                                w.up_bias, s.up, s.fp);
-    clear_padding(rows, s.f, s.fp, s.fp, k.act);
-    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.fp), panels<P>(w.down, f), w.down_bias, mid, k.z2,
+    gemm_activated<Activate, P>(s, rows, s.hidden_cols, d, operand<P>(rows, s.model_cols, y, scratch.rows),
+                                panels<P>(w.up, d), k.u, k.act, w.up_bias, s.hidden_cols, s.ff_cols);
+    clear_padding(rows, s.d_ff, s.ff_cols, s.ff_cols, k.act);
+    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, mid, k.z2,
                     w.n2, w.n2_post, out);
 }
 
@@ -189,11 +192,11 @@ inline vf column_sums(int rows, const Number* x, int64_t ld) {
 // by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is a gradient.
 template <class P, class X, class Y>
 inline void weight_grads(int rows, int wide, const X* x, float* x_sums, int narrow, const Y* y, float* y_sums,
-                         float* weight, Room<P> room) {
+                         float* weight, OperandScratch<P> scratch) {
     const int k = cells_of<P>(rows);
-    stack<P>(rows, narrow, y, narrow, room.panels);
+    stack<P>(rows, narrow, y, narrow, scratch.panels);
     for (int i = 0; i < wide; i += VL) {
-        gemm<P>(VL, narrow, k, column_operand<P>(rows, x + i, wide, room.columns), panels<P>(room.panels, k),
+        gemm<P>(VL, narrow, k, column_operand<P>(rows, x + i, wide, scratch.columns), panels<P>(scratch.panels, k),
                 Add{weight + int64_t(i) * narrow, narrow});
         if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
     }
@@ -202,34 +205,39 @@ inline void weight_grads(int rows, int wide, const X* x, float* x_sums, int narr
 }
 
 template <class P>
-inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Rows seqs, int rows,
-                           Kept<P> k, LayerGrads g, Temporaries t, float* dx, Room<P> room) {
-    const int d = cells_of<P>(s.d), qkv = cells_of<P>(s.qkv), up = cells_of<P>(s.up);
+inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Lengths seqs, int rows,
+                           Saved<P> k, LayerGrads g, Temporaries t, float* dx, OperandScratch<P> scratch) {
+    const int d = cells_of<P>(s.d_model), qkv = cells_of<P>(s.qkv), up = cells_of<P>(s.hidden_cols);
     const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
-    if (s.f) {
+    if (s.d_ff) {
         const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
         open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
-        gemm_activated<ActivateBackward, P>(s, rows, s.fp, d, operand<P>(rows, s.dp, t.dz, room.rows),
-                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.up, s.fp, k.kept_qkv);
-        for (int half = 0; half < s.up; half += s.fp) clear_padding(rows, s.f, s.fp, s.up, t.du + half);
-        weight_grads<P>(rows, s.fp, k.act, nullptr, s.dp, t.dz, g.down_bias, g.down_t, room);
-        weight_grads<P>(rows, s.up, t.du, g.up_bias, s.dp, y2, nullptr, g.up, room);
-        gemm<P>(rows, s.dp, up, operand<P>(rows, s.up, t.du, room.rows), panels<P>(w.up_t, up), Store{t.dy, s.dp});
+        gemm_activated<ActivateBackward, P>(s, rows, s.ff_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows),
+                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.hidden_cols, s.ff_cols,
+                                            k.saved_qkv);
+        for (int half = 0; half < s.hidden_cols; half += s.ff_cols)
+            clear_padding(rows, s.d_ff, s.ff_cols, s.hidden_cols, t.du + half);
+        weight_grads<P>(rows, s.ff_cols, k.act, nullptr, s.model_cols, t.dz, g.down_bias, g.down_t, scratch);
+        weight_grads<P>(rows, s.hidden_cols, t.du, g.up_bias, s.model_cols, y2, nullptr, g.up, scratch);
+        gemm<P>(rows, s.model_cols, up, operand<P>(rows, s.hidden_cols, t.du, scratch.rows), panels<P>(w.up_t, up),
+                Store{t.dy, s.model_cols});
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
     open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads<P>(rows, s.dp, t.dz, g.out_bias, s.ap, k.kept_o, nullptr, g.out, room);
-    gemm<P>(rows, s.ap, d, operand<P>(rows, s.dp, t.dz, room.rows), panels<P>(w.out_t, d), Store{t.d_o, s.ap});
-    widen(int64_t(rows) * s.qp, k.kept_qkv, k.qkv);
+    weight_grads<P>(rows, s.model_cols, t.dz, g.out_bias, s.query_cols, k.saved_o, nullptr, g.out, scratch);
+    gemm<P>(rows, s.query_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows), panels<P>(w.out_t, d),
+            Store{t.d_o, s.query_cols});
+    widen(int64_t(rows) * s.qkv_cols, k.saved_qkv, k.qkv);
     int at = 0;
     for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
-        float* d_qkv = t.d_qkv + int64_t(at) * s.qp;
-        attend_backward(s.heads, seqs.lengths[b], k.qkv + int64_t(at) * s.qp, t.d_o + int64_t(at) * s.ap, d_qkv,
-                        room.attention);
+        float* d_qkv = t.d_qkv + int64_t(at) * s.qkv_cols;
+        attend_backward(s.heads, seqs.lengths[b], k.qkv + int64_t(at) * s.qkv_cols,
+                        t.d_o + int64_t(at) * s.query_cols, d_qkv, scratch.attention);
         if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
     }
-    weight_grads<P>(rows, s.qp, t.d_qkv, g.qkv_bias, s.dp, y1, nullptr, g.qkv, room);
-    gemm<P>(rows, s.dp, qkv, operand<P>(rows, s.qp, t.d_qkv, room.rows), panels<P>(w.qkv_t, qkv), Store{t.dy, s.dp});
+    weight_grads<P>(rows, s.qkv_cols, t.d_qkv, g.qkv_bias, s.model_cols, y1, nullptr, g.qkv, scratch);
+    gemm<P>(rows, s.model_cols, qkv, operand<P>(rows, s.qkv_cols, t.d_qkv, scratch.rows), panels<P>(w.qkv_t, qkv),
+            Store{t.dy, s.model_cols});
     close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
 }
 

@@ -1,4 +1,4 @@
-// The sequences of a tile: which rows of its buffers are whose, and how they come from the caller's tensors and go back.
+// The sequences of a tile: which rows of its buffers are whose, and their way from the caller's tensors and back.
 #pragma once
 #include <cstring>
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-struct Rows {  // the sequences of a tile
+struct Lengths {  // the sequences of a tile
     int count;
     const int* lengths;
 };
@@ -17,7 +17,7 @@ void copy_columns(int n, int columns, const float* from, int64_t ld_from, float*
 }
 
 // The sequences of one tile, in the order they finish in, last first.
-struct Tile {
+struct Sequences {
     const Call& c;
     int dp, count, rows;
     const int64_t* samples;
@@ -25,11 +25,11 @@ struct Tile {
     int* starts;  // [count + 1] first row of each
     int64_t rows_before;  // in the tiles before this one
 
-    Tile(const Call& call, const Plan& plan, int64_t index, int* room) : c(call), dp(padded(call.d_model)) {
+    Sequences(const Call& call, const Plan& plan, int64_t index, int* integers) : c(call), dp(padded(call.d_model)) {
         samples = plan.order + plan.tiles[index];
         count = plan.tiles[index + 1] - plan.tiles[index];
         rows_before = plan.rows_before[index];
-        lengths = room, starts = room + count;
+        lengths = integers, starts = integers + count;
         rows = 0;
         for (int i = 0; i < count; i++) {
             starts[i] = rows;

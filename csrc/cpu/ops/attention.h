@@ -30,9 +30,9 @@ struct Head {
     int64_t ld;
     int width;
     bool add;
-    void soon(int, int) const {}
-    void ahead(int, int) const {}
-    void take(int i, int j, vf sum) const {
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int, int) const {}
+    void finish(int i, int j, vf sum) const {
         float* to = c + i * ld + j;
         store_first(to, add ? load(to) + sum : sum, width - j);
     }
@@ -64,43 +64,44 @@ inline bool has_nonfinite(int64_t rows, int width, int64_t ld, const float* x) {
 }
 
 // VL rows of x, side by side and scaled: [head_dim][VL]; missing rows are zero.
-inline void turn(const Heads& heads, Queries some, const float* x, int64_t ld, float scale, float* out) {
-    pack_transposed<F32>(x + some.begin * ld, ld, some.count, heads.head_dim, VL, out);
+inline void transpose_scaled(const Heads& heads, Queries queries, const float* x, int64_t ld, float scale, float* out) {
+    pack_transposed<F32>(x + queries.begin * ld, ld, queries.count, heads.head_dim, VL, out);
     for (int t = 0; t < heads.head_dim; t++) store(out + t * VL, load(out + t * VL) * scale);
 }
 
-// Probabilities p[keys][ld] of some queries (turned, and scaled), zero where a query may not look.
-inline void probabilities(const Heads& heads, const Queries& some, const float* turned_q, const float* k, float* p,
+// Probabilities p[keys][ld] of some queries (transposed, and scaled), zero where a query may not look.
+inline void probabilities(const Heads& heads, const Queries& queries, const float* queries_t, const float* k, float* p,
                           int64_t ld) {
-    gemm<F32>(some.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(turned_q, heads.head_dim), Store{p, ld});
-    vf top = load(p), total = all(0);
-    for (int j = 1; j < some.keys; j++) {
-        const vf score = some.where_seen(j, load(p + j * ld), -INFINITY);
+    gemm<F32>(queries.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(queries_t, heads.head_dim),
+              Store{p, ld});
+    vf largest = load(p), total = all(0);
+    for (int j = 1; j < queries.keys; j++) {
+        const vf score = queries.where_seen(j, load(p + j * ld), -INFINITY);
         store(p + j * ld, score);
-        top = max(top, score);
+        largest = max(largest, score);
     }
-    for (int j = 0; j < some.keys; j++) {
-        vf x = exp(load(p + j * ld) - top);
-        x = pick(x < 1e-37f, all(0), x);  // of what is smaller still some processors take long to form products
+    for (int j = 0; j < queries.keys; j++) {
+        vf x = exp(load(p + j * ld) - largest);
+        x = pick(x < 1e-37f, all(0), x);  // products of smaller numbers take some processors long
         store(p + j * ld, x);
         total += x;
     }
     const vf inverse = 1.0f / total;
-    for (int j = 0; j < some.keys; j++) store(p + j * ld, load(p + j * ld) * inverse);
+    for (int j = 0; j < queries.keys; j++) store(p + j * ld, load(p + j * ld) * inverse);
 }
 
 // scratch: VL * (head_dim + n) floats
 inline void attend(const Heads& heads, int n, const float* qkv, float* o, float* scratch) {
     const int hd = heads.head_dim;
-    float *turned = scratch, *p = turned + VL * hd;
+    float *transposed = scratch, *p = transposed + VL * hd;
     const bool every_pair = heads.causal && has_nonfinite(n, heads.width(), heads.ld_qkv, qkv);
     for (int h = 0; h < heads.n_heads; h++) {
         const int g = h / heads.group();
         for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries some(heads, n, i0, every_pair);
-            turn(heads, some, qkv + heads.q(h), heads.ld_qkv, heads.scale(), turned);
-            probabilities(heads, some, turned, qkv + heads.k(g), p, VL);
-            gemm<F32>(some.count, padded(hd), some.keys, {p, 1, VL}, row_major(qkv + heads.v(g), heads.ld_qkv),
+            const Queries queries(heads, n, i0, every_pair);
+            transpose_scaled(heads, queries, qkv + heads.q(h), heads.ld_qkv, heads.scale(), transposed);
+            probabilities(heads, queries, transposed, qkv + heads.k(g), p, VL);
+            gemm<F32>(queries.count, padded(hd), queries.keys, {p, 1, VL}, row_major(qkv + heads.v(g), heads.ld_qkv),
                       Head{o + int64_t(i0) * heads.ld_o + h * hd, heads.ld_o, hd, false});
         }
     }
@@ -110,31 +111,32 @@ inline void attend(const Heads& heads, int n, const float* qkv, float* o, float*
 inline void attend_backward(const Heads& heads, int n, const float* qkv, const float* d_o, float* d_qkv,
                             float* scratch) {
     const int hd = heads.head_dim, hp = padded(hd), np = padded(n), ld = heads.ld_qkv, ldo = heads.ld_o;
-    float *turned = scratch, *p = turned + VL * hd, *ds = p + int64_t(n) * np;  // p and ds: [keys][queries]
+    float *transposed = scratch, *p = transposed + VL * hd, *ds = p + int64_t(n) * np;  // p and ds: [keys][queries]
     const bool every_pair = heads.causal && (has_nonfinite(n, heads.width(), ld, qkv) ||
                                              has_nonfinite(n, heads.n_heads * hd, ldo, d_o));
     for (int h = 0; h < heads.n_heads; h++) {
         const int g = h / heads.group();
         const float *q = qkv + heads.q(h), *k = qkv + heads.k(g), *v = qkv + heads.v(g), *d_oh = d_o + h * hd;
         for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries some(heads, n, i0, every_pair);
+            const Queries queries(heads, n, i0, every_pair);
             float *pi = p + i0, *dsi = ds + i0;
-            turn(heads, some, q, ld, heads.scale(), turned);
-            probabilities(heads, some, turned, k, pi, np);
-            turn(heads, some, d_oh, ldo, 1.0f, turned);
-            gemm<F32>(some.keys, VL, hd, {v, ld, 1}, panels<F32>(turned, hd), Store{dsi, np});
+            transpose_scaled(heads, queries, q, ld, heads.scale(), transposed);
+            probabilities(heads, queries, transposed, k, pi, np);
+            transpose_scaled(heads, queries, d_oh, ldo, 1.0f, transposed);
+            gemm<F32>(queries.keys, VL, hd, {v, ld, 1}, panels<F32>(transposed, hd), Store{dsi, np});
             vf mean = all(0);
-            for (int j = 0; j < some.keys; j++) mean += load(pi + j * np) * load(dsi + j * np);
-            for (int j = 0; j < some.keys; j++) {  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
+            for (int j = 0; j < queries.keys; j++) mean += load(pi + j * np) * load(dsi + j * np);
+            for (int j = 0; j < queries.keys; j++) {  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
                 const vf step = load(pi + j * np) * (load(dsi + j * np) - mean) * heads.scale();
-                store(dsi + j * np, some.where_seen(j, step, 0));
+                store(dsi + j * np, queries.where_seen(j, step, 0));
             }
-            gemm<F32>(some.count, hp, some.keys, {dsi, 1, np}, row_major(k, ld),
+            gemm<F32>(queries.count, hp, queries.keys, {dsi, 1, np}, row_major(k, ld),
                       Head{d_qkv + int64_t(i0) * ld + heads.q(h), ld, hd, false});
         }
         const bool add = h % heads.group() != 0;  // a group's queries share its keys and values
         for (int j0 = 0; j0 < n; j0 += VL) {
-            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal && !every_pair ? j0 : 0;  // the first query to see them
+            // the first query to see them
+            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal && !every_pair ? j0 : 0;
             const int64_t corner = int64_t(j0) * np + i0, rows = int64_t(j0) * ld;
             gemm<F32>(m, hp, n - i0, {ds + corner, np, 1}, row_major(q + int64_t(i0) * ld, ld),
                       Head{d_qkv + rows + heads.k(g), ld, hd, add});

@@ -27,32 +27,32 @@ inline MatB<P> panels(const typename P::cell* p, int64_t k) {
     return {p, VL, k * VL};
 }
 
-// Epilogues. take(i, j, sum) gets VL columns of row i from column j on. Memory that is not in a near cache is asked
-// for in time: ahead(i, j) is told before the product is computed, and soon(i, j), for what is needed after it, at
-// one of its steps each, for many requests at once would hold it up.
+// Epilogues. finish(i, j, sum) gets VL columns of row i from column j on. Memory that is not in a near cache is asked
+// for in time: by prefetch_now(i, j) before the product is computed, and by prefetch_next(i, j), for what is needed
+// after it, at one of its steps each, for many requests at once would hold it up.
 struct Store {
     float* c;
     int64_t ld;
-    void soon(int, int) const {}
-    void ahead(int, int) const {}
-    void take(int i, int j, vf sum) const { store(c + i * ld + j, sum); }
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int, int) const {}
+    void finish(int i, int j, vf sum) const { store(c + i * ld + j, sum); }
 };
 
 struct Add {
     float* c;
     int64_t ld;
-    void soon(int, int) const {}
-    void ahead(int i, int j) const { prefetch_to_write(c + i * ld + j); }
-    void take(int i, int j, vf sum) const { store(c + i * ld + j, load(c + i * ld + j) + sum); }
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int i, int j) const { prefetch_to_write(c + i * ld + j); }
+    void finish(int i, int j, vf sum) const { store(c + i * ld + j, load(c + i * ld + j) + sum); }
 };
 
 struct Bias {
     float* c;
     int64_t ld;
     const float* bias;
-    void soon(int, int) const {}
-    void ahead(int i, int j) const { prefetch_to_write(c + i * ld + j); }
-    void take(int i, int j, vf sum) const { store(c + i * ld + j, sum + load(bias + j)); }
+    void prefetch_next(int, int) const {}
+    void prefetch_now(int i, int j) const { prefetch_to_write(c + i * ld + j); }
+    void finish(int i, int j, vf sum) const { store(c + i * ld + j, sum + load(bias + j)); }
 };
 
 // Unrolled, so that the sums are registers and not an array in memory.
@@ -60,12 +60,12 @@ template <class P, int MR, int NV, class Epilogue>
 inline void micro(int i0, int j0, int k, MatA<P> a, MatB<P> b, const Epilogue& epilogue) {
     vf acc[MR][NV];
     UNROLLED for (int i = 0; i < MR; i++)
-        UNROLLED for (int j = 0; j < NV; j++) epilogue.ahead(i0 + i, j0 + j * VL), acc[i][j] = all(0);
+        UNROLLED for (int j = 0; j < NV; j++) epilogue.prefetch_now(i0 + i, j0 + j * VL), acc[i][j] = all(0);
     constexpr int THIRDS = (MR + 2) / 3;  // three rows share a pointer: there are not registers for one each
     const typename P::cell *third[THIRDS], *column = b.p;
     UNROLLED for (int i = 0; i < THIRDS; i++) third[i] = a.p + 3 * i * a.row;
     for (int t = 0; t < k; t++) {
-        if (t < MR * NV) epilogue.soon(i0 + t / NV, j0 + t % NV * VL);
+        if (t < MR * NV) epilogue.prefetch_next(i0 + t / NV, j0 + t % NV * VL);
         typename P::cells row[NV];
         UNROLLED for (int j = 0; j < NV; j++) row[j] = load_cells(column + j * b.panel);
         UNROLLED for (int i = 0; i < MR; i++) {
@@ -76,7 +76,7 @@ inline void micro(int i0, int j0, int k, MatA<P> a, MatB<P> b, const Epilogue& e
         column += b.row;
     }
     UNROLLED for (int i = 0; i < MR; i++)
-        UNROLLED for (int j = 0; j < NV; j++) epilogue.take(i0 + i, j0 + j * VL, acc[i][j]);
+        UNROLLED for (int j = 0; j < NV; j++) epilogue.finish(i0 + i, j0 + j * VL, acc[i][j]);
 }
 
 template <class P, int NV, class Epilogue>
@@ -105,12 +105,12 @@ inline MatA<P> row_operand(const typename P::number* x, int width) {
     return {reinterpret_cast<const typename P::cell*>(x), width / P::NUMBERS, 1};
 }
 
-// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `room` for as many cells.
+// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `scratch` for as many cells.
 template <class P, class Number>
-inline MatA<P> column_operand(int rows, const Number* x, int64_t ld, typename P::cell* room) {
+inline MatA<P> column_operand(int rows, const Number* x, int64_t ld, typename P::cell* scratch) {
     if constexpr (P::NUMBERS == 1) return {x, 1, ld};
-    stack<P>(rows, VL, x, ld, room);
-    return {room, 1, VL};
+    stack<P>(rows, VL, x, ld, scratch);
+    return {scratch, 1, VL};
 }
 
 }  // namespace

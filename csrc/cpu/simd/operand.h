@@ -126,11 +126,11 @@ inline void stack(int rows, int width, const Number* x, int64_t ld, typename P::
         }
 }
 
-// x rounded to numbers of an operand in `room`; in single precision x itself.
+// x rounded to numbers of an operand in `scratch`; in single precision x itself.
 inline const float* rounded(int64_t, const float* x, float*) { return x; }
-inline const uint16_t* rounded(int64_t n, const float* x, uint16_t* room) {
-    for (int64_t i = 0; i < n; i += VL) store(room + i, load(x + i));
-    return room;
+inline const uint16_t* rounded(int64_t n, const float* x, uint16_t* scratch) {
+    for (int64_t i = 0; i < n; i += VL) store(scratch + i, load(x + i));
+    return scratch;
 }
 
 // Back to single precision; in single precision the two are one.
