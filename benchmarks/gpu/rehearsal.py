@@ -55,11 +55,11 @@ def install() -> None:
     import triton_interpreter  # noqa: F401
     from cuda_emulation import LIBRARY, emulated
 
+    from shift_kernels import compiled
     from shift_kernels.backends import cuda as cuda_backend
-    from shift_kernels.native import cuda
 
     _let_flex_have_gradients()
-    library = cuda.load(Path(emulated(*LIBRARY).library._name))[0]
+    library, _ = compiled.load("_native_cuda", Path(emulated(*LIBRARY).library._name))
     cuda_backend._LIBRARY = library  # type: ignore[attr-defined]
 
 
