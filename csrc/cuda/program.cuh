@@ -186,7 +186,7 @@ struct Program {
         return reinterpret_cast<N*>(shared_memory() + at);
     }
     __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
-    // mbarriers, sm_90a: of a split sequence's blocks; see matmul_sm90a.cuh.
+    // mbarriers, sm_90a: of a split sequence's blocks; see arch/sm90a.cuh.
     __device__ uint64_t* met() const { return shared<uint64_t>(job.at.mbarriers); }
     __device__ uint64_t* full() const { return met() + 2; }                          // [stages]
     __device__ uint64_t* empty() const { return full() + job.plan.stages; }          // [stages]
