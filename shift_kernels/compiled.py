@@ -30,10 +30,13 @@ def load(name: str, path: Path | None = None) -> tuple[ModuleType | None, str]:
         name: ``_native`` or ``_native_cuda``.
         path: another file than the installed one.
     """
-    chosen, full_name = path or os.environ.get(PATHS.get(name, "")), f"shift_kernels.{name}"
-    found = importlib.util.find_spec(full_name)
+    chosen = path or os.environ.get(PATHS.get(name, ""))
+    # By another name it is another module, beside the installed one.
+    full_name = f"{path}.{name}" if path else f"shift_kernels.{name}"
     if chosen:
         found = importlib.util.spec_from_file_location(full_name, chosen)
+    else:
+        found = importlib.util.find_spec(full_name)
     if found is None or found.loader is None:
         return None, f"not built: {_first_error(reason(name))}"
     try:

@@ -1,6 +1,7 @@
 """What is said where a compiled module is missing: once at the first slow call, and in full by shift-info."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -59,3 +60,14 @@ def test_a_file_that_is_no_module_is_told(tmp_path):
     module, status = compiled.load("_native", tmp_path / "_native.so")
     assert module is None
     assert status.startswith("built, but cannot be loaded: ")
+
+
+@pytest.mark.skipif(compiled.load("_native")[0] is None, reason="needs the CPU library")
+def test_a_module_from_another_file_is_another_one(tmp_path):
+    """As an emulation of the CUDA kernels beside the kernels."""
+    installed, _ = compiled.load("_native")
+    copy = shutil.copy(installed.__file__, tmp_path / "copy.so")
+    module, status = compiled.load("_native", copy)
+    assert module is not None, status
+    assert module is not installed
+    assert module.kept_floats(module.Block(d_model=16, n_layers=1), bf16=False) == 32
