@@ -14,6 +14,7 @@ from tiny_runs import TINY, processes, tiny
 
 from shift import compare, eval
 from shift.build import build_model, build_schedule, build_task
+from shift.comparison import runs as comparison_runs
 from shift.config import (
     PRESETS,
     LandscapeConfig,
@@ -243,7 +244,7 @@ def test_a_full_disk_ends_a_run_with_one_line(tiny_toml, tmp_path, capsys, monke
 
 
 def test_a_full_disk_ends_a_comparison_with_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "train_all", full)
+    monkeypatch.setattr(comparison_runs, "train_all", full)
     assert compare.main(["--preset", "demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "shift-compare: [Errno 28] No space left on device\n"
 

@@ -195,7 +195,7 @@ def _forward(Q, K, V, O, EXACT, L, LENS, strides, seq_len, n_heads, group, S: tl
     row_base = (b * n_heads + h) * seq_len
     _store(_of(O, strides[3], b, h), strides[3], o, rows, seq_len, length, S)
     if EXACT is not None:
-        _store(EXACT + row_base * S.head_dim, (0, 0, S.head_dim, 1), o, rows, seq_len, length, S)
+        _store(_of(EXACT, strides[4], b, h), strides[4], o, rows, seq_len, length, S)
     tl.store(L + row_base + rows, lse, mask=rows < seq_len)
 
 
@@ -298,15 +298,16 @@ def attention_forward(
         causal: position i sees positions <= i.
         seq_lens: int [batch] on q's device; what lies beyond is never read.
         out: where o goes, any strides; default a new contiguous tensor.
-        exact: where o goes in float32, too, contiguous: for the backward, where :func:`needs_exact`.
+        exact: where o goes in float32, too, any strides: for the backward, where :func:`needs_exact`.
     """
     batch, n_heads, seq_len, _ = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, n_heads, seq_len, dtype=torch.float32, device=q.device)
     c = configs(seq_len, q.shape[-1], q.itemsize)[0]
+    strides = _strides(q, k, v, o, o if exact is None else exact)
     with on_device_of(q):
         _forward[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
-            q, k, v, o, exact, lse, seq_lens, _strides(q, k, v, o), seq_len, n_heads, n_heads // k.shape[1],
+            q, k, v, o, exact, lse, seq_lens, strides, seq_len, n_heads, n_heads // k.shape[1],
             _tile(q, causal, c.own, c.walk), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return o, lse
