@@ -3,6 +3,9 @@
 What a GPU makes of the same sources is not tested here: tests/gpu does that, where there is one.
 """
 
+import copy
+import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -214,3 +217,28 @@ def test_compiled_model_takes_lengths_that_vary(gpu):
     for seq_len in (9, 12, 40):
         x = e[:, :seq_len]
         torch.testing.assert_close(compiled(x), block(x, 1, backend="cuda").sin(), atol=1e-2, rtol=5e-2)
+
+
+# Every option that says where a number goes, each in one of these.
+NONFINITE = {
+    "relu": {"activation": "relu", "norm": "none"},
+    "gelu": {"activation": "gelu", "norm_placement": "post", "position": "rope"},
+    "gelu_tanh": {"activation": "gelu_tanh", "norm": "rmsnorm", "causal": False, "injection": "add"},
+    "swiglu": {"activation": "swiglu", "norm_placement": "sandwich", "loop_norm": True},
+}
+
+
+@needs_emulation
+@pytest.mark.parametrize("options", NONFINITE.values(), ids=NONFINITE)
+def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here(gpu, options):
+    """Not: and nothing else. Sequences that share a program share its NaN (csrc/cuda/NOTES.md)."""
+    block, e = make(batch=2, seq_len=4, **options)
+    values = itertools.cycle((math.nan, math.inf, -math.inf))
+    for target, value in zip(("e", *block.weights()), values):  # noqa: B905
+        planted, x = copy.deepcopy(block), e.clone()
+        with torch.no_grad():
+            where = x if target == "e" else planted.weights()[target]
+            where[(1, 3, 2) if target == "e" else tuple(min(3, n - 1) for n in where.shape)] = value
+        ours, plain = (results(planted, x, {"n_loops": 2}, backend, BF16) for backend in ("cuda", "torch"))
+        for name, a, b in zip(["h", "the gradient of e", *block.weights()], ours, plain, strict=True):
+            assert not (a.isfinite() & ~b.isfinite()).any(), f"{value} in {target}: {name} hides it"
