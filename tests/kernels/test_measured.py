@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_backends import FAKES
 
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, dispatch, explain, measured
+from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, dispatch, explain, measured
 from shift_kernels.backends.base import LOOPED_BLOCK
 from shift_kernels.calibrate import calibrate, trial
 from shift_kernels.call import Problem
@@ -133,6 +133,16 @@ def test_a_right_backend_is_verified_and_timed(grad, halting):
     assert found.outcome == VERIFIED
     assert found.ms > 0
     assert found.worst_error <= 2
+
+
+@pytest.mark.skipif(backends()["cpu"] != "available", reason="needs the cpu backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_kernels_are_verified(dtype):
+    """Over a thousand rows, whose sums come in another order than PyTorch's."""
+    spec = BlockSpec(d_model=64, n_heads=4)
+    sizes = dict(batch=32, seq_len=32, n_loops=4, dtype=dtype, compute_dtype=dtype)
+    found = trial(dataclasses.replace(problem(**sizes), spec=spec), "cpu")
+    assert found.outcome == VERIFIED, found
 
 
 def test_a_backend_that_is_a_little_off_is_wrong():
