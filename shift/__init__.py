@@ -23,71 +23,26 @@ The parts work without the trainer. A training loop of your own asks the schedul
 With the trainer: ``Trainer(TrainConfig(steps=100), "runs/first").fit()``; from the shell: ``shift-train``.
 """
 
-from shift import requirements as _requirements  # noqa: F401 (first, for its message)
-from shift.config import (
-    LandscapeConfig,
-    ModelConfig,
-    OptimiserConfig,
-    ScheduleConfig,
-    TaskConfig,
-    TrainConfig,
-    load_config,
-)
-from shift.model import LoopedTransformer
-from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
-from shift.schedules import SCHEDULES, SCP, Decision, LoopSchedule, SCPConfig, Signals, make_schedule
-from shift.tasks import (
-    IGNORE,
-    TASKS,
-    Addition,
-    Batch,
-    BinarySum,
-    Copy,
-    Hop,
-    Markov,
-    Multiplication,
-    Parity,
-    PHop,
-    PrefixProducts,
-    Task,
-    Text,
-    UniqueSet,
-    make_task,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "IGNORE",
-    "SCHEDULES",
-    "SCP",
-    "TASKS",
-    "Addition",
-    "Batch",
-    "BinarySum",
-    "Copy",
-    "Decision",
-    "Hop",
-    "LandscapeConfig",
-    "LoopSchedule",
-    "LoopedTransformer",
-    "Markov",
-    "ModelConfig",
-    "Multiplication",
-    "OptimiserConfig",
-    "PHop",
-    "Parity",
-    "PrefixProducts",
-    "SCPConfig",
-    "ScheduleConfig",
-    "Signals",
-    "Task",
-    "TaskConfig",
-    "Text",
-    "TrainConfig",
-    "Trainer",
-    "TrainingDiverged",
-    "TrainingInterrupted",
-    "UniqueSet",
-    "load_config",
-    "make_schedule",
-    "make_task",
-]
+from shift_kernels.extras import require
+
+if TYPE_CHECKING:
+    from shift.exports import *  # noqa: F403
+    from shift.exports import __all__ as __all__
+
+
+# A command without its extra must start all the same, to say so: what is exported is imported when asked for.
+def __getattr__(name: str) -> Any:
+    if "__all__" not in globals():
+        require("train", "shift")
+        exports = import_module("shift.exports")
+        globals().update({each: getattr(exports, each) for each in ("__all__", *exports.__all__)})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'shift' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("shift.exports").__all__})

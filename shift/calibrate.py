@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from shift.config import load_config
 from shift.run.shapes import problems_of
-from shift_kernels import BlockSpec, ShiftInputError
+from shift_kernels import BlockSpec
 from shift_kernels.calibrate import LIMIT_S, calibrate
 from shift_kernels.call import Problem
 from shift_kernels.checks import check_int
+from shift_kernels.console import command
 from shift_kernels.errors import input_error
 from shift_kernels.measured import table_path
 from shift_kernels.spec import MAX_TOKENS
@@ -31,16 +33,13 @@ from shift_kernels.spec import MAX_TOKENS
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command("shift-calibrate")
+def main(argv: Sequence[str] | None = None) -> int:
     """Flags -> :func:`shift_kernels.calibrate.calibrate` -> exit code."""
-    flags = _parser().parse_args(arguments)
-    try:
-        problems = problems_of(load_config(flags.config)) if flags.config else _problems(flags)
-        calibrate(problems, limit_s=flags.limit)
-        print(f"written to {table_path(problems[0].device)}")
-    except ShiftInputError as error:
-        print(f"shift-calibrate: {error}", file=sys.stderr)
-        return 2
+    flags = _parser().parse_args(argv)
+    problems = problems_of(load_config(flags.config)) if flags.config else _problems(flags)
+    calibrate(problems, limit_s=flags.limit)
+    print(f"written to {table_path(problems[0].device)}")
     return 0
 
 

@@ -29,7 +29,7 @@ from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.comparison.verdict import caveat, verdict
 from shift.config import PRESETS, TaskConfig, TrainConfig, load_config
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 from shift_kernels.errors import input_error
 
 INTERRUPTED = 75
@@ -64,19 +64,14 @@ class Command:
     """Runs at a time, each in a process of one thread; default: one for each core."""
 
 
+@command("shift-compare")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: save, then stop
-    command = tyro.cli(Command, args=argv, prog="shift-compare")
+    flags = tyro.cli(Command, args=argv, prog="shift-compare")
     try:
-        results, reports = compare(command, f"shift-compare {shlex.join(argv)}".strip())
-    except ShiftInputError as error:
-        print(f"shift-compare: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the disk is full, say
-        print(f"shift-compare: {error}", file=sys.stderr)
-        return 1
+        results, reports = compare(flags, f"shift-compare {shlex.join(argv)}")
     except KeyboardInterrupt:
         print("shift-compare: interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED

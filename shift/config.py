@@ -296,12 +296,14 @@ def load_config(name_or_path: str | Path) -> TrainConfig:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = PRESETS / f"{name_or_path}.toml"
-    if not path.is_file():
-        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
-        raise input_error(
-            "load_config", "config", str(name_or_path), f"a .toml file or a preset: {presets}",
-            "Check the spelling.",
-        )  # fmt: skip
+    if not path.exists():
+        presets = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        if path.parent != PRESETS:
+            remedy = "There is no such file."
+        else:
+            remedy = near_miss(name_or_path, presets, "There is no such preset.")
+        allowed = f"a .toml file or a preset: {', '.join(presets)}"
+        raise input_error("load_config", "config", str(name_or_path), allowed, remedy)
     return TrainConfig.from_dict(read_toml(path, "load_config", "config"), source=str(path))
 
 

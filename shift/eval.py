@@ -21,7 +21,7 @@ from shift.length.report import write
 from shift.length.sweep import SweepConfig, sweep
 from shift.run.directory import short_names
 from shift.run.files import make_directory
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,13 @@ class Command:
     """What to try."""
 
 
+@command("shift-eval")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    command = tyro.cli(Command, args=argv, prog="shift-eval")
-    try:
-        names = short_names("shift-eval", command.runs)
-        make_directory(command.out, "shift-eval", "out")
-        print(write({name: sweep(run, command.sweep) for name, run in names.items()}, command.out))
-    except ShiftInputError as error:
-        print(f"shift-eval: {error}", file=sys.stderr)
-        return 2
+    flags = tyro.cli(Command, args=argv, prog="shift-eval")
+    names = short_names("shift-eval", flags.runs)
+    make_directory(flags.out, "shift-eval", "out")
+    print(write({name: sweep(run, flags.sweep) for name, run in names.items()}, flags.out))
     return 0
 
 

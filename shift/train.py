@@ -28,7 +28,7 @@ from shift.run.process import run
 from shift.run.ranks import OtherRankFailed
 from shift.run.shapes import When
 from shift.run.trainer import TrainingDiverged, TrainingInterrupted
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 INTERRUPTED = 75
 """Exit code of a run that saved a checkpoint and wants to be started again (EX_TEMPFAIL)."""
@@ -49,14 +49,10 @@ class Command:
     """auto: before training on a GPU, verify and time the backends for shapes not measured there yet."""
 
 
+@command("shift-train")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        return _train(parse(argv))
-    except ShiftInputError as error:
-        print(f"shift-train: {error}", file=sys.stderr)
-        return 2
+    return _train(parse(sys.argv[1:] if argv is None else list(argv)))
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -143,13 +139,7 @@ def _train(command: Command) -> int:
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED
-    # An OSError: the disk is full, say.
-    except (
-        TrainingDiverged,
-        OtherRankFailed,
-        OSError,
-        MemoryError,
-    ) as error:  # OSError: the disk is full, say
+    except (TrainingDiverged, OtherRankFailed, MemoryError) as error:
         print(f"shift-train: {error}", file=sys.stderr)
         return 1
     return 0

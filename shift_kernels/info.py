@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 import shift_kernels
 from shift_kernels import compiled
+from shift_kernels.console import command
 from shift_kernels.machine import version_of
 
 MOST_LINES = 30
@@ -38,9 +41,12 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """``shift-info``."""
+@command("shift-info")
+def main(argv: Sequence[str] | None = None) -> int:
+    """``shift-info``, also ``python -m shift_kernels``."""
+    argparse.ArgumentParser("shift-info", description=__doc__).parse_args(argv)
     print(report())
+    return 0
 
 
 def _cuda() -> str:
@@ -51,4 +57,4 @@ def _cuda() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

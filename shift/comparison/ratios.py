@@ -54,23 +54,24 @@ def against_looped(arm: Seeds, looped: Seeds) -> dict[str, Any]:
 
 
 def stopped_at(looped: Seeds, budgets: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Looped as it stood at its last evaluation within a budget of training FLOPs, by seed.
+    """Looped as it stood at a budget of training FLOPs, by seed: on a line between its evaluations.
 
     That is what Looped would have been, given no more: true only under a learning rate that does not depend
-    on the number of steps to come. Seeds without a budget or an evaluation are left out.
+    on the number of steps to come. Seeds without a budget or an evaluation are left out; a budget beyond
+    Looped's own end is that end.
     """
     stopped = []
     for facts in looped:
         seed, curve, cost = facts["seed"], facts["curve"], facts["flops_to_target"]
-        within = sum(flops <= budgets.get(seed, -1) for flops in curve["flops"])
-        if within:
+        if seed in budgets and curve["flops"]:
+            spent = min(budgets[seed], curve["flops"][-1])
             stopped.append(
                 {
                     "seed": seed,
                     "budget_flops": budgets[seed],
-                    "flops_total": curve["flops"][within - 1],
-                    "step": curve["step"][within - 1],
-                    "final_accuracy": curve["accuracy"][within - 1],
+                    "flops_total": spent,
+                    "step": round(float(np.interp(spent, curve["flops"], curve["step"]))),
+                    "final_accuracy": float(np.interp(spent, curve["flops"], curve["accuracy"])),
                     "flops_to_target": cost if cost is not None and cost <= budgets[seed] else None,
                 }
             )

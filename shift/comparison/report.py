@@ -211,9 +211,9 @@ def _rules(results: Mapping[str, Any]) -> list[str]:
         )
     if stopped and stopped["valid"]:
         rules.append(
-            "Looped, stopped: read off Looped's own evaluations, at the compute that SHIFT used in all on "
-            "the same seed. A run given no more would have stood there, as the learning rate is constant "
-            "after its warm-up."
+            "Looped, stopped: read off Looped's own evaluations, on a line between the two nearest, at the "
+            "compute that SHIFT used in all on the same seed. A run given no more would have stood there, as "
+            "the learning rate is constant after its warm-up."
         )
     elif stopped:
         rules.append(

@@ -21,7 +21,7 @@ import tyro
 
 from shift.landscape.report import report
 from shift.landscape.survey import SurveyConfig
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,11 @@ class Command:
     """How closely."""
 
 
+@command("shift-landscape")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    command = tyro.cli(Command, args=argv, prog="shift-landscape")
-    try:
-        print(report(command.runs, command.out, command.look))
-    except ShiftInputError as error:
-        print(f"shift-landscape: {error}", file=sys.stderr)
-        return 2
+    flags = tyro.cli(Command, args=argv, prog="shift-landscape")
+    print(report(flags.runs, flags.out, flags.look))
     return 0
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from shift_kernels.accuracy import ALLOWED, error_ratio
 from shift_kernels.bench import timing
 from shift_kernels.bench.cases import LIBRARY, OURS, Case, full, quick
+from shift_kernels.console import command
 from shift_kernels.info import report
 from shift_kernels.machine import device_name
 
@@ -107,6 +108,7 @@ def table(measured: Sequence[Measured]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+@command("shift-bench")
 def main(argv: Sequence[str] | None = None) -> int:
     """``shift-bench``; exit code 1 if a result of ours does not match."""
     parser = argparse.ArgumentParser(

@@ -1,6 +1,7 @@
 """What is packed: the source distribution, the version, the scripts."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import shift_kernels
-from shift import requirements
+from shift_kernels import extras
+from shift_kernels.console import CLOSED_PIPE
+from shift_kernels.extras import MissingExtraError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,18 +45,55 @@ def test_the_metadata_has_the_version_of_the_code(metadata):
     assert f"\nVersion: {shift_kernels.__version__}\n" in (metadata / "PKG-INFO").read_text()
 
 
-@pytest.mark.parametrize("missing", requirements.NEEDED)
-def test_a_missing_extra_is_told_with_its_remedy(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"needs {missing}, .*pip install 'shift-kernels\[train\]'"
-    ):
-        requirements.check()
+def hides(folder, *modules):
+    """The environment of a Python to which these modules are missing: it finds ``folder`` first."""
+    for module in modules:
+        text = f"raise ModuleNotFoundError(\"No module named '{module}'\", name={module!r})"
+        (folder / f"{module}.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-def test_what_shift_needs_is_what_its_extra_installs():
-    extra = " ".join(PROJECT["project"]["optional-dependencies"]["train"]).replace("-", "_")
-    assert all(name in extra for name in requirements.NEEDED)
+CALL = (
+    "import sys, importlib; m, f = sys.argv[1].split(':'); sys.exit(getattr(importlib.import_module(m), f)())"
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "extra"),
+    [
+        ("shift-train", "tyro", "train"),
+        ("shift-compare", "safetensors", "train"),
+        ("shift-eval", "matplotlib", "plots"),
+        ("shift-landscape", "scipy", "landscape"),
+    ],
+)
+def test_a_command_without_its_extra_says_which_in_one_line(script, missing, extra, tmp_path):
+    command = [sys.executable, "-c", CALL, SCRIPTS[script]]
+    done = subprocess.run(command, env=hides(tmp_path, missing), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    words = (
+        f"{script} needs {missing}, which the extra '{extra}' installs: pip install 'shift-kernels[{extra}]'"
+    )
+    assert done.stderr.strip() == words
+
+
+def test_what_is_exported_names_the_extra_that_is_missing(monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "tyro" else object())
+    with pytest.raises(MissingExtraError, match=r"shift needs tyro, .*pip install 'shift-kernels\[train\]'"):
+        extras.require("train", "shift")
+
+
+def test_an_import_error_of_our_own_is_no_missing_extra():
+    assert extras.explained(ModuleNotFoundError("", name="shift_kernels.nothing"), "shift-train") is None
+
+
+def test_a_command_whose_reader_has_gone_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shift_kernels"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

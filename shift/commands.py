@@ -1,0 +1,11 @@
+"""What the console scripts call: a command whose extra is missing says so in one line."""
+
+from functools import partial
+
+from shift_kernels.console import launch
+
+train = partial(launch, "shift-train", "shift.train")
+compare = partial(launch, "shift-compare", "shift.compare")
+evaluate = partial(launch, "shift-eval", "shift.eval")
+landscape = partial(launch, "shift-landscape", "shift.landscape.cli")
+calibrate = partial(launch, "shift-calibrate", "shift.calibrate")

@@ -1,0 +1,61 @@
+"""What every command does around its own work: what is not its fault is one line and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from shift_kernels.errors import ShiftInputError
+from shift_kernels.extras import explained
+
+FAILED, UNUSABLE, CLOSED_PIPE = 1, 2, 141
+"""Exit codes: a full disk, say; bad input, a missing extra; nobody reads on (128 + SIGPIPE, as in shells)."""
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def command(name: str) -> Callable[[Main], Main]:
+    """Decorate the function of a command: arguments (None: those of the process) -> exit code."""
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> int:
+            try:
+                code = main(argv)
+                sys.stdout.flush()
+                return code
+            except BrokenPipeError:
+                # Python flushes once more when it ends, and would complain there.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return CLOSED_PIPE
+            except ModuleNotFoundError as error:
+                if (missing := explained(error, name)) is None:
+                    raise
+                return _say(name, missing, UNUSABLE)
+            except ShiftInputError as error:
+                return _say(name, error, UNUSABLE)
+            except OSError as error:
+                return _say(name, error, FAILED)
+
+        return run
+
+    return decorate
+
+
+def launch(name: str, module: str) -> int:
+    """Import the module of a command and run its ``main``; what the import misses is one line, too."""
+
+    @command(name)
+    def run(argv: Sequence[str] | None) -> int:
+        return importlib.import_module(module).main(argv)
+
+    return run(None)
+
+
+def _say(name: str, error: Exception, code: int) -> int:
+    words = str(error)
+    print(words if words.startswith(name) else f"{name}: {words}", file=sys.stderr)
+    return code
