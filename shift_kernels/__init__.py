@@ -1,9 +1,11 @@
 """Kernels for a transformer block that is applied T times with the same weights.
 
-Public names: BlockSpec, LoopedBlock, looped_block, attention; explain, explain_attention, backends, register.
+Public names: BlockSpec, LoopedBlock, LoopedCache, looped_block, attention; explain, explain_attention,
+backends, register.
 """
 
 from shift_kernels.api import attention, looped_block
+from shift_kernels.cache import LoopedCache
 from shift_kernels.dispatch import backends, explain, explain_attention, register
 from shift_kernels.errors import BackendFallbackWarning, ShiftInputError, ShiftTypeError
 from shift_kernels.module import LoopedBlock
@@ -15,6 +17,7 @@ __all__ = [
     "BackendFallbackWarning",
     "BlockSpec",
     "LoopedBlock",
+    "LoopedCache",
     "ShiftInputError",
     "ShiftTypeError",
     "attention",

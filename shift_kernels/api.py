@@ -11,6 +11,7 @@ from torch import Tensor
 from shift_kernels import dispatch, reference
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
+from shift_kernels.cache import LoopedCache, check_step
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
 from shift_kernels.call_checks import check_call, check_offsets, own_per_sample
 from shift_kernels.checks import check_bool, check_floating
@@ -33,6 +34,7 @@ def looped_block(
     return_all_loops: bool = False,
     n_grad_loops: int | None = None,
     halt_threshold: float | None = None,
+    cache: LoopedCache | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Apply one block ``n_loops`` times with the same weights.
@@ -48,6 +50,8 @@ def looped_block(
         return_all_loops: return h_1 .. h_T, [T, ...]; a sample that is done repeats its last state.
         n_grad_loops: back-propagate only through each sample's last k loops; None: through all.
         halt_threshold: inference only; a sample stops once its relative RMS change in a loop is below it.
+        cache: keys and values of earlier tokens, which e's tokens see, and to which they are appended; the
+            result is theirs. Inference only, and every call with the same ``n_loops``.
         backend: ``auto``, or a name from :func:`backends`; a named one never falls back.
 
     Returns:
@@ -80,14 +84,22 @@ def looped_block(
         grad,
         halting=halt_threshold is not None,
         n_loops=options.known_loops(),
+        cached=cache is not None,
     )
+    step = None
+    if cache is not None:
+        _refuse_with_cache(problem, n_grad_loops)
+        step = check_step(_FUNCTION, cache, e, spec, n_loops, None, seq_lens)
     chosen = dispatch.plan_and_warn(problem, backend)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     inputs = (e, *ordered.values())
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
-        if torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
+        if step is not None:
+            h = LOOPED_BLOCK.get(chosen.backend).extend(e, ordered, spec, options, step)  # type: ignore[attr-defined]
+            step.commit(n_loops)
+        elif torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
             h, used = _as_operator(e, ordered, spec, options, grad, chosen.backend)
         elif chosen.backend == "torch":
             h, used = reference.looped_block(e, ordered, spec, **vars(options))
@@ -101,6 +113,23 @@ def looped_block(
     if cu_seqlens is not None:
         h = h[..., sample, position, :]
     return h if halt_threshold is None else (h, used)
+
+
+def _refuse_with_cache(problem: Problem, n_grad_loops: int | None) -> None:
+    """Refuse what has no meaning for tokens that are appended to a cache."""
+    given = {
+        "gradients": problem.grad,
+        "halt_threshold": problem.halting,
+        "n_grad_loops": n_grad_loops is not None,
+    }
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise input_error(
+            _FUNCTION,
+            "cache",
+            f"given together with {' and '.join(wrong)}",
+            "inference through all loops of a fixed number",
+            "Wrap the call in torch.no_grad(), and leave these out.",
+        )
 
 
 def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:

@@ -25,6 +25,7 @@ class Problem:
         grad: whether a backward pass will follow.
         halting: whether ``halt_threshold`` is given.
         n_loops: T; None where it is data on a device.
+        cached: whether tokens are appended to a :class:`shift_kernels.LoopedCache`.
     """
 
     spec: BlockSpec
@@ -36,6 +37,7 @@ class Problem:
     grad: bool
     halting: bool = False
     n_loops: int | None = None
+    cached: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

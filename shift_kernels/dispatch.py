@@ -19,6 +19,7 @@ import torch
 from shift_kernels import measured
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.base import Backend, Kind, Registry, WhyNot
+from shift_kernels.cache import LoopedCache
 from shift_kernels.call import AttentionProblem, Problem
 from shift_kernels.checks import check_bool, check_choice, check_device, check_dtype, check_int
 from shift_kernels.errors import BackendFallbackWarning, input_error, refuses_unknown_keywords, type_error
@@ -73,7 +74,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
 
 
 def _plan(problem: Problem, backend: str) -> Plan:
-    if backend == "auto":
+    if backend == "auto" and not problem.cached:  # which no table speaks of
         for name in measured.fastest_first(problem):
             if name in candidates(problem):
                 return Plan(name, "the fastest that was verified on this device", ())
@@ -98,7 +99,7 @@ def plan_attention(problem: AttentionProblem, backend: str = "auto") -> Plan:
 def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
     """The backend of that name; for "auto" the first of the registry with nothing in its way."""
     if backend != "auto":
-        no = registry.get(backend).why_not(problem)
+        no = _why_not(registry.get(backend), problem)
         if no is None or no.kind is Kind.UNVERIFIED:
             return Plan(backend, "asked for", ())
         raise input_error(
@@ -110,7 +111,7 @@ def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
         )
     refused: list[tuple[str, WhyNot]] = []
     for candidate in registry:
-        no = candidate.why_not(problem)
+        no = _why_not(candidate, problem)
         if no is None:
             why = "first of " + ", ".join(registry.names()) + " that serves this"
             return Plan(candidate.name, why, tuple(refused))
@@ -118,9 +119,18 @@ def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
     raise AssertionError("the torch backend serves everything")
 
 
+def _why_not(backend: Any, problem: Any) -> WhyNot | None:
+    """As a backend says; one without ``extend`` serves no cache."""
+    no = backend.why_not(problem)
+    may = no is None or no.kind is Kind.UNVERIFIED
+    if may and getattr(problem, "cached", False) and not hasattr(backend, "extend"):
+        return WhyNot(Kind.FOREIGN, "is for calls without a cache")
+    return no
+
+
 def candidates(problem: Problem) -> list[str]:
     """Backends that could run a problem, whether verified on this device or not."""
-    reasons = {b.name: b.why_not(problem) for b in LOOPED_BLOCK}
+    reasons = {b.name: _why_not(b, problem) for b in LOOPED_BLOCK}
     return [name for name, no in reasons.items() if no is None or no.kind is Kind.UNVERIFIED]
 
 
@@ -195,6 +205,7 @@ def explain(
     grad: bool = True,
     n_loops: int = 1,
     backend: str = "auto",
+    cache: LoopedCache | None = None,
 ) -> str:
     """Say in words which backend would run this looped block, why, and what it keeps for the backward.
 
@@ -206,6 +217,7 @@ def explain(
         grad: whether a backward pass follows.
         n_loops: T, for the memory figures and the measured table.
         backend: as for ``looped_block``.
+        cache: that the tokens would be appended to; its bytes are told, and nothing is allocated.
 
     Raises:
         ShiftInputError: no such block can be called, or the named backend does not serve it.
@@ -219,7 +231,12 @@ def explain(
     check_dtype(function, "dtype", dtype)
     place = check_device(function, "device", device)
     check_bool(function, "grad", grad)
-    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops)
+    if cache is not None and not isinstance(cache, LoopedCache):
+        given = type(cache).__name__
+        raise type_error(function, "cache", given, "a LoopedCache", "Build one: LoopedCache(spec, ...).")
+    grad = grad and cache is None
+    cached = cache is not None
+    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops, cached=cached)
     chosen = plan(problem, backend)
     running = LOOPED_BLOCK.get(chosen.backend)
     lines = [
@@ -230,7 +247,9 @@ def explain(
     if grad:
         mib = n_loops * running.saved_bytes(problem) / 2**20
         lines.insert(3, f"  backward  keeps about {mib:.1f} MiB ({n_loops} x {mib / max(n_loops, 1):.2f})")
-    row = measured.lookup(problem) or {}
+    if cache is not None:
+        lines.append(f"  cache     {cache.describe()}")
+    row = (measured.lookup(problem) if cache is None else None) or {}
     lines += [f"  measured  {name}: {verdict}" for name, verdict in row.items()]
     return "\n".join(lines)
 

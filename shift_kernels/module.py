@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from shift_kernels.api import looped_block
+from shift_kernels.cache import LoopedCache
 from shift_kernels.checks import check_dtype, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import BlockSpec
@@ -177,6 +178,7 @@ class LoopedBlock(nn.Module):
         return_all_loops: bool = False,
         n_grad_loops: int | None = None,
         halt_threshold: float | None = None,
+        cache: LoopedCache | None = None,
         backend: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`shift_kernels.looped_block`."""
@@ -190,6 +192,7 @@ class LoopedBlock(nn.Module):
             return_all_loops=return_all_loops,
             n_grad_loops=n_grad_loops,
             halt_threshold=halt_threshold,
+            cache=cache,
             backend=backend,
         )
 

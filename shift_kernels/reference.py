@@ -9,7 +9,8 @@ autograd keeps every activation of every loop (about 68 d_model numbers a token 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ class Mask(NamedTuple):
     rows would be NaN; they are pads, so what they hold reaches nothing."""
 
 
+Attend = Callable[[int, int, Tensor, Tensor, Tensor, "Mask | None"], Tensor]
+"""(loop from 1, layer, q, k, v, mask) -> o: how heads attend, q and o [batch, n_heads, seq_len, head_dim]."""
+
+
 def looped_block(
     e: Tensor,
     weights: Mapping[str, Tensor],
@@ -42,6 +47,8 @@ def looped_block(
     n_grad_loops: int | None = None,
     halt_threshold: float | None = None,
     compute_dtype: torch.dtype | None = None,
+    position_offset: Tensor | None = None,
+    attend: Attend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply the block ``n_loops`` times. Arguments are trusted: ``shift_kernels.looped_block`` checks them.
 
@@ -54,6 +61,8 @@ def looped_block(
         n_grad_loops: only each sample's last k loops carry gradient.
         halt_threshold: a sample stops after loop t once rms(h_t - h_{t-1}) < threshold * rms(h_{t-1}).
         compute_dtype: dtype of matmul operands; default e's dtype.
+        position_offset: int [batch], added to a sample's rotary positions.
+        attend: how heads attend; default :func:`attend`, the scores in memory.
 
     Returns:
         h_T (or all h_t) and the loops used, int64 [batch].
@@ -65,7 +74,7 @@ def looped_block(
         e = _zero_where_not(valid[..., None], e)
     w = _cast(weights, e.dtype, compute_dtype or e.dtype)
     mask = attention_mask(seq_len, spec.causal, valid, e.device)
-    rotary = rotary_table(seq_len, spec, e.device) if spec.position == "rope" else None
+    rotary = rotary_table(seq_len, spec, e.device, position_offset) if spec.position == "rope" else None
 
     loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
     per_sample = isinstance(n_loops, Tensor)
@@ -83,7 +92,7 @@ def looped_block(
             u = h + e if spec.injection == "add" else h
             if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
                 u = _zero_where_not(_column(active), u)
-            u = loop_body(u, w, spec, mask, rotary)
+            u = loop_body(u, w, spec, mask, rotary, attend and functools.partial(attend, t))
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
         if per_sample or halt_threshold is not None:
@@ -111,14 +120,24 @@ def looped_block(
 
 
 def loop_body(
-    x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, mask: Mask | None, rotary: Tensor | None
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    spec: BlockSpec,
+    mask: Mask | None,
+    rotary: Tensor | None,
+    attend_in_layer: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one."""
+    """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one.
+
+    Args:
+        attend_in_layer: ``attend`` of :func:`looped_block` from its second argument on.
+    """
     for i in range(spec.n_layers):
         p = f"layers.{i}."
+        heads = functools.partial(attend_in_layer, i) if attend_in_layer else attend
         x = _residual(
             x,
-            lambda y, p=p: self_attention(y, w, spec, p + "self_attn.", mask, rotary),
+            lambda y, p=p, heads=heads: self_attention(y, w, spec, p + "self_attn.", mask, rotary, heads),
             w,
             spec,
             p + "norm1",
@@ -153,8 +172,9 @@ def self_attention(
     prefix: str,
     mask: Mask | None,
     rotary: Tensor | None,
+    heads: Callable[[Tensor, Tensor, Tensor, Mask | None], Tensor],
 ) -> Tensor:
-    """Project to heads, attend, project back. x: [batch, seq_len, d_model]."""
+    """Project to heads, let them attend, project back. x: [batch, seq_len, d_model]."""
     qkv = _linear(x, w, prefix + "in_proj_weight", prefix + "in_proj_bias")
     q, k, v = (
         part.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
@@ -165,7 +185,7 @@ def self_attention(
     )
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    o = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+    o = heads(q, k, v, mask).transpose(1, 2).flatten(-2)
     return _linear(o, w, prefix + "out_proj.weight", prefix + "out_proj.bias").to(x.dtype)
 
 

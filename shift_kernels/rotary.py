@@ -8,11 +8,21 @@ from torch import Tensor
 from shift_kernels.spec import BlockSpec
 
 
-def rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
-    """cos and sin of position * frequency: float64 [2, seq_len, head_dim / 2]."""
+def rotary_table(
+    seq_len: int, spec: BlockSpec, device: torch.device, position_offset: Tensor | None = None
+) -> Tensor:
+    """cos and sin of position * frequency: float64 [2, seq_len, head_dim / 2].
+
+    Args:
+        position_offset: int [batch], added to a sample's positions; the table is then [2, batch, 1, ...], a
+            sample's for all its heads.
+    """
     half = spec.head_dim // 2
     frequency = spec.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-    angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * frequency
+    position = torch.arange(seq_len, dtype=torch.float64, device=device)
+    if position_offset is not None:
+        position = position + position_offset.to(device)[:, None, None]
+    angle = position[..., None] * frequency
     return torch.stack([angle.cos(), angle.sin()])
 
 

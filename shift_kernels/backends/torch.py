@@ -10,7 +10,9 @@ from torch import Tensor
 
 from shift_kernels import reference
 from shift_kernels.backends.base import WhyNot
+from shift_kernels.cache import Step
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
+from shift_kernels.reference import Mask
 from shift_kernels.spec import BlockSpec
 from shift_kernels.torch_internals import recording
 
@@ -63,6 +65,55 @@ class TorchBackend:
             h, _ = reference.looped_block(inputs[0], named, spec, **vars(options))
             grad_e, *grad_weights = torch.autograd.grad(h, inputs, grad_h)
         return grad_e, grad_weights
+
+    def extend(
+        self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, step: Step
+    ) -> Tensor:
+        """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
+        index = torch.arange(e.shape[1])
+        real = (index >= step.begin[:, None]) & (index < step.end[:, None])
+        heads = _CachedHeads(step, real, (index + step.offset[:, None]).clamp(min=0), options.n_loops)
+        real = real.to(e.device)[..., None]
+        call = {**vars(options), "seq_lens": None, "position_offset": step.offset}
+        h, _ = reference.looped_block(torch.where(real, e, 0), weights, spec, **call, attend=heads.attend)
+        return torch.where(real, h, 0)
+
+
+class _CachedHeads:
+    """How the heads of new tokens attend.
+
+    Args:
+        real: which tokens are no pads, bool [batch, seq_len] on the CPU.
+        position: of each token, likewise.
+        n_loops: a sample that is done writes no more: with shared caches it would spoil its last loops.
+    """
+
+    def __init__(self, step: Step, real: Tensor, position: Tensor, n_loops: int | Tensor) -> None:
+        self.cache, self.seen = step.cache, int(step.after.max())
+        device = self.cache.device
+        self.loops = None if isinstance(n_loops, int) else n_loops.cpu()
+        self.rows = real.nonzero(as_tuple=True)
+        self.at = position[self.rows].to(device)
+        first, last = int(step.before.min()), int(step.after.max())
+        self.together = first if bool(real.all()) and last - first == real.shape[1] else None
+        allowed = (torch.arange(self.seen) <= position[..., None])[:, None].to(device)
+        self.mask = Mask(allowed, torch.full((), -torch.inf, device=device))
+
+    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor, _: Mask | None) -> Tensor:
+        """Store the new keys and values, and attend to all."""
+        store = self.cache.slot(loop)[layer]
+        new = torch.stack([k, v])  # [2, batch, n_kv_heads, seq_len, head_dim]
+        if self.together is not None and self.loops is None:
+            store[..., self.together : self.seen, :] = new
+        else:
+            sample, token, at = *self.rows, self.at
+            if self.loops is not None:
+                runs = loop <= self.loops[sample]
+                sample, token, at = sample[runs], token[runs], at[runs.to(at.device)]
+            sample, token = sample.to(at.device), token.to(at.device)
+            store[:, sample, :, at] = new[:, sample, :, token].to(store.dtype)
+        keys, values = store[..., : self.seen, :].to(q.dtype)
+        return reference.attend(q, keys, values, self.mask)
 
 
 class TorchAttention:

@@ -1,0 +1,224 @@
+"""LoopedCache: keys and values of the tokens so far, so that a new token costs one token's work.
+
+Every loop of every layer has keys and values of its own: T x n_layers caches. One cache for all loops is
+another model: a token would read what its predecessors looked like in another loop. ``keep_loops=k`` shares
+on purpose, as Huginn's cache budget does (arXiv 2502.05171): loop t reads and writes cache t mod k, which
+therefore holds a token's last k loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shift_kernels.checks import check_dtype, check_int, check_usable_device
+from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
+from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
+
+_FUNCTION = "shift_kernels.LoopedCache"
+
+
+class LoopedCache:
+    """Keys and values of up to ``max_len`` tokens of each sample, for every loop and layer.
+
+    ``block(e_new, n_loops, cache=cache)`` appends the new tokens and returns their h_T, which is what one
+    call with all tokens returns for them (with ``keep_loops`` below T only about that). A prompt may be
+    ragged: ``seq_lens`` of that call says which tokens are real, and each sample goes on from its own length.
+    Memory is allocated when the first token comes. For inference: gradients must be off.
+
+    Args:
+        spec: the block, which must be causal.
+        batch: samples.
+        max_len: tokens of a sample, at most.
+        n_loops: the most loops of any call.
+        keep_loops: caches of the last k loops, shared by the others; None: one for each of the ``n_loops``.
+        dtype: of keys and values.
+        device: where they live; that of e.
+
+    Attributes:
+        lengths: tokens of each sample so far, int64 [batch] on the CPU.
+
+    Raises:
+        ShiftInputError: a size out of range, a block that is not causal, no such device.
+    """
+
+    @refuses_unknown_keywords(_FUNCTION)
+    def __init__(
+        self,
+        spec: BlockSpec,
+        batch: int,
+        max_len: int,
+        n_loops: int,
+        keep_loops: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not isinstance(spec, BlockSpec):
+            raise type_error(
+                _FUNCTION, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...)."
+            )
+        if not spec.causal:
+            raise input_error(
+                _FUNCTION,
+                "spec",
+                "causal=False",
+                "a causal block",
+                "Run all tokens at once: each of them changes with every new one.",
+            )
+        self.spec = spec
+        self.batch = check_int(_FUNCTION, "batch", batch, 1, MAX_TOKENS)
+        self.max_len = check_int(_FUNCTION, "max_len", max_len, 1, MAX_TOKENS)
+        self.n_loops = check_int(_FUNCTION, "n_loops", n_loops, 1, MAX_LOOPS)
+        kept = self.n_loops if keep_loops is None else keep_loops
+        self.keep_loops = check_int(_FUNCTION, "keep_loops", kept, 1, self.n_loops)
+        check_dtype(_FUNCTION, "dtype", dtype)
+        check_usable_device(_FUNCTION, "device", device)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.lengths = torch.zeros(self.batch, dtype=torch.int64)
+        self.loops: Tensor | None = None
+        """Loops of each sample, int64 [batch]; None before the first call, which decides them."""
+        self._memory: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[keep_loops, n_layers, 2 (keys, values), batch, n_kv_heads, max_len, head_dim]."""
+        s = self.spec
+        return (
+            *(self.keep_loops, s.n_layers, 2),
+            *(self.batch, s.n_kv_heads, self.max_len, s.head_dim),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, allocated or not."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def memory(self) -> Tensor:
+        """Keys and values, :attr:`shape`; allocated when first asked for."""
+        if self._memory is None:
+            self._memory = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return self._memory
+
+    def __repr__(self) -> str:
+        return f"LoopedCache({self.describe()})"
+
+    def describe(self) -> str:
+        """Its size, in a phrase."""
+        s = self.spec
+        return (
+            f"{self.nbytes / 2**20:.1f} MiB: {self.keep_loops} loops x {s.n_layers} layers x 2 x "
+            f"[{self.batch}, {s.n_kv_heads}, {self.max_len}, {s.head_dim}] "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.lengths.zero_()
+        self.loops = None
+
+    def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Forget each sample's tokens from ``lengths`` (one number, or one a sample) on."""
+        wanted = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").expand(self.batch)
+        if wanted.min() < 0:
+            raise input_error(f"{_FUNCTION}.crop", "lengths", int(wanted.min()), "numbers >= 0", "Check it.")
+        self.lengths = torch.minimum(self.lengths, wanted)
+
+    def reorder(self, index: Tensor) -> None:
+        """Sample i becomes what ``index[i]`` was: int [batch], with repetitions, as beam search needs it."""
+        if tuple(index.shape) != (self.batch,):
+            raise input_error(
+                f"{_FUNCTION}.reorder", "index", list(index.shape), f"[{self.batch}]", "One entry a sample."
+            )
+        host = index.to("cpu", torch.int64)
+        self.lengths = self.lengths[host]
+        if self.loops is not None:
+            self.loops = self.loops[host]
+        if self._memory is not None:
+            used = self._memory[..., : int(self.lengths.max()), :]
+            used.copy_(used.index_select(3, host.to(self.device)))
+
+    def slot(self, loop: int) -> Tensor:
+        """Keys and values that loop 1, 2, ... reads and writes: :attr:`shape` from its second number on."""
+        return self.memory[(loop - 1) % self.keep_loops]
+
+
+@dataclasses.dataclass
+class Step:
+    """The tokens that one call appends to a cache.
+
+    Args:
+        cache: which.
+        begin, end: int64 [batch] on the CPU: which tokens of e are real, the others being pads.
+    """
+
+    cache: LoopedCache
+    begin: Tensor
+    end: Tensor
+
+    def __post_init__(self) -> None:
+        self.before = self.cache.lengths.clone()
+        self.after = self.before + (self.end - self.begin)
+
+    @property
+    def offset(self) -> Tensor:
+        """What is added to a token's index for its position, int64 [batch]."""
+        return self.before - self.begin
+
+    def commit(self, n_loops: int | Tensor) -> None:
+        """All loops are done: the tokens count from now on."""
+        self.cache.lengths = self.after
+        self.cache.loops = torch.as_tensor(n_loops, device="cpu").expand(self.cache.batch).clone()
+
+
+def check_step(
+    function: str,
+    cache: LoopedCache,
+    e: Tensor,
+    spec: BlockSpec,
+    n_loops: int | Tensor,
+    begin: Tensor | None,
+    end: Tensor | None,
+) -> Step:
+    """The step of arguments that are else checked.
+
+    Args:
+        begin, end: as of :class:`Step`; None: no pads on that side.
+
+    Raises:
+        ShiftInputError: the cache is another block's or batch's, is full, or had other loops before.
+    """
+    if not isinstance(cache, LoopedCache):
+        given = type(cache).__name__
+        raise type_error(function, "cache", given, "a LoopedCache", "Build one: LoopedCache(spec, ...).")
+
+    def refuse(value: object, allowed: str, remedy: str) -> None:
+        raise input_error(function, "cache", value, allowed, remedy)
+
+    if cache.spec != spec:
+        refuse(f"of {cache.spec}", "one of this block's spec", "Build one from block.spec.")
+    if cache.batch != e.shape[0]:
+        refuse(f"for batch {cache.batch}", f"one for e's batch {e.shape[0]}", "Build another, or reorder().")
+    if cache.device.type != e.device.type:
+        refuse(f"on {cache.device}", f"one on e's device {e.device}", "Build it with device=.")
+    loops = torch.as_tensor(n_loops, device="cpu").expand(cache.batch)
+    if loops.max() > cache.n_loops:
+        refuse(f"of {cache.n_loops} loops", f"one of {int(loops.max())}", "Build it with n_loops=.")
+    if cache.loops is not None and not torch.equal(loops, cache.loops):
+        refuse(
+            f"filled with n_loops {cache.loops.tolist()}",
+            f"one filled with {loops.tolist()}",
+            "Keep n_loops: a token's deeper loops would read keys that earlier tokens never wrote.",
+        )
+    first, last = (
+        torch.as_tensor(side, device="cpu").expand(cache.batch).to(torch.int64)
+        for side in (0 if begin is None else begin, e.shape[1] if end is None else end)
+    )
+    step = Step(cache, first, torch.maximum(first, last))
+    if step.after.max() > cache.max_len:
+        refuse(f"of max_len {cache.max_len}", f"one of {int(step.after.max())}", "Build a longer one.")
+    return step
