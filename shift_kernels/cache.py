@@ -116,6 +116,13 @@ class LoopedCache:
             f"{str(self.dtype).removeprefix('torch.')}"
         )
 
+    def grow(self, max_len: int) -> None:
+        """Make room for ``max_len`` tokens of each sample; those that are there stay."""
+        longer = check_int(f"{_FUNCTION}.grow", "max_len", max_len, self.max_len, MAX_TOKENS)
+        before, self._memory, self.max_len = self._memory, None, longer
+        if before is not None:
+            self.memory[..., : before.shape[-2], :] = before
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.lengths.zero_()

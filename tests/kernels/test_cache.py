@@ -105,10 +105,11 @@ def test_a_sample_that_is_done_leaves_shared_caches_alone(block):
     torch.testing.assert_close(cache.slot(1)[:, :, 0], own.slot(1)[:, :, 0])
 
 
-def test_reordered_and_cropped(block):
+def test_grown_reordered_and_cropped(block):
     e = torch.randn(BATCH, 6, 16)
-    cache = LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    cache = LoopedCache(block.spec, BATCH, 5, 2)
     block(e[:, :5], 2, seq_lens=torch.tensor([5, 4, 3]), cache=cache)
+    cache.grow(MAX_LEN)
     cache.reorder(torch.tensor([2, 2, 0]))
     assert cache.lengths.tolist() == [3, 3, 5]
     cache.crop(torch.tensor([9, 2, 4]))
