@@ -35,6 +35,7 @@ MAX_COUNT = 2**53
 MAX_SEED = 2**64 - 1
 MAX_FLOPS = 10**30
 DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+SIZES_BY_LOOPS = re.compile(r"([1-9][0-9]{0,8}:[1-9][0-9]{0,8})(,[1-9][0-9]{0,8}:[1-9][0-9]{0,8})*")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ def word(default: str, choices: Sequence[str]) -> Any:
 def positive(value: float) -> bool:
     """Whether a number is finite and above 0."""
     return 0 < value < math.inf
+
+
+def micro_batch_sizes(setting: int | str, batch_size: int) -> dict[int, int]:
+    """What ``micro_batch`` says, "auto" apart: sequences by the most loops that they are for."""
+    if isinstance(setting, int):
+        return {1: setting}
+    if setting == "whole":
+        return {1: batch_size}
+    pairs = (pair.split(":") for pair in setting.split(","))
+    return {int(n_loops): int(size) for n_loops, size in pairs}
+
+
+def _is_micro_batch(value: int | str) -> bool:
+    if isinstance(value, int):
+        return 1 <= value <= MAX_COUNT
+    return value in ("whole", "auto") or bool(SIZES_BY_LOOPS.fullmatch(value))
 
 
 def _ruled(default: Any, rule: Rule) -> Any:
@@ -211,6 +228,13 @@ class TrainConfig(Checked):
     """Training FLOPs: a run that has spent fewer after its steps goes on until it has spent as many."""
     batch_size: int = whole(64, 1)
     """Sequences a step, on each rank."""
+    micro_batch: int | str = _ruled(
+        "whole",
+        Rule("an int >= 1, whole, auto, or sizes by loops such as 1:64,4:16", _is_micro_batch),
+    )
+    """Sequences that go through the model at once: whole (all), a number, numbers by loops ("1:64,4:16": 64
+    with one loop, 16 with two to four or more), or auto (found before the first step). No gradient depends on
+    it, but for the order of sums."""
     seed: int = whole(0, 0, MAX_SEED)
     """Seed of the initial weights (and of whatever else draws from torch's generator)."""
     precision: str = word("fp32", ("fp32", "bf16"))
@@ -332,8 +356,11 @@ def _convert(kind: Any, value: Any, source: str, name: str, rule: Rule | None = 
         name: of the field, with those of the tables around it.
         rule: of the field.
     """
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None else _convert(typing.get_args(kind)[0], value, source, name, rule)
+    if isinstance(kind, types.UnionType):  # X | None, or X | Y
+        *kinds, last = typing.get_args(kind)
+        if last is type(None):
+            return None if value is None else _convert(kinds[0], value, source, name, rule)
+        kind = next((kind for kind in kinds if _plain(kind, value) is not None), last)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return _build(typing.cast(type, kind), value, source, name + ".")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from shift.build import build_task, find_device
 from shift.config import TrainConfig
+from shift.run.micro_batches import MicroBatches
 from shift_kernels import dispatch, measured
 from shift_kernels.calibrate import calibrate
 from shift_kernels.call import Problem
@@ -22,11 +23,11 @@ def problems_of(config: TrainConfig) -> list[Problem]:
     task, device = build_task(config), find_device(config.device)
     spec, dtype = config.model.block_spec(task.causal), torch.float32
     compute = torch.bfloat16 if config.precision == "bf16" else dtype
+    sizes = MicroBatches("whole" if config.micro_batch == "auto" else config.micro_batch, config.batch_size)
 
     def problem(n_loops: int, grad: bool) -> Problem:
-        return Problem(
-            spec, config.batch_size, task.max_seq_len, dtype, compute, device, grad, n_loops=n_loops
-        )
+        batch = sizes.of(n_loops) if grad else config.batch_size
+        return Problem(spec, batch, task.max_seq_len, dtype, compute, device, grad, n_loops=n_loops)
 
     stages = sorted({1, config.model.n_loops})
     return [problem(n, grad=True) for n in stages] + [problem(stages[-1], grad=False)]

@@ -27,28 +27,47 @@ class TrainStep:
     ) -> None:
         self._config, self._model, self._optimizer, self._ranks = config, model, optimizer, ranks
 
-    def backward(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
+    def backward(
+        self, batch: Batch, loops: int | torch.Tensor, micro_batch: int | None = None
+    ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
 
         Args:
             batch: of this rank, on the model's device.
             loops: T, or an int tensor [batch].
+            micro_batch: sequences that go through the model at once; None: all.
         """
-        c, ranks = self._config, self._ranks
+        ranks = self._ranks
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
-        # those of the mean over all read positions, however uneven the ranks are.
+        # those of the mean over all read positions, however uneven the ranks are, and micro-batches too.
         n_read = ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
+        self._optimizer.zero_grad()
+        n = len(batch.tokens)
+        size = micro_batch or n
+        losses = []
+        for start in range(0, n, size):
+            part = batch if size >= n else batch.rows(start, start + size)
+            own = loops if isinstance(loops, int) else loops[start : start + size]
+            loss = self._summed_loss(part, own) / n_read
+            loss.backward()
+            losses.append(loss.detach())
+        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
+        ranks.mean(self._optimizer.gradients)
+        return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+
+    def try_out(self, batch: Batch, loops: int | torch.Tensor) -> None:
+        """Forward and backward of one micro-batch of this rank alone; the next step forgets its gradients."""
+        self._summed_loss(batch, loops).backward()
+
+    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
+        """The sum of the loss over the read positions of a micro-batch."""
+        c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
             logits = self._model(
                 batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
             )
         logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / n_read
-        self._optimizer.zero_grad()
-        loss.backward()
-        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
-        ranks.mean(self._optimizer.gradients)
-        return ranks.mean(loss.detach())
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
     def update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Change the weights, unless loss or gradients are not finite.

@@ -30,6 +30,7 @@ from shift.run.diagnosis import NOTHING, first_not_finite, recipe
 from shift.run.directory import RunDirectory
 from shift.run.evaluate import evaluate, loops_of
 from shift.run.metrics import Console, PendingRows, StepTimer
+from shift.run.micro_batches import MicroBatches
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
@@ -85,6 +86,7 @@ class Trainer:
         self.model = build_model(config, self.task).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimiser)
         self._step = TrainStep(config, self.model, self.optimizer, self.ranks)
+        self.micro_batches = MicroBatches(config.micro_batch, config.batch_size)
         self._initial = self.optimizer.weights.clone() if self.schedule.keep < 1 else None
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
@@ -121,8 +123,26 @@ class Trainer:
             TrainingInterrupted: after :meth:`stop`.
             TrainingDiverged: the loss stays non-finite.
         """
+        if not self.micro_batches.known:
+            self._find_micro_batches()
         self._train(progress)
         return {} if self.run is None else self._finish(self.run)
+
+    def _find_micro_batches(self) -> None:
+        """Try sizes on a batch that no step sees, and leave no trace of it."""
+        batch = self.task.batch(self.config.batch_size, 0, split="eval").to(self.device)
+
+        def attempt(size: int, n_loops: int) -> None:
+            part = batch.rows(0, size)
+            self._step.try_out(part, loops_of(part, n_loops))
+
+        with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
+            self.micro_batches.find(
+                attempt,
+                self.config.model.n_loops,
+                self.device,
+                agree=lambda size: min(self.ranks.gather(size)),
+            )
 
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
@@ -170,7 +190,8 @@ class Trainer:
         batch = self.task.batch(c.batch_size, p.step, rank=self.ranks.rank)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps)
-        loss = self._step.backward(batch.to(self.device), loops)
+        micro_batch = self.micro_batches.of(n_loops)
+        loss = self._step.backward(batch.to(self.device), loops, micro_batch)
         grad_norm, skipped = self._step.update(loss, lr)
         self._timer.stop()
 
@@ -263,6 +284,7 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "schedule": self.schedule.state_dict(),
             "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
+            "micro_batches": self.micro_batches.state_dict(),
         }
         self.ranks.from_first(lambda: self._write_checkpoint(state))
 
@@ -298,6 +320,7 @@ class Trainer:
         with damage(saved.path / checkpoint.STATE):
             self.progress = Progress.from_state(saved.state["progress"])
             self.schedule.load_state_dict(saved.state["schedule"])
+            self.micro_batches.load_state_dict(saved.state.get("micro_batches", {}))
             loss, grad_norm = (torch.tensor(float(x), device=self.device) for x in saved.state["signals"])
             self.signals = Signals(loss, grad_norm)
             if self.ranks.size == 1:  # a state that it can use; with others it may wait for them

@@ -49,6 +49,10 @@ class Batch:
         on_gpu = torch.device(device).type == "cuda"
         return dataclasses.replace(self, **{k: moved(x) for k, x in vars(self).items() if x is not None})
 
+    def rows(self, start: int, stop: int) -> Batch:
+        """The samples from ``start`` to below ``stop``."""
+        return dataclasses.replace(self, **{k: x[start:stop] for k, x in vars(self).items() if x is not None})
+
 
 class Task(ABC):
     """A source of batches. Subclasses set the sizes and write :meth:`sample`.

@@ -52,6 +52,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.optimiser.lr == 1.0
 
 
+@pytest.mark.parametrize(("word", "value"), [("16", 16), ("1:64,4:16", "1:64,4:16"), ("auto", "auto")])
+def test_a_micro_batch_is_a_number_or_a_word(word, value):
+    assert parse(["--run-dir", "x", "--micro-batch", word]).train.micro_batch == value
+
+
 def test_options_join_those_of_the_file_until_the_kind_changes(tiny_toml):
     run = ["--run-dir", "x", "--config", str(tiny_toml)]
     assert parse([*run, "--task.options", "n_nodes=4"]).train.task.options == {"n_nodes": 4, "max_hops": 2}
