@@ -28,7 +28,11 @@ class TrainStep:
         self._config, self._model, self._optimizer, self._ranks = config, model, optimizer, ranks
 
     def backward(
-        self, batch: Batch, loops: int | torch.Tensor, micro_batch: int | None = None
+        self,
+        batch: Batch,
+        loops: int | torch.Tensor,
+        micro_batch: int | None = None,
+        n_grad_loops: int | None = None,
     ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
 
@@ -36,6 +40,7 @@ class TrainStep:
             batch: of this rank, on the model's device.
             loops: T, or an int tensor [batch].
             micro_batch: sequences that go through the model at once; None: all.
+            n_grad_loops: the last loops, through which the gradient passes; None: through all.
         """
         ranks = self._ranks
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
@@ -48,7 +53,7 @@ class TrainStep:
         for start in range(0, n, size):
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
-            loss = self._summed_loss(part, own) / n_read
+            loss = self._summed_loss(part, own, n_grad_loops) / n_read
             loss.backward()
             losses.append(loss.detach())
         # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
@@ -57,14 +62,14 @@ class TrainStep:
 
     def try_out(self, batch: Batch, loops: int | torch.Tensor) -> None:
         """Forward and backward of one micro-batch of this rank alone; the next step forgets its gradients."""
-        self._summed_loss(batch, loops).backward()
+        self._summed_loss(batch, loops, self._config.n_grad_loops).backward()
 
-    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor) -> torch.Tensor:
+    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:
         """The sum of the loss over the read positions of a micro-batch."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
             logits = self._model(
-                batch.tokens, loops, context=batch.context, n_grad_loops=c.n_grad_loops, backend=c.backend
+                batch.tokens, loops, context=batch.context, n_grad_loops=n_grad_loops, backend=c.backend
             )
         logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")

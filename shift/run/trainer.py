@@ -159,7 +159,7 @@ class Trainer:
             if p.step == 0:
                 self._evaluate(n_loops)
             self._snapshots.take(p.step)
-            self._train_step(n_loops)
+            self._train_step(n_loops, decision.n_grad_loops)
 
             last = self._done()
             if last:
@@ -183,29 +183,36 @@ class Trainer:
     def _done(self) -> bool:
         return self.progress.step >= self.config.steps and self.progress.flops >= self.config.min_flops
 
-    def _train_step(self, n_loops: int) -> None:
-        """One optimiser step. What it measured stays on the device, in ``_rows``."""
+    def _train_step(self, n_loops: int, decided: int | None) -> None:
+        """One optimiser step. What it measured stays on the device, in ``_rows``.
+
+        Args:
+            n_loops: of the schedule.
+            decided: loops that carry gradient, if the schedule says so.
+        """
         c, p = self.config, self.progress
+        n_grad_loops = min((k for k in (c.n_grad_loops, decided) if k is not None), default=None)
         self._timer.start()
         batch = self.task.batch(c.batch_size, p.step, rank=self.ranks.rank)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps)
         micro_batch = self.micro_batches.of(n_loops)
-        loss = self._step.backward(batch.to(self.device), loops, micro_batch)
+        loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops)
         grad_norm, skipped = self._step.update(loss, lr)
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
-        self._count(batch, loops)
+        self._count(batch, loops, n_grad_loops)
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
+        if decided is not None:
+            chosen["n_grad_loops"] = n_grad_loops
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **p.costs()})
 
-    def _count(self, batch: Batch, loops: int | torch.Tensor) -> None:
+    def _count(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
-        c = self.config
-        most = c.n_grad_loops or math.inf
+        most = n_grad_loops or math.inf
         mean_loops: float
         grad_loops: float
         if isinstance(loops, int):

@@ -27,12 +27,14 @@ class Decision:
         keep: at a switch, the share that is kept of all that training has changed in the weights. Below 1
             Adam's moments, which belong to the weights that are left, are forgotten too.
         looks: what the criterion saw before this step; none where no look was due, or there is no criterion.
+        n_grad_loops: the last loops, through which the gradient passes; None: through all.
     """
 
     n_loops: int
     switched: bool = False
     keep: float = 1.0
     looks: tuple[Look, ...] = ()
+    n_grad_loops: int | None = None
 
 
 class LoopSchedule(ABC):

@@ -25,6 +25,9 @@ class FixedSwitch(TimedSchedule):
     The fraction is rounded to the nearest step. An ``at`` beyond the last step never switches.
     """
 
+    first = 1
+    """Loops before the switch."""
+
     def __init__(self, max_loops: int, total_steps: int, at: float = 0.5) -> None:
         super().__init__(max_loops, total_steps)
         good = (is_int(at) and at >= 0) or (isinstance(at, float) and 0 <= at < 1)
@@ -32,7 +35,23 @@ class FixedSwitch(TimedSchedule):
         self.at = at if isinstance(at, int) else round(at * total_steps)
 
     def loops_at(self, step: int) -> int:
-        return 1 if step < self.at else self.max_loops
+        return self.first if step < self.at else self.max_loops
+
+
+class Grow(FixedSwitch):
+    """``first`` loops, and ``max_loops`` from ``at`` on, late: as language models grow a tied core.
+
+    Args:
+        max_loops, total_steps: see :class:`LoopSchedule`.
+        first: loops before the switch, at most ``max_loops``; default: half of them.
+        at: as in :class:`FixedSwitch`.
+    """
+
+    def __init__(self, max_loops: int, total_steps: int, first: int | None = None, at: float = 0.8) -> None:
+        super().__init__(max_loops, total_steps, at)
+        first = max(1, max_loops // 2) if first is None else first
+        check(is_int(first) and 1 <= first <= max_loops, "first", first, f"an int in [1, {max_loops}]")
+        self.first = first
 
 
 CONSTANT = Declaration(
@@ -51,4 +70,11 @@ FIXED = Declaration(
     decided_by="time",
     baseline=True,
     families=(Family("fixed", "Fixed switch", "#CC79A7", {"at": 0.5}, "at", "Fixed switch at {value}"),),
+)
+GROW = Declaration(
+    "grow",
+    Grow,
+    decided_by="time",
+    baseline=True,
+    families=(Family("grow", "Late growth", "#AA4499", {}, "at", "Growth at {value}"),),
 )

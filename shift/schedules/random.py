@@ -18,9 +18,11 @@ class Random(LoopSchedule):
         seed: of the draws.
         distribution: ``uniform`` over 1 .. T; or ``poisson_lognormal``, 1 + Poisson(rate) with a log-normal
             rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models); or
-            ``two_point``, 1 or T.
+            ``two_point``, 1 or T; or ``inverse_flops``, t loops with a chance in proportion to
+            1 / (t + rest), so that every depth gets the same compute.
         mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
         ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
+        rest: of ``inverse_flops``: FLOPs of all that is not looped over those of one loop.
     """
 
     def __init__(
@@ -31,15 +33,17 @@ class Random(LoopSchedule):
         distribution: str = "uniform",
         mean: float | None = None,
         ramp: float = 0.0,
+        rest: float = 0.0,
     ) -> None:
         super().__init__(max_loops, total_steps)
         check(is_int(seed) and seed >= 0, "seed", seed, "an int >= 0")
-        known = ("uniform", "poisson_lognormal", "two_point")
+        known = ("uniform", "poisson_lognormal", "two_point", "inverse_flops")
         check(distribution in known, "distribution", distribution, " or ".join(map(repr, known)))
         mean = (1 + max_loops) / 2 if mean is None else mean
         check(is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
         check(is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
-        self.seed, self.distribution = seed, distribution
+        check(is_number(rest) and rest >= 0, "rest", rest, "a number >= 0")
+        self.seed, self.distribution, self.rest = seed, distribution, rest
         self.mean, self.ramp_steps = mean, ramp * total_steps
 
     def step(self, step: int, signals: Signals | None) -> Decision:
@@ -51,6 +55,9 @@ class Random(LoopSchedule):
         draw = np.random.default_rng([self.seed, step])
         if self.distribution == "uniform":
             return int(draw.integers(1, cap + 1))
+        if self.distribution == "inverse_flops":
+            chances = 1 / (np.arange(1, cap + 1) + self.rest)
+            return int(draw.choice(cap, p=chances / chances.sum())) + 1
         if self.distribution == "two_point":
             share = (self.mean - 1) / (self.max_loops - 1) if self.max_loops > 1 else 0.0
             return cap if draw.random() < share else 1

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shift.schedules.backward import BACKWARD
 from shift.schedules.base import LoopSchedule, check
 from shift.schedules.climbing import CLIMB, LADDER, SHIFT
-from shift.schedules.fixed import CONSTANT, FIXED
+from shift.schedules.fixed import CONSTANT, FIXED, GROW
 from shift.schedules.ramps import LINEAR, SQRT, STAGED
 from shift.schedules.random import RANDOM
 from shift_kernels.errors import input_error
@@ -18,7 +19,7 @@ from shift_kernels.errors import input_error
 # In the order in which reports list them.
 SCHEDULES = {
     declared.kind: declared
-    for declared in (CONSTANT, SHIFT, LINEAR, SQRT, STAGED, LADDER, CLIMB, FIXED, RANDOM)
+    for declared in (CONSTANT, SHIFT, LINEAR, SQRT, STAGED, LADDER, CLIMB, FIXED, GROW, RANDOM, BACKWARD)
 }
 """Kind -> declaration."""
 

@@ -12,6 +12,7 @@ from shift.build import build_schedule
 from shift.comparison.arms import FAMILIES, colours, make_arm
 from shift.comparison.results import seed_facts
 from shift.config import ScheduleConfig, TrainConfig
+from shift.flops import train_step_flops
 from shift.report.document import Key
 from shift.run.record import read_run
 from shift.run.trainer import Trainer
@@ -48,6 +49,40 @@ def test_fixed_switches_at_its_step(at, step):
     schedule = make("fixed", at=at)
     assert loops(schedule, 800) == [1] * step + [4] * (800 - step)
     assert schedule.switch_step == (step or None)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "switch"), [({}, 2, 640), ({"first": 3, "at": 0.5}, 3, 400), ({"at": 10}, 2, 10)]
+)
+def test_growth_is_late_and_from_half_of_the_loops(options, first, switch):
+    assert loops(make("grow", **options), 800) == [first] * switch + [4] * (800 - switch)
+
+
+def test_the_backward_pass_deepens_over_its_share_of_the_steps():
+    got = [d.n_grad_loops for d in decisions(make("backward_warmup", max_loops=8, last=5), 800)]
+    assert [got.count(k) for k in (2, 3, 4, 5)] == [54, 53, 53, 640]
+    assert got == sorted(got)
+    assert set(loops(make("backward_warmup"), 20)) == {4}
+    deep = [d.n_grad_loops for d in decisions(make("backward_warmup", first=1, fraction=1.0), 800)]
+    assert [deep.count(k) for k in (1, 2, 3)] == [267, 267, 266]
+
+
+def test_a_run_back_propagates_as_deep_as_the_schedule_and_the_config_say(tmp_path):
+    schedule = ScheduleConfig("backward_warmup", {"first": 1, "fraction": 0.5})
+    for name, limit, depths in (("free", None, [1, 1, 1, 2, 2, 2, 3]), ("limited", 2, [1, 1, 1, 2, 2, 2, 2])):
+        trainer = Trainer(tiny(schedule=schedule, n_grad_loops=limit, steps=12), tmp_path / name)
+        given = []
+        trainer.model.block.register_forward_pre_hook(
+            lambda _block, _args, kwargs, given=given: (
+                given.append(kwargs["n_grad_loops"]) if torch.is_grad_enabled() else None
+            ),
+            with_kwargs=True,
+        )
+        trainer.fit()
+        train = read_run(tmp_path / name).of_kind("train")
+        assert given[:7] == [row["n_grad_loops"] for row in train[:7]] == depths
+        costs = [train_step_flops(trainer.model, 8, 6, 3, k) for k in given]
+        assert train[-1]["flops"] == sum(costs)
 
 
 def test_shift_switches_once_when_the_criterion_fires():
@@ -132,7 +167,7 @@ def test_staged_ramp_doubles():
     assert sorted(set(loops(make("staged", max_loops=6), 800))) == [1, 2, 4, 6]
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal", "two_point"])
+@pytest.mark.parametrize("distribution", ["uniform", "poisson_lognormal", "two_point", "inverse_flops"])
 def test_random_draws_depend_on_seed_and_step_alone(distribution):
     a, b = (make("random", seed=1, distribution=distribution) for _ in range(2))
     forward = loops(a, 300)
@@ -144,6 +179,12 @@ def test_random_draws_depend_on_seed_and_step_alone(distribution):
 def test_poisson_lognormal_has_the_mean_it_is_given():
     got = loops(make("random", max_loops=100, distribution="poisson_lognormal", mean=5.0), 4000)
     assert sum(got) / 4000 == pytest.approx(5.0, abs=0.3)  # five standard errors
+
+
+def test_every_depth_gets_the_same_compute():
+    got = loops(make("random", distribution="inverse_flops", rest=0.5), 8000)
+    compute = [got.count(t) * (t + 0.5) / 8000 for t in (1, 2, 3, 4)]
+    assert compute == pytest.approx([sum(compute) / 4] * 4, rel=0.12)  # three standard errors
 
 
 def test_two_points_have_the_mean_they_are_given():
@@ -242,6 +283,12 @@ def test_one_loop_is_a_schedule_too(kind):
         ("random", {"distribution": "normal"}, "distribution"),
         ("random", {"distribution": "poisson_lognormal", "mean": 0.5}, "mean"),
         ("random", {"ramp": 2.0}, "ramp"),
+        ("random", {"rest": -1}, "rest"),
+        ("grow", {"first": 5}, "first"),
+        ("grow", {"at": 1.0}, "at"),
+        ("backward_warmup", {"first": 0}, "first"),
+        ("backward_warmup", {"last": 0}, "last"),
+        ("backward_warmup", {"fraction": 0}, "fraction"),
         ("random", {"seed": -1}, "seed"),
         ("ladder", {"rungs": 4}, "rungs"),
         ("ladder", {"rungs": []}, "rungs"),
