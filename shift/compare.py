@@ -47,7 +47,7 @@ class Command:
     config: Path | None = None
     """A TOML file like a run's config.toml."""
     task: str | None = None
-    """A key of shift.tasks.TASKS; with its own defaults where preset or config name another task."""
+    """A task of shift.tasks, or module:Class; with its own defaults where preset or config name another."""
     arms: tuple[str, ...] = DEFAULT_ARMS
     """Schedules by the names of shift.comparison.arms; looped:smallest tries T = 2, 3, ... in turn."""
     seeds: tuple[int, ...] = (0, 1, 2)

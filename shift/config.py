@@ -127,7 +127,7 @@ class TaskConfig(Checked, table="task."):
     """Where the samples come from."""
 
     name: str = "hop"
-    """A key of shift.tasks.TASKS."""
+    """A task of shift.tasks, one that an installed package declares, or module:Class."""
     seed: int = whole(0, 0, MAX_SEED)
     """Data seed; apart from the model's, so that arms can share data."""
     options: Options = field(default_factory=dict)

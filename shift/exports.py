@@ -27,7 +27,9 @@ from shift.tasks import (
     PrefixProducts,
     Task,
     Text,
+    Tokens,
     UniqueSet,
+    find_task,
     make_task,
 )
 
@@ -58,11 +60,13 @@ __all__ = [
     "Task",
     "TaskConfig",
     "Text",
+    "Tokens",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",
     "TrainingInterrupted",
     "UniqueSet",
+    "find_task",
     "load_config",
     "make_schedule",
     "make_task",

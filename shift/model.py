@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from shift.tasks.base import Task
@@ -75,7 +76,9 @@ class LoopedTransformer(nn.Module):
             final_norm=final_norm,
         )
 
-    def embed(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, context: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Input embeddings e, [batch, seq_len, d_model], of ids [batch, seq_len]."""
         seq_len = tokens.shape[1]
         if seq_len > self.max_seq_len:
@@ -96,7 +99,8 @@ class LoopedTransformer(nn.Module):
             )
         e = self.tokens(tokens)
         if self.positions is not None:
-            e = e + self.positions.weight[:seq_len]
+            weight = self.positions.weight
+            e = e + (weight[:seq_len] if cu_seqlens is None else weight[positions_in(cu_seqlens, tokens)])
         if self.contexts is not None:
             e = e + self.contexts(context)[:, None]
         return e
@@ -112,6 +116,7 @@ class LoopedTransformer(nn.Module):
         *,
         context: Tensor | None = None,
         seq_lens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         n_grad_loops: int | None = None,
         return_all_loops: bool = False,
         backend: str = "auto",
@@ -122,6 +127,8 @@ class LoopedTransformer(nn.Module):
             tokens: int64 [batch, seq_len].
             n_loops: T, or an int tensor [] or [batch].
             context: int64 [batch], for models with ``n_contexts``.
+            cu_seqlens: int64 [n_sequences + 1] on the CPU, offsets of the sequences in the rows laid end to
+                end, where rows hold several (:class:`shift.tasks.base.Batch`).
             seq_lens, n_grad_loops, return_all_loops, backend: see :func:`shift_kernels.looped_block`.
 
         Returns:
@@ -130,12 +137,20 @@ class LoopedTransformer(nn.Module):
         Raises:
             ShiftInputError: too long a sequence, or a context where the model has none.
         """
+        e = self.embed(tokens, context, cu_seqlens)
         h = self.block(
-            self.embed(tokens, context),
+            e if cu_seqlens is None else e.flatten(0, 1),
             n_loops,
             seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
             n_grad_loops=n_grad_loops,
             return_all_loops=return_all_loops,
             backend=backend,
         )
-        return self.read(h)
+        return self.read(h if cu_seqlens is None else h.unflatten(-2, tokens.shape))
+
+
+def positions_in(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
+    """Each token's place in its own sequence, int64 like ``tokens`` [batch, seq_len]."""
+    first = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+    return (torch.arange(tokens.numel()) - first).view(tokens.shape).to(tokens.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def evaluate(
     Returns:
         ``loss`` (mean cross-entropy, nats; None if not finite), ``accuracy`` (share of read positions right),
         ``exact`` (share of sequences with all read positions right) and ``groups`` (accuracy of each
-        difficulty class that occurs). The device is waited for once, at the end.
+        difficulty class that occurs); of text also ``bits_per_byte``, at the split's mean bytes a token. The
+        device is waited for once, at the end.
     """
     device = next(model.parameters()).device
     n_groups = len(task.group_names)
@@ -52,7 +54,9 @@ def evaluate(
         loops = loops_of(batch, n_loops)
         batch = batch.to(device)
         with autocast(device, bf16):
-            logits = model(batch.tokens, loops, context=batch.context, backend=backend)
+            logits = model(
+                batch.tokens, loops, context=batch.context, cu_seqlens=batch.cu_seqlens, backend=backend
+            )
         loss += F.cross_entropy(
             logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
         )
@@ -64,8 +68,13 @@ def evaluate(
         right.index_add_(0, group, (read & hit).flatten().long())
     model.train(was_training)
     counts, hits = seen.tolist()[1:], right.tolist()[1:]
+    nats = loss.item() / sum(counts) if loss.isfinite() else None
+    of_text = {}
+    if task.bytes_per_token is not None:
+        of_text["bits_per_byte"] = None if nats is None else nats / math.log(2) / task.bytes_per_token
     return {
-        "loss": loss.item() / sum(counts) if loss.isfinite() else None,
+        "loss": nats,
+        **of_text,
         "accuracy": sum(hits) / sum(counts),
         "exact": exact.item() / n_samples,
         "groups": {name: h / n for name, h, n in zip(task.group_names, hits, counts, strict=True) if n},

@@ -69,7 +69,12 @@ class TrainStep:
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
             logits = self._model(
-                batch.tokens, loops, context=batch.context, n_grad_loops=n_grad_loops, backend=c.backend
+                batch.tokens,
+                loops,
+                context=batch.context,
+                cu_seqlens=batch.cu_seqlens,
+                n_grad_loops=n_grad_loops,
+                backend=c.backend,
             )
         logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")

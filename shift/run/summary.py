@@ -25,7 +25,9 @@ def batches_sha256(task: Task, batch_size: int, steps: range, world_size: int) -
     sha256 = hashlib.sha256()
     for step in steps:
         for rank in range(world_size):
-            sha256.update(task.batch(batch_size, step, rank=rank).tokens.numpy().tobytes())
+            sha256.update(
+                task.batch(batch_size, step, rank=rank, n_ranks=world_size).tokens.numpy().tobytes()
+            )
     return sha256.hexdigest()
 
 

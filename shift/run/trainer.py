@@ -193,7 +193,7 @@ class Trainer:
         c, p = self.config, self.progress
         n_grad_loops = min((k for k in (c.n_grad_loops, decided) if k is not None), default=None)
         self._timer.start()
-        batch = self.task.batch(c.batch_size, p.step, rank=self.ranks.rank)
+        batch = self._batch(p.step)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps)
         micro_batch = self.micro_batches.of(n_loops)
@@ -209,6 +209,11 @@ class Trainer:
         if decided is not None:
             chosen["n_grad_loops"] = n_grad_loops
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **p.costs()})
+
+    def _batch(self, step: int) -> Batch:
+        """This rank's part of the global batch."""
+        ranks = self.ranks
+        return self.task.batch(self.config.batch_size, step, rank=ranks.rank, n_ranks=ranks.size)
 
     def _count(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> None:
         """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
@@ -268,7 +273,7 @@ class Trainer:
     def _divergence(self, row: Mapping[str, Any]) -> TrainingDiverged:
         """The error of a run whose steps were skipped up to a row's, with what one more pass finds."""
         step = row["step"] - 1
-        batch = self.task.batch(self.config.batch_size, step, rank=self.ranks.rank)
+        batch = self._batch(step)
         own = first_not_finite(self.model, batch, row["n_loops"], self.config)
         found = self.ranks.gather((own, recipe(self.config, step, self.ranks.rank)))
         what, how = next(((what, how) for what, how in found if what != NOTHING), found[0])

@@ -31,6 +31,8 @@ class Batch:
         group: int64 [batch, seq_len], index into the task's ``group_names``; -1 where no answer is read.
         context: int64 [batch] in [0, n_contexts), what is asked of the sample; None without contexts.
         n_loops: int64 [batch], Fan et al.'s T(n): the loops this sample needs; None if the task has none.
+        cu_seqlens: int64 [n_sequences + 1], offsets of the sequences in the rows laid end to end, where a row
+            holds several; every row begins one. On the CPU, where kernels read it. None: a row is a sequence.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class Batch:
     group: Tensor
     context: Tensor | None = None
     n_loops: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with all tensors on ``device``."""
@@ -47,11 +50,17 @@ class Batch:
             return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
 
         on_gpu = torch.device(device).type == "cuda"
-        return dataclasses.replace(self, **{k: moved(x) for k, x in vars(self).items() if x is not None})
+        tensors = {k: moved(x) for k, x in vars(self).items() if x is not None and k != "cu_seqlens"}
+        return dataclasses.replace(self, **tensors)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from ``start`` to below ``stop``."""
-        return dataclasses.replace(self, **{k: x[start:stop] for k, x in vars(self).items() if x is not None})
+        parts = {k: x[start:stop] for k, x in vars(self).items() if x is not None and k != "cu_seqlens"}
+        if self.cu_seqlens is not None:
+            low, high = (n * self.tokens.shape[1] for n in (start, min(stop, len(self.tokens))))
+            first, last = torch.searchsorted(self.cu_seqlens, torch.tensor([low, high])).tolist()
+            parts["cu_seqlens"] = self.cu_seqlens[first : last + 1] - low
+        return dataclasses.replace(self, **parts)
 
 
 class Task(ABC):
@@ -68,11 +77,15 @@ class Task(ABC):
     n_contexts: int = 0
     causal: bool = True
     group_names: tuple[str, ...] = ("all",)
+    bytes_per_token: float | None = None
+    """UTF-8 bytes of held-out text that a token stands for, on average; None where tokens are not text."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = self.check_int("seed", seed, 0)
 
-    def batch(self, batch_size: int, step: int, *, split: str = "train", rank: int = 0) -> Batch:
+    def batch(
+        self, batch_size: int, step: int, *, split: str = "train", rank: int = 0, n_ranks: int = 1
+    ) -> Batch:
         """The batch of this step and rank: the same on any machine, in any order of calls.
 
         Args:
@@ -80,10 +93,17 @@ class Task(ABC):
             step: optimiser step in training, index of the batch in evaluation.
             split: "train" or "eval"; each draws from its own random streams.
             rank: of the process; every rank draws its own samples.
+            n_ranks: that share the global batch, where a task deals it out instead.
 
         Raises:
             ShiftInputError: a size, step, rank or split outside these.
         """
+        self.check_batch(batch_size, step, split, rank)
+        rng = np.random.default_rng([self.seed, SPLITS.index(split), step, rank])
+        return self.sample(rng, batch_size, step, split)
+
+    def check_batch(self, batch_size: int, step: int, split: str, rank: int) -> None:
+        """Refuse unusable arguments of :meth:`batch`."""
         self.check_int("batch_size", batch_size, 1)
         self.check_int("step", step, 0)
         self.check_int("rank", rank, 0)
@@ -91,8 +111,6 @@ class Task(ABC):
             raise input_error(
                 f"{self.name}.batch", "split", split, " or ".join(map(repr, SPLITS)), "Check the spelling."
             )
-        rng = np.random.default_rng([self.seed, SPLITS.index(split), step, rank])
-        return self.sample(rng, batch_size, step, split)
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, batch_size: int, step: int, split: str) -> Batch:
