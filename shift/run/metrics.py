@@ -222,8 +222,9 @@ class Console:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """The result of an evaluation: its metrics row."""
+        bits = f" | bits/byte {_short(row['bits_per_byte'])}" if "bits_per_byte" in row else ""
         self.say(
-            f"eval {row['step']:5d}/{self._total} | loss {_short(row['loss'])} | T {row['n_loops']} | "
+            f"eval {row['step']:5d}/{self._total} | loss {_short(row['loss'])}{bits} | T {row['n_loops']} | "
             f"accuracy {row['accuracy']:.4f} | exact {row['exact']:.4f}"
         )
 

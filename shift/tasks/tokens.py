@@ -65,8 +65,7 @@ class Tokens(Task):
         self, batch_size: int, step: int, *, split: str = "train", rank: int = 0, n_ranks: int = 1
     ) -> Batch:
         self.check_batch(batch_size, step, split, rank)
-        self.check_int("n_ranks", n_ranks, rank + 1)
-        key = (batch_size, split, rank, n_ranks)
+        key = (batch_size, split, rank, max(n_ranks, rank + 1))
         return self._ahead.get(functools.partial(self._read, *key), step, key)
 
     def sample(self, rng: np.random.Generator, batch_size: int, step: int, split: str) -> Batch:

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from token_data import token_folder
 
 from shift.tasks import IGNORE, TASKS, make_task
 from shift.tasks.full_output import FullOutputTask
@@ -15,26 +16,34 @@ X = IGNORE
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """make_task, with the options without which a task does not work."""
+    folder = str(token_folder(tmp_path_factory.mktemp("tokens")))
+    needed = {"tokens": dict(path=folder, seq_len=16)}
+    return lambda name, **options: make_task(name, **needed.get(name, {}), **options)
+
+
 def same(a, b):
     pairs = zip(vars(a).values(), vars(b).values(), strict=True)
     return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
 
 
 @every_task
-def test_a_batch_depends_on_seed_split_step_and_rank_alone(name):
-    first, second = make_task(name, seed=3), make_task(name, seed=3)
+def test_a_batch_depends_on_seed_split_step_and_rank_alone(name, make):
+    first, second = make(name, seed=3), make(name, seed=3)
     keys = [(step, split, rank) for step in (0, 7) for split in ("train", "eval") for rank in (0, 1)]
     batches = {key: first.batch(8, key[0], split=key[1], rank=key[2]) for key in keys}
     for key in reversed(keys):
         assert same(second.batch(8, key[0], split=key[1], rank=key[2]), batches[key]), key
     for a, b in itertools.combinations(keys, 2):
         assert not torch.equal(batches[a].tokens, batches[b].tokens), (a, b)
-    assert not torch.equal(make_task(name, seed=4).batch(8, 0).tokens, batches[0, "train", 0].tokens)
+    assert not torch.equal(make(name, seed=4).batch(8, 0).tokens, batches[0, "train", 0].tokens)
 
 
 @every_task
-def test_sizes_are_kept(name):
-    task = make_task(name)
+def test_sizes_are_kept(name, make):
+    task = make(name)
     for step in range(5):
         batch = task.batch(32, step)
         read = batch.targets != IGNORE
