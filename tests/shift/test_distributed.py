@@ -106,7 +106,7 @@ class BothRanks:
     def __getattr__(self, name):
         return getattr(self._task, name)
 
-    def batch(self, batch_size, step, *, split="train", rank=0):
+    def batch(self, batch_size, step, *, split="train", rank=0, n_ranks=1):
         if split != "train":
             return self._task.batch(PER_RANK, step, split=split)
         parts = [vars(uneven(self._task.batch(PER_RANK, step, rank=rank))) for rank in (0, 1)]

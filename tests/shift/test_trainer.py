@@ -182,7 +182,7 @@ def test_evaluation_counts_positions_sequences_and_groups(tmp_path):
             self.weight = torch.nn.Parameter(torch.zeros(1))
             self.index = -1
 
-        def forward(self, tokens, n_loops, *, context, backend):
+        def forward(self, tokens, n_loops, **_):
             self.index += 1
             targets = trainer.task.batch(len(tokens), self.index, split="eval").targets
             targets[::2, 0] = (targets[::2, 0] + 1) % trainer.task.n_classes
