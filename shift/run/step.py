@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast
-from shift.run.optim import FlatAdamW
+from shift.run.flat import FlatAdamW
 from shift.run.ranks import Ranks
 from shift.tasks.base import IGNORE, Batch
 
