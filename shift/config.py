@@ -175,9 +175,14 @@ class ModelConfig(Checked, table="model."):
         return BlockSpec(causal=causal, **{k: v for k, v in vars(self).items() if k in names})
 
 
+PARAMETER_KINDS = ("matrices", "head", "embeddings", "vectors")
+"""Of parameters, by what moves and decays them: the matrices of blocks, the read-out, embeddings, and norms
+and biases."""
+
+
 @dataclass(frozen=True)
 class OptimiserConfig(Checked, table="optimiser."):
-    """AdamW with global-norm clipping."""
+    """AdamW, or Muon for the matrices of blocks, with global-norm clipping."""
 
     lr: float = real(2e-3, "a finite float > 0", positive)
     """Peak learning rate."""
@@ -191,6 +196,36 @@ class OptimiserConfig(Checked, table="optimiser."):
     """Steps of linear warm-up."""
     lr_schedule: str = word("constant", ("constant", "cosine", "wsd"))
     """After the warm-up: constant, cosine (to 0) or wsd (constant, then linearly to 0)."""
+    kind: str = word("adamw", ("adamw", "muon"))
+    """adamw; muon: Muon for the matrices of blocks, its updates of AdamW's size, and AdamW for the rest."""
+    momentum: float = real(0.95, "a float from 0 to below 1", lambda x: 0 <= x < 1)
+    """Of Muon."""
+    lr_factors: Options = field(default_factory=dict)
+    """The learning rate over lr of matrices (of blocks), head, embeddings, vectors (norms and biases)."""
+    decay_factors: Options = field(default_factory=dict)
+    """The decay over weight_decay of the same; where nothing is said 1 for matrices and head, 0 else."""
+    ema: float = real(0.0, "a float from 0 to below 1", lambda x: 0 <= x < 1)
+    """Decay a step of an average of the weights, which is then what is evaluated; 0: none."""
+    rewarm: int = whole(0, 0)
+    """Steps over which the rate rises from 0 again after each switch of the schedule."""
+    keep_moments: float = real(1.0, "a float from 0 to 1", lambda x: 0 <= x <= 1)
+    """What the gradients so far count for after a switch: 1 keeps the moments, 0 clears them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr_factors", "decay_factors"):
+            for kind, factor in getattr(self, name).items():
+                where = f"{self._table}{name}"
+                if kind not in PARAMETER_KINDS:
+                    raise input_error(
+                        "OptimiserConfig", where, kind, "the kinds " + ", ".join(PARAMETER_KINDS),
+                        near_miss(kind, PARAMETER_KINDS, "Check the spelling."),
+                    )  # fmt: skip
+                number = _plain(float, factor)
+                if number is None or not 0 <= number < math.inf:
+                    raise input_error(
+                        "OptimiserConfig", f"{where}.{kind}", factor, "a finite number >= 0", "Change it."
+                    )
 
 
 @dataclass(frozen=True)

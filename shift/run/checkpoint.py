@@ -2,10 +2,11 @@
 
     run/checkpoints/step-00000400/
         model.safetensors   weights
-        optimizer.pt        AdamW's state, read with weights_only=True
+        average.safetensors averaged weights, where the run averages them
+        optimizer.pt        the optimiser's state, read with weights_only=True
         state.json          all else that is needed to go on as if nothing had happened: step, schedule,
                             generators, file lengths, config
-        MANIFEST.json       bytes and sha256 of the three
+        MANIFEST.json       bytes and sha256 of all of them
 
 A save writes to ``.tmp-step-...``, waits for the disk, and renames; only then are old checkpoints deleted.
 A load reads each file once and verifies it against the manifest before anything is decoded. A manifest that
@@ -32,12 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from shift.reading import parse_json, read_regular
+from shift.run.average import WeightAverage
 from shift.run.files import remove, set_aside, sync_directory, write_synced
+from shift.run.optim import RunOptimizer
 
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "MANIFEST.json"
+WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.pt"
+STATE, MANIFEST = "state.json", "MANIFEST.json"
 
 
 FILES = (WEIGHTS, OPTIMIZER, STATE)
+"""Those that every checkpoint has."""
 NAME = re.compile(r"step-([0-9]{1,18})")
 TEMPORARY = re.compile(r"\.tmp-(old-)?step-[0-9]+")
 LARGEST_TEXT = 2**26
@@ -71,26 +76,34 @@ class Checkpoint:
         return Checkpoint(path, files, state)
 
     def restore_weights(self, model: nn.Module) -> None:
-        """Load the weights alone into a model of the same shapes.
+        """Load the weights to be used, averaged ones if there are any, into a model of the same shapes.
 
         Raises:
             DamagedCheckpoint: they are not weights of such a model.
         """
-        with damage(self.path / WEIGHTS):
-            model.load_state_dict(safetensors.torch.load(self.files[WEIGHTS]))
+        self._load(model, AVERAGE if AVERAGE in self.files else WEIGHTS)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def restore(
+        self, model: nn.Module, optimizer: RunOptimizer, average: WeightAverage | None = None
+    ) -> None:
         """Load weights and optimiser into objects of the same shapes; set torch's generators.
 
         Raises:
             DamagedCheckpoint: they do not fit; the objects may then hold a part of what was saved.
         """
-        self.restore_weights(model)
+        if average is not None:
+            self._load(model, AVERAGE)
+            average.restart()
+        self._load(model, WEIGHTS)
         with damage(self.path / OPTIMIZER):
             file = io.BytesIO(self.files[OPTIMIZER])
             optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         with damage(self.path / STATE):
             _set_generators(self.state["generators"])
+
+    def _load(self, model: nn.Module, name: str) -> None:
+        with damage(self.path / name):
+            model.load_state_dict(safetensors.torch.load(self.files[name]))
 
 
 @contextlib.contextmanager
@@ -120,9 +133,10 @@ def save(
     directory: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: RunOptimizer,
     state: Mapping[str, Any],
     keep: int,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write ``directory/step-<step>``, then delete all but the newest ``keep``.
 
@@ -132,12 +146,14 @@ def save(
     """
     optimizer_file = io.BytesIO()
     torch.save(optimizer.state_dict(), optimizer_file)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files = {
-        WEIGHTS: safetensors.torch.save(weights),
+        WEIGHTS: _weights(model),
         OPTIMIZER: optimizer_file.getvalue(),
         STATE: json.dumps({"step": step, **state, "generators": _generators()}, indent=1).encode(),
     }
+    if average is not None:
+        with average.in_place():
+            files[AVERAGE] = _weights(model)
     manifest = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
     files[MANIFEST] = json.dumps(manifest, indent=1).encode()
 
@@ -163,6 +179,10 @@ def save(
     return final
 
 
+def _weights(model: nn.Module) -> bytes:
+    return safetensors.torch.save({name: x.contiguous() for name, x in model.state_dict().items()})
+
+
 def prune(directory: Path, step: int, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints of steps up to ``step``."""
     own = [path for at, path in checkpoints(directory) if at <= step and _is_directory(path)]
@@ -181,7 +201,8 @@ def read(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path}: not a directory")
     with damage(path / MANIFEST):
         manifest = parse_json(_read_inside(path, MANIFEST, None))
-        wanted = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in FILES}
+        names = (*FILES, AVERAGE) if AVERAGE in manifest else FILES
+        wanted = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in names}
         if not all(is_count(length) for length, _ in wanted.values()):
             raise ValueError("lengths that are none")
     files = {}

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 from torch import nn
 
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
+from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage, is_count
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.metrics import RowFile
+from shift.run.optim import RunOptimizer
 from shift.run.progress import Progress
 from shift.run.snapshots import SNAPSHOTS
 from shift_kernels import ShiftInputError
@@ -134,7 +135,12 @@ class RunDirectory:
             self._files[SNAPSHOTS].append(row)
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: RunOptimizer,
+        state: dict[str, Any],
+        average: WeightAverage | None = None,
     ) -> None:
         """Save a checkpoint whose ``state`` also remembers the config and what the row files hold.
 
@@ -147,7 +153,7 @@ class RunDirectory:
             "lengths": {name: file.sync() for name, file in self._files.items()},
             "sha256": {name: self._files[name].sha256() for name in DIGESTED if name in self._files},
         }
-        checkpoint.save(self._checkpoints, step, model, optimizer, state | run, self.config.keep)
+        checkpoint.save(self._checkpoints, step, model, optimizer, state | run, self.config.keep, average)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and close the row files."""

@@ -24,22 +24,22 @@ class FlatAdamW(torch.optim.AdamW):
 
     Args:
         groups: of parameters of one dtype on the device where they are to stay. Their memory moves at once.
+        flat: weights and gradients of these parameters, if :func:`lay_flat` has moved them already.
         options: lr, betas.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], flat: tuple[Tensor, Tensor] | None = None, **options: Any
+    ) -> None:
         super().__init__(groups, fused=True, **options)
         self._parameters = [p for group in self.param_groups for p in group["params"]]
-        self.weights, weights = _flat_like(self._parameters)
-        self.gradients, gradients = _flat_like(self._parameters)
-        first_moments, firsts = _flat_like(self._parameters)
-        second_moments, seconds = _flat_like(self._parameters)
-        for p, weight, gradient in zip(self._parameters, weights, gradients, strict=True):
-            p.data, p.grad = weight.copy_(p.detach()), gradient
+        self.weights, self.gradients = lay_flat(self._parameters) if flat is None else flat
+        first_moments, firsts = flat_like(self._parameters)
+        second_moments, seconds = flat_like(self._parameters)
 
         steps = [torch.zeros((), device=self.weights.device) for _ in self.param_groups]
         flat = (self.weights, self.gradients, first_moments, second_moments)
-        sizes = [sum(_room(p) for p in group["params"]) for group in self.param_groups]
+        sizes = [sum(room(p) for p in group["params"]) for group in self.param_groups]
         self._parts = list(zip(*(x.split(sizes) for x in flat), steps, strict=True))
         steps_of = [s for s, g in zip(steps, self.param_groups, strict=True) for _ in g["params"]]
         self._states = [
@@ -62,6 +62,15 @@ class FlatAdamW(torch.optim.AdamW):
                 found_inf=getattr(self, "found_inf", None),
             )  # fmt: skip
 
+    @property
+    def pieces(self) -> list[Tensor]:
+        """The weights, in the few tensors in which they lie."""
+        return [self.weights]
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients, 0-d."""
+        return torch.linalg.vector_norm(self.gradients)
+
     def clip_and_step(self, norm: Tensor, clip: float, skipped: Tensor) -> None:
         """:meth:`step` with gradients clipped, without a pass over them: the kernel divides on its way.
 
@@ -75,17 +84,13 @@ class FlatAdamW(torch.optim.AdamW):
         self.step()
 
     @torch.no_grad()
-    def go_back(self, to: Tensor, keep: float) -> None:
-        """Move the weights towards ``to``, as flat as :attr:`weights`, and forget both moments.
-
-        Args:
-            to: where ``keep`` = 0 would end.
-            keep: the share of the way from there that is kept, in [0, 1].
-        """
-        self.weights.lerp_(to, 1 - keep)
+    def scale_moments(self, share: float) -> None:
+        """Go on as if all gradients so far had been so much smaller; 0: as if there had been none."""
         for _, _, first, second, step in self._parts:
-            for state in (first, second, step):
-                state.zero_()
+            first.mul_(share)
+            second.mul_(share**2)
+            if share == 0:
+                step.zero_()
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Reset all gradients, which stay views."""
@@ -115,14 +120,24 @@ def _options(group: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(group["betas"]), group["eps"], group["weight_decay"]
 
 
-def _flat_like(parameters: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def lay_flat(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Move parameters into one flat tensor, and give them gradients, zero, in another; returns the two."""
+    flat_weights, weights = flat_like(parameters)
+    flat_gradients, gradients = flat_like(parameters)
+    for p, weight, gradient in zip(parameters, weights, gradients, strict=True):
+        p.data, p.grad = weight.copy_(p.detach()), gradient
+    return flat_weights, flat_gradients
+
+
+def flat_like(parameters: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Zeros with room for all parameters, and each one's view."""
     parameters = list(parameters)
-    rooms = [_room(p) for p in parameters]
-    flat = parameters[0].new_zeros(sum(rooms))
-    views = [x[: p.numel()].view_as(p) for x, p in zip(flat.split(rooms), parameters, strict=True)]
+    sizes = [room(p) for p in parameters]
+    flat = parameters[0].new_zeros(sum(sizes))
+    views = [x[: p.numel()].view_as(p) for x, p in zip(flat.split(sizes), parameters, strict=True)]
     return flat, views
 
 
-def _room(parameter: Tensor) -> int:
+def room(parameter: Tensor) -> int:
+    """Numbers that a parameter takes up in a flat tensor."""
     return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT

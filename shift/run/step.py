@@ -9,6 +9,8 @@ from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast
 from shift.run.flat import FlatAdamW
+from shift.run.muon import FlatMuon
+from shift.run.optim import lr_factors
 from shift.run.ranks import Ranks
 from shift.tasks.base import IGNORE, Batch
 
@@ -23,9 +25,10 @@ class TrainStep:
     """
 
     def __init__(
-        self, config: TrainConfig, model: LoopedTransformer, optimizer: FlatAdamW, ranks: Ranks
+        self, config: TrainConfig, model: LoopedTransformer, optimizer: FlatAdamW | FlatMuon, ranks: Ranks
     ) -> None:
         self._config, self._model, self._optimizer, self._ranks = config, model, optimizer, ranks
+        self._lr_factors = lr_factors(model, config.optimiser, optimizer)
 
     def backward(
         self,
@@ -85,9 +88,9 @@ class TrainStep:
         Returns:
             The gradient norm, and whether the step was skipped, both 0-d.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = torch.linalg.vector_norm(self._optimizer.gradients)
+        for group, factor in zip(self._optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = lr * factor
+        grad_norm = self._optimizer.gradient_norm()
         skipped = ~(loss + grad_norm).isfinite()  # neither is below 0, so that nothing cancels
         self._optimizer.clip_and_step(grad_norm, self._config.optimiser.clip, skipped)
         return grad_norm, skipped

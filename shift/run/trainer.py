@@ -11,6 +11,7 @@ was left alone (same machine, thread count and versions).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -25,13 +26,14 @@ from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig, differing_key
 from shift.flops import train_step_flops
 from shift.run import checkpoint
+from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import NOTHING, first_not_finite, recipe
 from shift.run.directory import RunDirectory
 from shift.run.evaluate import evaluate, loops_of
 from shift.run.metrics import Console, PendingRows, StepTimer
 from shift.run.micro_batches import MicroBatches
-from shift.run.optim import build_optimizer, learning_rate
+from shift.run.optim import build_optimizer, go_back, learning_rate
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
 from shift.run.snapshots import SnapshotRecorder
@@ -87,7 +89,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimiser)
         self._step = TrainStep(config, self.model, self.optimizer, self.ranks)
         self.micro_batches = MicroBatches(config.micro_batch, config.batch_size)
-        self._initial = self.optimizer.weights.clone() if self.schedule.keep < 1 else None
+        pieces, ema = self.optimizer.pieces, config.optimiser.ema
+        self._initial = [x.clone() for x in pieces] if self.schedule.keep < 1 else None
+        self.average = WeightAverage(pieces, ema) if ema else None
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
         self.run_dir = Path(run_dir)
@@ -98,9 +102,8 @@ class Trainer:
             self.ranks.together(lambda: self._restore(Checkpoint.of_files(*saved)))
         elif saved is not None:
             self.ranks.together(lambda: None)
-        self.ranks.copy_first(self.optimizer.weights)  # equal by their seed, if the machines are
-        if self._initial is not None:
-            self.ranks.copy_first(self._initial)
+        for x in (*self.optimizer.pieces, *(self._initial or ())):
+            self.ranks.copy_first(x)  # equal by their seed, if the machines are
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
@@ -153,9 +156,7 @@ class Trainer:
             for look in decision.looks:
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
             if decision.switched:
-                p.switch_step = p.step
-                if self._initial is not None:
-                    self.optimizer.go_back(self._initial, decision.keep)
+                self._switch(decision.keep)
             if p.step == 0:
                 self._evaluate(n_loops)
             self._snapshots.take(p.step)
@@ -180,6 +181,16 @@ class Trainer:
                     f"stopped after step {p.step} of {c.steps}; resume goes on from there"
                 )
 
+    def _switch(self, keep: float) -> None:
+        """The first step with another number of loops comes next."""
+        self.progress.switch_step = self.progress.step
+        if self._initial is not None:
+            go_back(self.optimizer, self._initial, keep)
+            if self.average is not None:
+                self.average.restart()
+        elif self.config.optimiser.keep_moments < 1:
+            self.optimizer.scale_moments(self.config.optimiser.keep_moments)
+
     def _done(self) -> bool:
         return self.progress.step >= self.config.steps and self.progress.flops >= self.config.min_flops
 
@@ -195,10 +206,12 @@ class Trainer:
         self._timer.start()
         batch = self._batch(p.step)
         loops = loops_of(batch, n_loops)
-        lr = learning_rate(c.optimiser, p.step, c.steps)
+        lr = learning_rate(c.optimiser, p.step, c.steps, p.switch_step)
         micro_batch = self.micro_batches.of(n_loops)
         loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops)
         grad_norm, skipped = self._step.update(loss, lr)
+        if self.average is not None:
+            self.average.update()
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
@@ -235,19 +248,24 @@ class Trainer:
         c, p = self.config, self.progress
         if self.run is None:
             return
-        scores = evaluate(
-            self.model,
-            self.task,
-            n_loops=n_loops,
-            n_samples=c.eval_samples,
-            batch_size=c.batch_size,
-            bf16=c.precision == "bf16",
-            backend=c.backend,
-        )
+        with self._averaged():
+            scores = evaluate(
+                self.model,
+                self.task,
+                n_loops=n_loops,
+                n_samples=c.eval_samples,
+                batch_size=c.batch_size,
+                bf16=c.precision == "bf16",
+                backend=c.backend,
+            )
         p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **p.costs()}
         self._rows.add(p.last_eval)
         if self.console:
             self.console.evaluation(p.last_eval)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has the weights that are to be used: the averaged ones, if there are any."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def _flush(self) -> None:
         """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
@@ -302,7 +320,7 @@ class Trainer:
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
         if self.run is not None:
-            self.run.save(self.progress.step, self.model, self.optimizer, state)
+            self.run.save(self.progress.step, self.model, self.optimizer, state, self.average)
 
     def _check_configs(self) -> None:
         """Refuse to start where the ranks were told different things."""
@@ -328,7 +346,7 @@ class Trainer:
         return None if saved is None else (saved.path, saved.files)
 
     def _restore(self, saved: Checkpoint) -> None:
-        saved.restore(self.model, self.optimizer)
+        saved.restore(self.model, self.optimizer, self.average)
         with damage(saved.path / checkpoint.STATE):
             self.progress = Progress.from_state(saved.state["progress"])
             self.schedule.load_state_dict(saved.state["schedule"])
