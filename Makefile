@@ -2,6 +2,7 @@
 # make test     install, then the tests
 # make fuzz     install, then thousands of random blocks against plain PyTorch
 # make check    install, then lint, types and tests
+# make matrix   the tests on other versions of Python and torch
 # make bench    install, then our kernels beside PyTorch's on this machine
 # make install  only .venv, with what the demo needs
 
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 # The package is built against the torch that is in .venv, so its build must see it.
 HERE   := --no-build-isolation -e
 
-.PHONY: install demo test fuzz lint types check bench sanitize clean
+.PHONY: install demo test fuzz lint types check bench sanitize matrix clean
 install: $(VENV)/train.stamp
 
 demo: install
@@ -42,8 +43,12 @@ bench: install
 sanitize: $(VENV)/dev.stamp
 	CXX="$${CXX:-g++}" $(BIN)/python tests/sanitize.py
 
+# The tests that need neither Triton nor CUDA on every Python and torch that can be installed here.
+matrix:
+	$(PYTHON) tests/matrix.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-matrix build *.egg-info
 
 # A machine with a GPU keeps the torch it has; any other gets the tested version, as a CPU build where
 # pip can see one (where it can't, add a source of CPU wheels to pip's own configuration).

@@ -176,6 +176,16 @@ def landscape() -> str:
     return _table(["topic", *outcomes], found)
 
 
+def matrix() -> str:
+    """One sentence: the versions under which the tests passed (``make matrix``)."""
+    rows = [row for row in read("matrix") if not row["failed"]]
+    return (
+        "The tests passed with "
+        + ", ".join(f"Python {r['python']} and torch {r['torch']}" for r in rows)
+        + "."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "savings": savings,
@@ -189,6 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "length": length,
     "landscape": landscape,
+    "matrix": matrix,
 }
 """By the name that stands in a mark."""
 

@@ -158,18 +158,54 @@ def run_pictures(study: Study, work: Path, directory: Path) -> dict[str, Path]:
     return draw(surveys, planes, directory)
 
 
+TASKS = {
+    "markov": "Markov language: the next token of sequences that follow a map; simple samples are those "
+    "below the median information content (mostly one map for all, which weights can hold), complex ones "
+    "those above (mostly a map of their own). One attention layer, no MLP, three loops, d_model "
+    "{d_model}, {n} weights, {steps} steps.",
+    "hop": "Hop: a map of twelve nodes applied one to four times. One layer of attention and MLP, four "
+    "loops, d_model {d_model}, {n} weights, {steps} steps.",
+}
+"""What each task is, by its name."""
+
+WORDS = [
+    "Hessian: the matrix of second derivatives of the loss; its eigenvalues λ say how strongly "
+    "the loss curves along as many directions of the weights. Valley: directions with λ above a "
+    "threshold; river: those with |λ| below it.",
+    "κ, the condition number: largest over smallest λ in the valley. C, the cumulative force: "
+    "the sum of 1/λ over the valley.",
+    "U or V: along the sharpest direction a parabola and a V are fitted to the loss; the margin "
+    "goes from 1 (all U) to -1 (all V).",
+    "Effective rank: in how many directions the loss would be curved if it were curved in all of "
+    "them alike. Collapse: it falls from the start by a factor of 1.5 or more; diversification: "
+    "then it rises by as much; stabilisation: from then on it stays within that factor.",
+    "Hops: how much more often the gradient of successive steps changes its sign across the "
+    "valley than across random directions out of it, in standard deviations.",
+]
+"""What the report calls things."""
+
+READING = [
+    (
+        "Each claim is one number a seed and a bound, written down in ",
+        Code("benchmarks/landscape/claims.py"),
+        " before the runs were surveyed. Holds: the 95% interval of the mean over seeds "
+        "(Student's t) lies wholly on the predicted side of the bound; does not hold: wholly on "
+        "the other side; else undecided. Yes-or-no claims: yes on every seed, on "
+        "none, else.",
+    ),
+    "Each line may err one time in twenty, and there are many lines.",
+    "Landscape measures are means over the second half of training; κ and C of the Markov "
+    "language are of all eigenvalues at the end, those of hop of stochastic Lanczos densities, "
+    "from few random vectors: its effective ranks scatter widely. "
+    "A target never reached counts as all of the run's compute.",
+]
+"""How to read the table of claims."""
+
+
 def content(study: Study, judged: Judged, pictures: Mapping[str, Path]) -> list[Block]:
     """The report, most important first."""
     n_seeds = len(next(iter(study.values())))
-    about = {
-        "markov": "Markov language: the next token of sequences that follow a map; simple samples are those "
-        "below the median information content (mostly one map for all, which weights can hold), complex ones "
-        "those above (mostly a map of their own). One attention layer, no MLP, three loops, d_model "
-        "{d_model}, {n} weights, {steps} steps.",
-        "hop": "Hop: a map of twelve nodes applied one to four times. One layer of attention and MLP, four "
-        "loops, d_model {d_model}, {n} weights, {steps} steps.",
-    }
-    blocks: list[Block] = [
+    return [
         Paragraph(
             "Gong et al. (arXiv 2510.10089) explain by the shape of the loss why a looped transformer beats "
             "the same block applied once. Applied once (Single) it stands in a flat U-shaped valley; looped, "
@@ -180,42 +216,15 @@ def content(study: Study, judged: Judged, pictures: Mapping[str, Path]) -> list[
         Paragraph(summary(judged), "lead"),
         Items([*_by_outcome(judged)]),
         Heading("Tasks and words"),
-        Items([about[task].format(**_sizes(study[task][0])) for task in study]),
+        Items([TASKS[task].format(**_sizes(study[task][0])) for task in study]),
         Items(
-            [
-                "Hessian: the matrix of second derivatives of the loss; its eigenvalues λ say how strongly "
-                "the loss curves along as many directions of the weights. Valley: directions with λ above a "
-                "threshold; river: those with |λ| below it.",
-                "κ, the condition number: largest over smallest λ in the valley. C, the cumulative force: "
-                "the sum of 1/λ over the valley.",
-                "U or V: along the sharpest direction a parabola and a V are fitted to the loss; the margin "
-                "goes from 1 (all U) to -1 (all V).",
-                "Effective rank: in how many directions the loss would be curved if it were curved in all of "
-                "them alike. Collapse: it falls from the start by a factor of 1.5 or more; diversification: "
-                "then it rises by as much; stabilisation: from then on it stays within that factor.",
-                "Hops: how much more often the gradient of successive steps changes its sign across the "
-                "valley than across random directions out of it, in standard deviations.",
-            ],
+            WORDS,
             "note",
         ),
         Heading("Prediction by prediction"),
         *(verdict_table(judged, task) for task in study),
         Items(
-            [
-                (
-                    "Each claim is one number a seed and a bound, written down in ",
-                    Code("benchmarks/landscape/claims.py"),
-                    " before the runs were surveyed. Holds: the 95% interval of the mean over seeds "
-                    "(Student's t) lies wholly on the predicted side of the bound; does not hold: wholly on "
-                    "the other side; else undecided. Yes-or-no claims: yes on every seed, on "
-                    "none, else.",
-                ),
-                "Each line may err one time in twenty, and there are many lines.",
-                "Landscape measures are means over the second half of training; κ and C of the Markov "
-                "language are of all eigenvalues at the end, those of hop of stochastic Lanczos densities, "
-                "from few random vectors: its effective ranks scatter widely. "
-                "A target never reached counts as all of the run's compute.",
-            ],
+            READING,
             "note",
         ),
         Heading("Accuracy"),
@@ -250,7 +259,6 @@ def content(study: Study, judged: Judged, pictures: Mapping[str, Path]) -> list[
         Heading("One seed from near: the toy"),
         *(Picture(pictures[name], CAPTIONS[name]) for name in ("spectrum", "plane", "cut", "signals")),
     ]
-    return blocks
 
 
 def summary(judged: Judged) -> str:
