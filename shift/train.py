@@ -2,6 +2,7 @@
 
     shift-train --run-dir runs/first --config demo --schedule.kind shift --schedule.options patience=3
     shift-train --run-dir runs/first --resume auto
+    shift-train --run-dir runs/first --resume auto --steps 2000    # 2000 in all
 
 Flags win over the TOML file or preset of ``--config``, which wins over the defaults; a resumed run starts
 from its own ``config.toml``. What was resolved is written there.
@@ -44,7 +45,7 @@ class Command:
     config: str | None = None
     """A TOML file, or the name of a preset."""
     resume: Literal["no", "auto"] = "no"
-    """auto: go on from the newest valid checkpoint in run_dir."""
+    """auto: go on from the newest valid checkpoint in run_dir, to more steps if --steps says so."""
     calibrate: When = "auto"
     """auto: before training on a GPU, verify and time the backends for shapes not measured there yet."""
 

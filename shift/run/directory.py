@@ -10,6 +10,8 @@ checkpoints/     see shift.run.checkpoint              result.json    written on
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +27,7 @@ from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage, is_count
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.metrics import RowFile
-from shift.run.optim import RunOptimizer
+from shift.run.optim import RunOptimizer, learning_rate
 from shift.run.progress import Progress
 from shift.run.snapshots import SNAPSHOTS
 from shift_kernels import ShiftInputError
@@ -57,14 +59,16 @@ class RunDirectory:
         path: the directory; created if need be.
         config: of the run.
         world_size: number of ranks.
+        extend: let a run that is resumed have more steps than it was begun with.
 
     Raises:
         ShiftInputError: the directory can't be written to, or another process trains in it.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, world_size: int) -> None:
-        self.path, self.config, self.world_size = path, config, world_size
+    def __init__(self, path: Path, config: TrainConfig, world_size: int, extend: bool = False) -> None:
+        self.path, self.config, self.world_size, self._extend = path, config, world_size, extend
         self._checkpoints = path / "checkpoints"
+        self._made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
         make_directory(path, "shift.Trainer", "run_dir")
         self._files = {METRICS: RowFile(path / METRICS)}  # which is also the lock: before all else
 
@@ -91,8 +95,8 @@ class RunDirectory:
     def resume(self, restore: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """Go on from the newest checkpoint that can be restored, with the files cut back to its lengths.
 
-        Damaged newer ones are renamed. Without any the run starts at step 0, and rows that are there are
-        renamed, too. Each renaming is a warning.
+        Damaged newer ones are renamed. A run that was ended before its first checkpoint starts at step 0, and
+        rows that are there are renamed, too. Each renaming is a warning.
 
         Args:
             restore: loads a checkpoint, or raises :class:`DamagedCheckpoint`.
@@ -101,7 +105,8 @@ class RunDirectory:
             The checkpoint; None: there is none.
 
         Raises:
-            ShiftInputError: another config or world size made the run, or its rows were changed since.
+            ShiftInputError: another config or world size made the run, its rows were changed since, or no
+                checkpoint that is there can be used.
         """
 
         def accept(found: Checkpoint) -> None:
@@ -110,6 +115,8 @@ class RunDirectory:
 
         try:
             found, damaged = checkpoint.newest_valid(self._checkpoints, accept)
+            if found is None:
+                self._refuse_to_start_over(reason for _, reason in damaged)
             for path, reason in damaged:
                 aside = set_aside(path, "damaged")
                 warnings.warn(f"skipped a damaged checkpoint, now {aside}: {reason}", stacklevel=4)
@@ -123,6 +130,18 @@ class RunDirectory:
             self.close()
             raise
         return found
+
+    def _refuse_to_start_over(self, damaged: Iterable[str]) -> None:
+        """Stop where a run had checkpoints, or was finished, and none of them can be used."""
+        aside = map(str, sorted(self._checkpoints.glob("damaged-step-*")))
+        results = [str(self.path / RESULT)] if _holds(self.path / RESULT) else []
+        remains = [*damaged, *aside, *results]
+        if remains:
+            raise input_error(
+                "shift.Trainer", "run_dir", str(self.path),
+                f"a run with a checkpoint that can be used (found: {'; '.join(remains)})",
+                "Restore a checkpoint from a copy, or start anew in another directory.",
+            )  # fmt: skip
 
     def write_rows(self, metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> None:
         """Append rows to the two files."""
@@ -165,6 +184,17 @@ class RunDirectory:
         for file in self._files.values():
             file.close()
 
+    def abandon(self) -> None:
+        """Close a run that was refused before it did anything; a directory that was made for it goes."""
+        self.close()
+        if not self._made:
+            return
+        for name in (METRICS, TIMING, SNAPSHOTS, CONFIG):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: somebody has put something there
+            for folder in self._made:
+                folder.rmdir()
+
     def metrics_sha256(self) -> str:
         """sha256 of ``metrics.jsonl`` as it stands."""
         return self._files[METRICS].sha256()
@@ -183,19 +213,33 @@ class RunDirectory:
                 raise ValueError("digests of other files")
             if not is_count(state["world_size"]):
                 raise ValueError("a world size that is none")
-            theirs = TrainConfig.from_dict(state["config"]).to_dict()
+            theirs = TrainConfig.from_dict(state["config"])
         if state["world_size"] != self.world_size:
             raise input_error(
                 "shift.Trainer", "world_size", self.world_size, f"{state['world_size']}, as in {found.path}",
                 "The global batch depends on it: start as many processes as before.",
             )  # fmt: skip
-        difference = differing_key(self.config, theirs)
+        if self._extend and self.config.steps > theirs.steps:
+            theirs = self._extended(theirs, found)
+        difference = differing_key(self.config, theirs.to_dict())
         if difference is not None:
             key, ours, saved = difference
             raise input_error(
                 "shift.Trainer", key, ours, f"{saved!r}, as in {found.path}",
                 "Resume with the run's own config.toml, or choose another run directory.",
             )  # fmt: skip
+
+    def _extended(self, theirs: TrainConfig, found: Checkpoint) -> TrainConfig:
+        """The config of a run to which steps were added, if no step that is done would have been another."""
+        last, steps = found.state["step"] - 1, (theirs.steps, self.config.steps)
+        before, now = (learning_rate(theirs.optimiser, last, n) for n in steps)
+        if before != now:
+            raise input_error(
+                "shift.Trainer", "steps", self.config.steps,
+                f"{theirs.steps}, as in {found.path}: its learning rate has begun to fall towards that step",
+                "Extend runs whose rate is constant, or 'wsd' from a checkpoint before its decay.",
+            )  # fmt: skip
+        return dataclasses.replace(theirs, steps=self.config.steps)
 
     def _open_fresh(self) -> None:
         """Open empty row files; those of an earlier run that left no checkpoint are set aside."""

@@ -34,7 +34,7 @@ def run(config: TrainConfig, run_dir: Path, *, resume: bool, calibrate: When = "
         console = Console(config.steps) if leads else None
         try:
             calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
-            trainer = Trainer(config, run_dir, resume=resume, console=console)
+            trainer = Trainer(config, run_dir, resume=resume, extend=True, console=console)
             with _stopped_by_signals(trainer):
                 trainer.fit()
         finally:

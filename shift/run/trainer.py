@@ -41,7 +41,7 @@ from shift.run.step import TrainStep
 from shift.run.summary import batches_sha256, environment, switch_ms
 from shift.schedules import Signals
 from shift.tasks.base import Batch
-from shift_kernels.errors import input_error
+from shift_kernels.errors import ShiftInputError, input_error
 
 MAX_SKIPS = 5
 """Skipped steps in a row after which a run stops: it will not recover by itself."""
@@ -61,8 +61,11 @@ class Trainer:
     Args:
         config: what to run.
         run_dir: where to write; created if need be.
-        resume: go on from the newest valid checkpoint in ``run_dir`` (from the start if there is none; rows
-            that are there are renamed, with a warning). Without it a directory that holds a run is refused.
+        resume: go on from the newest valid checkpoint in ``run_dir`` (from the start if there has been none;
+            rows that are there are renamed, with a warning). Without it a directory that holds a run is
+            refused.
+        extend: let a run that is resumed have more steps than it was begun with. Its schedule, where it goes
+            by fractions of all steps, stays as it was.
         console: where to report; None: nowhere.
 
     In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
@@ -80,6 +83,7 @@ class Trainer:
         run_dir: str | Path,
         *,
         resume: bool = False,
+        extend: bool = False,
         console: Console | None = None,
     ) -> None:
         self.ranks = Ranks()
@@ -92,6 +96,7 @@ class Trainer:
         pieces, ema = self.optimizer.pieces, config.optimiser.ema
         self._initial = [x.clone() for x in pieces] if self.schedule.keep < 1 else None
         self.average = WeightAverage(pieces, ema) if ema else None
+        self._planned_steps, self._extend = config.steps, extend
         self.signals: Signals | None = None
         self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
         self.run_dir = Path(run_dir)
@@ -128,7 +133,12 @@ class Trainer:
         """
         if not self.micro_batches.known:
             self._find_micro_batches()
-        self._train(progress)
+        try:
+            self._train(progress)
+        except ShiftInputError:
+            if self.run is not None and self.progress.step == 0:
+                self.run.abandon()
+            raise
         return {} if self.run is None else self._finish(self.run)
 
     def _find_micro_batches(self) -> None:
@@ -315,6 +325,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
             "micro_batches": self.micro_batches.state_dict(),
+            "planned_steps": self._planned_steps,
         }
         self.ranks.from_first(lambda: self._write_checkpoint(state))
 
@@ -336,7 +347,7 @@ class Trainer:
 
     def _open(self, resume: bool) -> tuple[Path, Mapping[str, bytes]] | None:
         """Open the run directory; returns what the other ranks need of the checkpoint that is resumed."""
-        run = RunDirectory(self.run_dir, self.config, self.ranks.size)
+        run = RunDirectory(self.run_dir, self.config, self.ranks.size, self._extend)
         saved = None
         if resume:
             saved = run.resume(self._restore)
@@ -349,6 +360,10 @@ class Trainer:
         saved.restore(self.model, self.optimizer, self.average)
         with damage(saved.path / checkpoint.STATE):
             self.progress = Progress.from_state(saved.state["progress"])
+            planned = saved.state.get("planned_steps", saved.state["config"]["steps"])
+            if planned != self._planned_steps:
+                self._planned_steps = planned
+                self.schedule = build_schedule(dataclasses.replace(self.config, steps=planned))
             self.schedule.load_state_dict(saved.state["schedule"])
             self.micro_batches.load_state_dict(saved.state.get("micro_batches", {}))
             loss, grad_norm = (torch.tensor(float(x), device=self.device) for x in saved.state["signals"])

@@ -152,10 +152,33 @@ def test_a_checkpoint_without_digests_is_still_read(run_dir):
 def test_without_a_usable_checkpoint_old_rows_are_renamed_and_said(run_dir, capsys):
     rows = (run_dir / "metrics.jsonl").read_bytes()
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "result.json").unlink()  # as if it had been killed before its first checkpoint
     with pytest.warns(UserWarning, match=r"starting at step 0.*before-metrics\.jsonl"):
         Trainer(tiny(), run_dir, resume=True)
     assert (run_dir / "before-metrics.jsonl").read_bytes() == rows
-    assert (run_dir / "before-result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("damaged", r"step-00000012/model\.safetensors.*step-00000008/model\.safetensors"),
+        ("set aside", r"damaged-step-00000008.*damaged-step-00000012"),
+        ("the result", r"result\.json"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_all_lost_is_not_started_over(run_dir, left, said):
+    checkpoints = run_dir / "checkpoints"
+    for name in ("step-00000008", NEWEST):
+        if left == "damaged":
+            (checkpoints / name / "model.safetensors").write_bytes(b"damaged")
+        elif left == "set aside":
+            (checkpoints / name).rename(checkpoints / f"damaged-{name}")
+        else:
+            shutil.rmtree(checkpoints / name)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ShiftInputError, match=f"found: .*{said}"):
+        Trainer(tiny(), run_dir, resume=True)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the bytes of a run that was left alone."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -234,6 +235,37 @@ def test_a_finished_run_goes_on_as_one_that_was_never_to_stop_there(tmp_path):
     assert loops == [1] * 5 + [3] * (
         len(loops) - 5
     )  # the schedule's shares are of the steps, not of all this
+
+
+@pytest.mark.parametrize("schedule", [ScheduleConfig("constant"), ScheduleConfig("fixed", {"at": 0.75})])
+def test_a_run_that_is_extended_goes_on_as_if_it_had_been_planned_so(tmp_path, schedule):
+    config = tiny(schedule=schedule)
+    Trainer(config, tmp_path / "run").fit()
+    trainer = Trainer(dataclasses.replace(config, steps=15), tmp_path / "run", resume=True, extend=True)
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(lambda done, _: trainer.stop() if done == 13 else None)
+    longer = dataclasses.replace(config, steps=18)
+    extended = Trainer(longer, tmp_path / "run", resume=True, extend=True).fit()
+    if schedule.kind == "fixed":  # its fraction stays one of the steps that were planned
+        longer = dataclasses.replace(longer, schedule=ScheduleConfig("fixed", {"at": 9}))
+    whole = Trainer(longer, tmp_path / "whole").fit()
+    for key in ("weights_sha256", "optimizer_sha256", "switch_step", "steps"):
+        assert extended[key] == whole[key], key
+    assert rows(tmp_path / "run", "train") == rows(tmp_path / "whole", "train")
+
+
+@pytest.mark.parametrize(
+    ("lr_schedule", "at", "good"), [("wsd", 8, True), ("wsd", 12, False), ("cosine", 8, False)]
+)
+def test_a_run_whose_rate_falls_is_extended_before_it_falls_or_not_at_all(tmp_path, lr_schedule, at, good):
+    config = tiny(optimiser=OptimiserConfig(warmup=4, lr_schedule=lr_schedule))
+    trainer = Trainer(config, tmp_path)
+    with contextlib.suppress(TrainingInterrupted):
+        trainer.fit(lambda done, _: trainer.stop() if done == at - 1 else None)
+    longer = dataclasses.replace(config, steps=18)
+    outcome = contextlib.nullcontext() if good else pytest.raises(ShiftInputError, match="begun to fall")
+    with outcome:
+        assert Trainer(longer, tmp_path, resume=True, extend=True).progress.step == at
 
 
 def test_a_checkpoint_of_before_that_holds_more_is_still_read():

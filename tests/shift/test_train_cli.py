@@ -210,6 +210,11 @@ def test_a_device_that_is_not_here_is_unusable_input(tiny_toml, tmp_path, device
 def test_a_start_that_was_refused_does_not_take_the_directory(tiny_toml, tmp_path):
     run = ["--run-dir", str(tmp_path / "run"), "--config", str(tiny_toml)]
     assert main([*run, "--backend", "nosuch"]) == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert main([*run, "--backend", "nosuch"]) == 2
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert main([*run, "--steps", "1"]) == 0
     assert main([*run, "--steps", "1"]) == 2
 
@@ -276,8 +281,11 @@ def test_a_run_writes_its_resolved_config_and_resumes_by_it(tmp_path, tiny_toml)
     assert main(["--run-dir", run_dir, "--config", str(tiny_toml), "--steps", "5"]) == 0
     assert load_config(tmp_path / "run" / "config.toml") == dataclasses.replace(TINY, steps=5)
     assert main(["--run-dir", run_dir, "--config", str(tiny_toml), "--steps", "5"]) == 2  # in use
-    assert main(["--run-dir", run_dir, "--resume", "auto", "--steps", "6"]) == 2  # another config
+    assert main(["--run-dir", run_dir, "--resume", "auto", "--batch-size", "6"]) == 2  # another config
     assert main(["--run-dir", run_dir, "--resume", "auto"]) == 0
+    assert main(["--run-dir", run_dir, "--resume", "auto", "--steps", "4"]) == 2  # fewer than are done
+    assert main(["--run-dir", run_dir, "--resume", "auto", "--steps", "7"]) == 0
+    assert load_config(tmp_path / "run" / "config.toml").steps == 7
 
 
 def test_a_log_that_is_no_terminal_gets_a_line_per_report(tmp_path, tiny_toml, capsys):
