@@ -1,0 +1,83 @@
+"""Looped models in Hugging Face Transformers; needs the extra ``hf``.
+
+    from shift_kernels.hf import loop_layers, unloop
+
+    model = AutoModelForCausalLM.from_pretrained("gpt2")
+    loop_layers(model, layers=range(4, 8), n_loops=4)  # in place; those four layers are one LoopedBlock now
+    model.generate(**inputs)
+
+Importing this module makes ``AutoModelForCausalLM.from_pretrained`` load what such a model saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shift_kernels.checks import check_int
+from shift_kernels.extras import require
+
+require("hf", "shift_kernels.hf")
+
+from shift_kernels.hf.families import FAMILIES, FUNCTION, refuse  # noqa: E402
+from shift_kernels.hf.layers import LoopedLayers  # noqa: E402
+from shift_kernels.hf.models import LoopedModel, family_of, find, install, looped_class, register  # noqa: E402
+from shift_kernels.spec import MAX_LOOPS  # noqa: E402
+
+__all__ = ["FAMILIES", "LoopedLayers", "loop_layers", "unloop"]
+
+register()
+
+
+def loop_layers(model: Any, layers: Sequence[int] = range(4, 8), n_loops: int = 4) -> LoopedLayers:
+    """Loop some layers of a Transformers model, in place: with one loop it computes what it did.
+
+    Masks, padding on either side, ``position_ids``, ``use_cache`` and ``generate`` work as before; each loop
+    has its own cache. What a looped block can't do is refused by name when it is asked for: masks other than
+    those of padded causal sequences, dropout in training, caches that change their batch.
+
+    Args:
+        model: a ``PreTrainedModel`` of one of :data:`FAMILIES`; it gets another class and ``config.looped``.
+        layers: numbers of successive layers.
+        n_loops: T; ``model.config.looped["n_loops"] = T`` changes it later.
+
+    Returns:
+        The module that is in the place of the first of these layers.
+
+    Raises:
+        ShiftInputError: another family, or something in its config or weights that no block has; the model is
+            as it was.
+    """
+    if isinstance(model, LoopedModel):
+        refuse("model", type(model).__name__, "a model without loops", "Call unloop(model) first.")
+    family = family_of(model)
+    n_layers = len(getattr(model.base_model, family.layers))
+    numbers = [check_int(FUNCTION, "layers", i, 0, n_layers - 1) for i in layers]
+    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        refuse("layers", numbers, f"successive numbers from 0 to {n_layers - 1}", "Name a range.")
+    n_loops = check_int(FUNCTION, "n_loops", n_loops, 1, MAX_LOOPS)
+    config = model.config
+    config.looped = {"layers": [numbers[0], numbers[-1] + 1], "n_loops": n_loops}
+    try:
+        looped = install(model)
+    except BaseException:
+        del config.looped
+        raise
+    model.__class__ = looped_class(type(model))
+    config.__class__ = model.config_class
+    return looped
+
+
+def unloop(model: Any) -> None:
+    """Undo :func:`loop_layers`, in place: the layers are back, with the weights as they are now.
+
+    Raises:
+        ShiftInputError: the model has no loops.
+    """
+    layers, looped = find(model)
+    config = model.config
+    model.__class__ = type(model).original
+    config.__class__ = type(config).original
+    del config.looped
+    for i, layer in enumerate(looped.original()):
+        layers[looped.first + i] = layer

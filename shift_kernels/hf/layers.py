@@ -1,0 +1,145 @@
+"""The module that takes the place of some layers of a Hugging Face model, and runs them as looped blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shift_kernels.cache import LoopedCache
+from shift_kernels.hf.families import Family, refuse
+from shift_kernels.hf.slots import LoopedSlot, slot
+from shift_kernels.hf.tokens import Seen, read
+from shift_kernels.module import LoopedBlock
+from shift_kernels.spec import BlockSpec
+
+
+class LoopedLayers(nn.Module):
+    """Some successive decoder layers, applied ``n_loops`` times; called as one decoder layer is.
+
+    Layers that are alike are one :class:`LoopedBlock`. Where they alternate (Gemma 2: every other layer has a
+    sliding window) each kind is a block of its own, and a loop is one call after the other.
+
+    Args:
+        family: what these layers are.
+        config: of the model; ``config.looped["n_loops"]`` is T, and may be changed between calls.
+        layers: the decoder layers, whose weights are copied.
+        first: the number of the first.
+    """
+
+    def __init__(self, family: Family, config: Any, layers: Sequence[nn.Module], first: int) -> None:
+        super().__init__()
+        self.family, self.config, self.first, self.n_layers = family, config, first, len(layers)
+        self.layer_class = type(layers[0])
+        self.keywords = tuple(inspect.signature(self.layer_class.forward).parameters)[1:]
+        specs = [family.spec(config, first + i) for i in range(len(layers))]
+        blocks = []
+        at = 0
+        for spec, alike in groupby(specs):
+            n = len(list(alike))
+            blocks.append(_block(family, spec, layers[at : at + n]))
+            at += n
+        self.blocks = nn.ModuleList(blocks)
+
+    @property
+    def n_loops(self) -> int:
+        """T, of the next call."""
+        return self.config.looped["n_loops"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the decoder layer's: hidden states [batch, seq_len, d_model] in and out; pads return 0.
+
+        Raises:
+            ShiftInputError: a mask that is not that of causal, padded sequences; positions with gaps; a cache
+                of an unknown kind; dropout. Nothing is computed then.
+        """
+        call = dict(zip(self.keywords, args, strict=False)) | kwargs
+        e = call["hidden_states"]
+        if call.get("encoder_hidden_states") is not None:
+            refuse("encoder_hidden_states", "given", "None", "Cross attention is not part of a LoopedBlock.")
+        self._refuse_dropout()
+        cache = call.get("cache", call.get("past_key_values"))
+        past = None if cache is None else slot(cache, self.first)
+        seen = Seen() if past is None else past.seen(e.shape[1])
+        spec = self.blocks[0].spec
+        positions = call.get("position_ids") if spec.position == "rope" else None
+        tokens = read(call.get("attention_mask"), positions, e, seen, getattr(spec, "window", None))
+        caches = None if past is None else self._caches(past, seen, e)
+        packed, seq_lens = tokens.pack(e)
+        h = tokens.unpack(self._loops(packed, seq_lens, caches))
+        if past is not None:
+            past.count(tokens, seen, e)
+            tick = e.new_ones(len(e), 1, e.shape[1], 1)
+            for i in range(self.first, self.first + self.n_layers):
+                cache.update(tick, tick, i)
+        return h
+
+    def _caches(self, past: LoopedSlot, seen: Seen, e: Tensor) -> list[LoopedCache] | None:
+        """The caches to append to; None in training, where the cache that Transformers makes is not read."""
+        grad = torch.is_grad_enabled() and (
+            e.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        if seen.n and (grad or not past.is_recorded):
+            refuse("cache", "continued with gradients", "one filled and read without", "Use torch.no_grad().")
+        past.is_recorded = not grad
+        return None if grad else past.caches_for(self.blocks, self.n_loops, e)
+
+    def _loops(self, h: Tensor, seq_lens: Tensor | None, caches: list[LoopedCache] | None) -> Tensor:
+        one = len(self.blocks) == 1
+        calls = [
+            (block, self.n_loops if one else 1)
+            for _ in range(1 if one else self.n_loops)
+            for block in self.blocks
+        ]
+        for i, (block, n_loops) in enumerate(calls):
+            h = block(h, n_loops, seq_lens=seq_lens, cache=None if caches is None else caches[i])
+        return h
+
+    def _refuse_dropout(self) -> None:
+        for name in self.family.dropout if self.training else ():
+            if p := getattr(self.config, name):
+                refuse(f"config.{name}", p, "0 in training: a LoopedBlock has no dropout", "Set it to 0.0.")
+
+    def original(self) -> list[nn.Module]:
+        """The decoder layers with these weights."""
+        layers = []
+        for block in self.blocks:
+            for i in range(block.spec.n_layers):
+                prefix = f"layers.{i}."
+                ours = {k.removeprefix(prefix): w for k, w in block.weights().items() if k.startswith(prefix)}
+                layers.append(self._layer(ours, self.first + len(layers)))
+        return layers
+
+    def _layer(self, ours: dict[str, Tensor], index: int) -> nn.Module:
+        some = next(iter(ours.values()))
+        with some.device:
+            layer = self.layer_class(self.config, index)
+        assign(layer.to(some.dtype), self.family.to_layer(ours, layer))
+        return layer.train(self.training)
+
+
+class PassedThrough(nn.Module):
+    """In the place of a layer that :class:`LoopedLayers`, further up, has run already."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def assign(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in the place of those of the same names."""
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, parameter)
+
+
+def _block(family: Family, spec: BlockSpec, layers: Sequence[nn.Module]) -> LoopedBlock:
+    """One block of layers that are alike, with their weights."""
+    block = LoopedBlock(dataclasses.replace(spec, n_layers=len(layers)), device="meta")
+    for i, layer in enumerate(layers):
+        assign(block.get_submodule(f"layers.{i}"), family.to_block(layer, spec))
+    return block

@@ -1,0 +1,103 @@
+"""Looped models as Transformers knows its models: a class and a config class each, which save and load.
+
+A looped GPT-2 has the model type ``looped_gpt2``, so a file of it is never taken for a GPT-2. Its config says
+which layers are looped (``config.looped``), its weights are safetensors, and no code is loaded with them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from shift_kernels.hf.families import FAMILIES, Family, refuse
+from shift_kernels.hf.layers import LoopedLayers, PassedThrough
+
+PREFIX = "looped_"
+
+
+class LoopedModel:
+    """What the classes of looped models share; the other base class is the model's own."""
+
+    original: type
+    """The class of the model without loops."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self)
+
+
+@cache
+def looped_config_class(original: type) -> type:
+    """The config class of the looped models of a family."""
+    name = PREFIX + original.model_type  # type: ignore[attr-defined]
+    return type(f"Looped{original.__name__}", (original,), _named({"model_type": name, "original": original}))
+
+
+@cache
+def looped_class(original: type) -> type:
+    """The looped twin of a model class."""
+    config_class = looped_config_class(original.config_class)  # type: ignore[attr-defined]
+    members = _named({"config_class": config_class, "original": original})
+    return type(f"Looped{original.__name__}", (LoopedModel, original), members)
+
+
+def _named(members: dict[str, Any]) -> dict[str, Any]:
+    return members | {"__module__": __name__}
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model, looped or not.
+
+    Raises:
+        ShiftInputError: it is none of :data:`FAMILIES`.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    family = FAMILIES.get(str(kind).removeprefix(PREFIX))
+    if family is None:
+        refuse("model", kind, "a model of one of the families " + ", ".join(FAMILIES), "Add it to FAMILIES.")
+    return family
+
+
+def install(model: Any) -> LoopedLayers:
+    """Put :class:`LoopedLayers` where ``config.looped`` says, with the weights of the layers there."""
+    family = family_of(model)
+    layers: nn.ModuleList = getattr(model.base_model, family.layers)
+    first, end = model.config.looped["layers"]
+    looped = LoopedLayers(family, model.config, layers[first:end], first)  # type: ignore[arg-type]
+    looped.train(model.training)
+    layers[first] = looped
+    for i in range(first + 1, end):
+        layers[i] = PassedThrough()
+    return looped
+
+
+def find(model: Any) -> tuple[nn.ModuleList, LoopedLayers]:
+    """The decoder layers of a looped model, and the one among them that loops.
+
+    Raises:
+        ShiftInputError: there is none.
+    """
+    layers = getattr(model.base_model, family_of(model).layers)
+    for layer in layers:
+        if isinstance(layer, LoopedLayers):
+            return layers, layer
+    refuse("model", type(model).__name__, "a model that loop_layers has changed", "Loop it first.")
+
+
+def register() -> None:
+    """Make the Auto classes of Transformers load looped models."""
+    for kind in FAMILIES:
+        config_class = CONFIG_MAPPING[kind]
+        looped_config = looped_config_class(config_class)
+        AutoConfig.register(looped_config.model_type, looped_config)  # type: ignore[attr-defined]
+        for auto, mapping in (
+            (AutoModel, MODEL_MAPPING),
+            (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        ):
+            auto.register(looped_config, looped_class(mapping[config_class]))
