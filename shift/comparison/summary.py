@@ -41,8 +41,14 @@ Comparisons = Mapping[str, Mapping[str, Any]]
 """Name of the task -> content of its ``results.json``."""
 
 
-def write_summary(path: Path, comparisons: Comparisons) -> None:
-    """Write the runs of some comparisons; what results made by older versions lack is null."""
+def write_summary(path: Path, comparisons: Comparisons, first: Mapping[str, Any] | None = None) -> None:
+    """Write the runs of some comparisons; what results made by older versions lack is null.
+
+    Args:
+        path: the file.
+        comparisons: of which.
+        first: what the file begins with, by its key.
+    """
     rows = [
         {
             "task": task,
@@ -61,7 +67,7 @@ def write_summary(path: Path, comparisons: Comparisons) -> None:
         | {"arms": {name: {key: arm[key] for key in OF_ARM} for name, arm in results["arms"].items()}}
         for task, results in comparisons.items()
     }
-    write_rows(path, rows, about)
+    write_rows(path, rows, about, first)
 
 
 def read_summary(path: Path) -> dict[str, dict[str, Any]]:

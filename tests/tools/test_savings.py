@@ -21,6 +21,7 @@ from benchmarks.savings.report import (
 from benchmarks.savings.report import (
     test_table as paired_test_table,
 )
+from benchmarks.savings.restricted import best_fixed, headline, named, restricted_mean, smallest_t
 from benchmarks.savings.run import Progress, cost, finished
 from benchmarks.savings.suite import SUITES, load_suite
 from shift.comparison.summary import read_summary, write_summary
@@ -121,6 +122,38 @@ def test_hindsight_takes_the_best_arm_of_each_task(results):
     never = {"other": {"arms": {"single": results["a_task"]["arms"]["single"]}}}
     assert hindsight(results | never) == hindsight(results)
     assert hindsight(never) == "No arm got there on any task."
+
+
+def test_the_restricted_mean_leaves_no_run_out(results):
+    task = results["a_task"]
+    looped = {s["seed"]: s for s in task["arms"]["looped"]["seeds"]}
+    assert restricted_mean(results, named("looped"))[0] == 1
+    paid = sum(s["flops_to_target"] for s in looped.values())
+    # Single never got there: each of its runs costs what Looped of its seed spent in all.
+    never = sum(s["flops_total"] for s in looped.values()) / paid
+    assert restricted_mean(results, named("single"))[0] == pytest.approx(never)
+    shift = {s["seed"]: s for s in task["arms"]["shift"]["seeds"]}
+    reached = sum(s["flops_to_target"] for s in shift.values())
+    assert restricted_mean(results, named("shift"))[0] == pytest.approx(reached / paid)
+    shift[4]["flops_to_target"] = None
+    capped = reached + looped[4]["flops_total"]
+    value, (low, high) = restricted_mean(results, named("shift"))
+    assert reached / paid < value < capped / paid
+    assert low < value < high
+    looped[3]["flops_to_target"] = None  # Looped's own failures count, too
+    assert restricted_mean(results, named("looped"))[0] == 1
+    assert restricted_mean(results, named("shift"))[0] < value
+
+
+def test_the_headline_is_the_best_of_ours_on_the_tuning_tasks(results):
+    found = headline(results)
+    assert found["arm"] == "shift"
+    assert (found["lost"], found["lost_looped_other_data"]) == (0, 0)
+    assert found["best_fixed_by_hindsight"] == restricted_mean(results, best_fixed)[0]
+    assert found["oracle"] <= min(found["restricted_mean"], found["best_fixed_by_hindsight"])
+    no_smaller_t_was_run = restricted_mean(results, named("shift"), smallest_t)
+    assert no_smaller_t_was_run[0] == found["restricted_mean"]
+    assert restricted_mean(results, named("no such arm")) is None
 
 
 def test_the_report_says_where_arms_switched_and_that_some_never_did(results):
