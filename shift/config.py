@@ -286,6 +286,8 @@ class TrainConfig(Checked):
     """Steps between evaluations; 0: only before and after training."""
     eval_samples: int = whole(512, 1)
     """Held-out sequences an evaluation reads."""
+    sweep_loops: tuple[int, ...] = wholes((), 1, MAX_LOOPS)
+    """Numbers of loops that the finished model is evaluated with, for result.json."""
     log_every: int = whole(10, 1)
     """Steps between two reads of the metrics off the device."""
     checkpoint_every: int = whole(200, 0)
@@ -317,6 +319,7 @@ class TrainConfig(Checked):
 
 
 RESULT_FREE = (
+    "sweep_loops",
     "log_every",
     "checkpoint_every",
     "keep",

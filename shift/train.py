@@ -25,6 +25,7 @@ import tyro
 
 from shift.config import Options, TrainConfig, load_config
 from shift.reading import tomllib
+from shift.run.logs import Log
 from shift.run.process import run
 from shift.run.ranks import OtherRankFailed
 from shift.run.shapes import When
@@ -46,6 +47,8 @@ class Command:
     """A TOML file, or the name of a preset."""
     resume: Literal["no", "auto"] = "no"
     """auto: go on from the newest valid checkpoint in run_dir, to more steps if --steps says so."""
+    log: tuple[Log, ...] = ()
+    """Who is told besides the console and the run directory: tensorboard, wandb (extra log)."""
     calibrate: When = "auto"
     """auto: before training on a GPU, verify and time the backends for shapes not measured there yet."""
 
@@ -136,7 +139,13 @@ def _option(word: str) -> tuple[str, Any]:
 
 def _train(command: Command) -> int:
     try:
-        run(command.train, command.run_dir, resume=command.resume == "auto", calibrate=command.calibrate)
+        run(
+            command.train,
+            command.run_dir,
+            resume=command.resume == "auto",
+            calibrate=command.calibrate,
+            logs=command.log,
+        )
     except TrainingInterrupted as interruption:
         print(f"shift-train: {interruption} (--resume auto)", file=sys.stderr)
         return INTERRUPTED

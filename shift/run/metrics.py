@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shift.run.files import naming, take_lock, write_all
+from shift.run.speed import Pace
 from shift_kernels.errors import ShiftInputError, input_error
 
 
@@ -207,20 +209,22 @@ class Console:
 
             self._bar = tqdm(total=total_steps, file=self._stream, unit="step", dynamic_ncols=True)
 
-    def train(self, row: dict[str, Any], ms: float, tokens: int) -> None:
-        """The state after a step: its metrics row, milliseconds a step, and tokens a step."""
+    def train(self, row: Mapping[str, Any], pace: Pace) -> None:
+        """The state after a step: its metrics row, and how fast the last steps went."""
+        share = "unknown" if pace.flops_share is None else f"{100 * pace.flops_share:.1f}%"
         facts = (
             f"loss {_short(row['loss'])} | lr {row['lr']:.1e} | grad {_short(row['grad_norm'])} | "
-            f"T {row['n_loops']} stage {row['stage']} | {ms:.1f} ms | {1e3 * tokens / ms:,.0f} tok/s"
+            f"T {row['n_loops']} stage {row['stage']} | {pace.ms:.1f} ms | {pace.tokens_per_s:,.0f} tok/s | "
+            f"MFU {share} | {pace.memory_bytes / 2**20:,.0f} MiB"
         )
         if self._bar is not None:
             self._bar.update(row["step"] - self._bar.n)
             self._bar.set_postfix_str(facts)
         else:
-            eta = (self._total - row["step"]) * ms / 1e3
+            eta = (self._total - row["step"]) * pace.ms / 1e3
             self.say(f"step {row['step']:5d}/{self._total} | {facts} | eta {eta:.0f} s")
 
-    def evaluation(self, row: dict[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """The result of an evaluation: its metrics row."""
         bits = f" | bits/byte {_short(row['bits_per_byte'])}" if "bits_per_byte" in row else ""
         self.say(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,35 @@ import torch
 import torch.distributed as dist
 
 from shift.config import TrainConfig
+from shift.run.logs import Log, Watchers, open_log
 from shift.run.metrics import Console
 from shift.run.shapes import When, calibrate_shapes
 from shift.run.trainer import Trainer
 
 
-def run(config: TrainConfig, run_dir: Path, *, resume: bool, calibrate: When = "auto") -> None:
+def run(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool,
+    calibrate: When = "auto",
+    logs: Sequence[Log] = (),
+) -> None:
     """Train; under ``torchrun`` as one rank of it. Progress goes to the console of rank 0.
 
     Args:
         config, run_dir, resume: see :class:`shift.run.trainer.Trainer`.
         calibrate: see :func:`shift.run.shapes.calibrate_shapes`.
+        logs: who is told besides the console.
 
     Raises:
+        ModuleNotFoundError: the package of a log is missing.
         TrainingInterrupted: after SIGTERM or Ctrl-C; a checkpoint was saved.
         ShiftInputError, TrainingDiverged, OtherRankFailed, OSError: see there.
     """
     with _process_group() as leads:
-        console = Console(config.steps) if leads else None
+        watchers = [open_log(log, config, run_dir) for log in dict.fromkeys(logs)] if leads else []
+        console = Watchers([Console(config.steps), *watchers]) if leads else None
         try:
             calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
             trainer = Trainer(config, run_dir, resume=resume, extend=True, console=console)

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from shift.run.record import read_timing
+from shift.run.speed import Pace
 from shift.tasks.base import Task
 from shift_kernels.machine import device_name
 
@@ -38,6 +39,15 @@ def switch_ms(run_dir: Path, switch_step: int | None) -> float | None:
     ms = {row["step"]: row["ms"] for row in read_timing(run_dir) if "ms" in row}
     later = [ms[step] for step in range(switch_step + 2, switch_step + 12) if step in ms]
     return ms[switch_step + 1] - statistics.median(later) if switch_step + 1 in ms and later else None
+
+
+def pace(run_dir: Path, n_steps: int, flops: float, peak: float | None) -> dict[str, Any]:
+    """The pace of a whole run, by the clocks of its training steps alone; empty where no times are known."""
+    rows = [row for row in read_timing(run_dir) if {"ms", "tokens", "memory_bytes"} <= row.keys()]
+    if not rows:
+        return {}
+    peak = peak if len(rows) == n_steps else None  # or the FLOPs would be of other steps than the times
+    return {"peak_flops_per_s": peak, **vars(Pace.of(rows, flops, peak))}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -31,14 +31,16 @@ from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import NOTHING, first_not_finite, recipe
 from shift.run.directory import RunDirectory
 from shift.run.evaluate import evaluate, loops_of
-from shift.run.metrics import Console, PendingRows, StepTimer
+from shift.run.logs import Watcher
+from shift.run.metrics import PendingRows, StepTimer
 from shift.run.micro_batches import MicroBatches
 from shift.run.optim import build_optimizer, go_back, learning_rate
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
 from shift.run.snapshots import SnapshotRecorder
+from shift.run.speed import Pace, matmul_peak, memory_bytes
 from shift.run.step import TrainStep
-from shift.run.summary import batches_sha256, environment, switch_ms
+from shift.run.summary import batches_sha256, environment, pace, switch_ms
 from shift.schedules import Signals
 from shift.tasks.base import Batch
 from shift_kernels.errors import ShiftInputError, input_error
@@ -66,7 +68,7 @@ class Trainer:
             refused.
         extend: let a run that is resumed have more steps than it was begun with. Its schedule, where it goes
             by fractions of all steps, stays as it was.
-        console: where to report; None: nowhere.
+        console: who is told of steps and evaluations; None: nobody.
 
     In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
     ranks' batches, whose gradients are averaged as one flat tensor after the backward. Rank 0 alone reads
@@ -84,7 +86,7 @@ class Trainer:
         *,
         resume: bool = False,
         extend: bool = False,
-        console: Console | None = None,
+        console: Watcher | None = None,
     ) -> None:
         self.ranks = Ranks()
         self.config, self.console, self.device = config, console, find_device(config.device)
@@ -110,6 +112,7 @@ class Trainer:
         for x in (*self.optimizer.pieces, *(self._initial or ())):
             self.ranks.copy_first(x)  # equal by their seed, if the machines are
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
+        self._flops_seen = self.progress.flops
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
         )
@@ -255,11 +258,20 @@ class Trainer:
         self._tokens = self.ranks.size * batch.tokens.numel()
 
     def _evaluate(self, n_loops: int) -> None:
-        c, p = self.config, self.progress
+        p = self.progress
         if self.run is None:
             return
+        scores = self._scores(n_loops)
+        p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **p.costs()}
+        self._rows.add(p.last_eval)
+        if self.console:
+            self.console.evaluation(p.last_eval)
+
+    def _scores(self, n_loops: int) -> dict[str, Any]:
+        """What an evaluation finds."""
+        c = self.config
         with self._averaged():
-            scores = evaluate(
+            return evaluate(
                 self.model,
                 self.task,
                 n_loops=n_loops,
@@ -268,10 +280,11 @@ class Trainer:
                 bf16=c.precision == "bf16",
                 backend=c.backend,
             )
-        p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **p.costs()}
-        self._rows.add(p.last_eval)
-        if self.console:
-            self.console.evaluation(p.last_eval)
+
+    def _peak(self) -> float | None:
+        """FLOP/s of all devices together, if they are alike."""
+        peak = matmul_peak(self.device, self.config.precision == "bf16")
+        return None if peak is None else self.ranks.size * peak
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model has the weights that are to be used: the averaged ones, if there are any."""
@@ -281,7 +294,7 @@ class Trainer:
         """Read the pending rows off the device, write them, and give up if the run is beyond hope."""
         p = self.progress
         p.wall_s, p.cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        rows, timing, hopeless = self._rows.read(), [], None
+        rows, timing, hopeless, memory = self._rows.read(), [], None, memory_bytes(self.device)
         train_rows = [row for row in rows if row["kind"] == "train"]
         for row, ms in zip(train_rows, self._timer.read(), strict=True):
             p.train_s += ms / 1e3
@@ -289,12 +302,15 @@ class Trainer:
             if p.skips_in_row == MAX_SKIPS:
                 hopeless = row
             clocks = {"elapsed_s": p.train_s, "wall_s": p.wall_s, "cpu_s": p.cpu_s}
-            timing.append({"step": row["step"], "ms": ms, **clocks})
+            taken = {"tokens": self._tokens, "memory_bytes": memory}
+            timing.append({"step": row["step"], "ms": ms, **clocks, **taken})
         if self.run is not None:
             self.run.write_rows(rows, timing)
             self.run.write_snapshots(self._snapshots.read())
         if self.console and timing and _due(p.step, self.config.log_every):
-            self.console.train(train_rows[-1], sum(t["ms"] for t in timing) / len(timing), self._tokens)
+            flops = train_rows[-1]["flops"] - self._flops_seen
+            self.console.train(train_rows[-1], Pace.of(timing, flops, self._peak()))
+        self._flops_seen = p.flops
         if hopeless is not None:
             raise self._divergence(hopeless)
 
@@ -373,11 +389,13 @@ class Trainer:
 
     def _finish(self, run: RunDirectory) -> dict[str, Any]:
         c, p = self.config, self.progress
+        sweep = {str(n): self._scores(n) for n in dict.fromkeys(c.sweep_loops)}
         first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
         result = {
             "steps": p.step,
             "switch_step": p.switch_step,
             "final_eval": p.last_eval,
+            **({"sweep": sweep} if sweep else {}),
             "flops_total": p.flops,
             "block_applications": p.block_applications,
             "skipped_steps": p.skipped_steps,
@@ -385,6 +403,7 @@ class Trainer:
             "wall_s": p.wall_s,
             "cpu_s": p.cpu_s,
             "switch_ms": switch_ms(run.path, p.switch_step),
+            **pace(run.path, p.step, p.flops, self._peak()),
             "initial_weights_sha256": p.initial_weights_sha256,
             "weights_sha256": checkpoint.digest(self.model.state_dict()),
             "optimizer_sha256": checkpoint.digest(self.optimizer.state_dict()),
