@@ -7,6 +7,7 @@ from shift_kernels.console import launch
 train = partial(launch, "shift-train", "shift.train")
 compare = partial(launch, "shift-compare", "shift.compare")
 data = partial(launch, "shift-data", "shift.data")
+report = partial(launch, "shift-report", "shift.run_report")
 evaluate = partial(launch, "shift-eval", "shift.eval")
 landscape = partial(launch, "shift-landscape", "shift.landscape.cli")
 calibrate = partial(launch, "shift-calibrate", "shift.calibrate")
