@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch
 
 from shift_kernels import dispatch, reference
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
-from shift_kernels.cache import LoopedCache, check_step
-from shift_kernels.call import AttentionProblem, CallOptions, Problem
-from shift_kernels.call_checks import check_call, check_offsets, own_per_sample
+from shift_kernels.cache import check_step
+from shift_kernels.call import (
+    AttentionProblem,
+    CallKeywords,
+    CallOptions,
+    Problem,
+    differentiable,
+    named_again,
+)
+from shift_kernels.call_checks import check_call, check_initial_state, own_per_sample
 from shift_kernels.checks import check_bool, check_floating
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
+from shift_kernels.layouts import Packed, rolled
 from shift_kernels.spec import BlockSpec
 from shift_kernels.torch_internals import must_be_observed, transforms_are_active
 
 _FUNCTION = "shift_kernels.looped_block"
 
 
-@refuses_unknown_keywords(_FUNCTION)
+@refuses_unknown_keywords(_FUNCTION, CallKeywords)
 def looped_block(
     e: Tensor,
     weights: Mapping[str, Tensor],
     spec: BlockSpec,
     n_loops: int | Tensor,
-    *,
-    seq_lens: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    return_all_loops: bool = False,
-    n_grad_loops: int | None = None,
-    halt_threshold: float | None = None,
-    cache: LoopedCache | None = None,
-    backend: str = "auto",
+    **keywords: Unpack[CallKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Apply one block ``n_loops`` times with the same weights.
 
@@ -44,15 +47,26 @@ def looped_block(
         weights: name -> tensor, names and shapes of :meth:`BlockSpec.weight_shapes`.
         spec: what the block is.
         n_loops: T >= 0; an int tensor [] or [batch] gives T at run time, one per sample. 0 returns h_0.
-        seq_lens: int [batch], lengths of right-padded samples. Pads may hold anything, NaN included: they
-            reach no result and no gradient, and return 0.
+
+    Keyword Args:
+        seq_lens: int [batch]: sample b's tokens end before position ``seq_lens[b]``. Pads may hold anything,
+            NaN included: they reach no result and no gradient, and return 0.
+        left_pad: int [batch]: the first ``left_pad[b]`` positions are pads, as tokenizers pad for generation.
+            Rotary positions count from the first real token: the result is that of the sequence alone.
         cu_seqlens: int [batch + 1], offsets of sequences packed one behind the other, instead of padding.
+        h0: the initial state, as e in shape and dtype, with a gradient of its own; default: e with injection
+            "none", otherwise 0. Four more loops from h_4 are eight loops. With injection "none" e is not
+            read then, and its gradient is 0.
+        position_offset: int [batch], added to rotary positions. Rotary attention sees differences of
+            positions alone, so that this changes something beside a cache only.
+        residual_scale: factor on every branch in this call instead of the block's: a float > 0, or a float
+            tensor [] or [batch], one per sample, without gradient.
         return_all_loops: return h_1 .. h_T, [T, ...]; a sample that is done repeats its last state.
         n_grad_loops: back-propagate only through each sample's last k loops; None: through all.
         halt_threshold: inference only; a sample stops once its relative RMS change in a loop is below it.
         cache: keys and values of earlier tokens, which e's tokens see, and to which they are appended; the
             result is theirs. Inference only, and every call with the same ``n_loops``.
-        backend: ``auto``, or a name from :func:`backends`; a named one never falls back.
+        backend: ``auto`` (the default), or a name from :func:`backends`; a named one never falls back.
 
     Returns:
         h_T (or all h_t), dtype of e. With ``halt_threshold``: a pair of that and the loops used, [batch].
@@ -63,17 +77,22 @@ def looped_block(
 
     Source: the looped transformer h_t = f(h_{t-1} [+ e]) of arXiv 2409.15647, section 4, and 2510.10089.
     """
-    if cu_seqlens is not None:
-        e, seq_lens, (sample, position) = _padded(e, cu_seqlens, seq_lens)
-    n_loops, seq_lens, n_grad_loops = check_call(
-        _FUNCTION, e, weights, spec, n_loops, seq_lens, n_grad_loops, halt_threshold, return_all_loops
-    )
+    packed = None
+    if (cu_seqlens := keywords.pop("cu_seqlens", None)) is not None:
+        packed, e, keywords = _unpacked(e, cu_seqlens, keywords)
+    n_loops, checked = check_call(_FUNCTION, e, weights, spec, n_loops, keywords)
+    backend, left_pad = checked.pop("backend", "auto"), checked.pop("left_pad", None)
+    if left_pad is not None:
+        e, checked = _moved_left(e, left_pad, checked)
     compute_dtype = e.dtype
     can_autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
     if can_autocast and torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(e.device.type)
-    grad = torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values()))
-    options = CallOptions(n_loops, compute_dtype, seq_lens, return_all_loops, n_grad_loops, halt_threshold)
+    cache = checked.pop("cache", None)
+    options = CallOptions(n_loops, compute_dtype, **checked)  # type: ignore[misc]
+    ordered = {name: weights[name] for name in spec.weight_shapes()}
+    inputs = differentiable(e, ordered, options)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     problem = Problem(
         spec,
         e.shape[0],
@@ -82,17 +101,16 @@ def looped_block(
         compute_dtype,
         e.device,
         grad,
-        halting=halt_threshold is not None,
+        halting=options.halt_threshold is not None,
         n_loops=options.known_loops(),
         cached=cache is not None,
+        options=options.names(),
     )
     step = None
     if cache is not None:
-        _refuse_with_cache(problem, n_grad_loops)
-        step = check_step(_FUNCTION, cache, e, spec, n_loops, None, seq_lens)
+        _refuse_with_cache(problem, options.n_grad_loops)
+        step = check_step(_FUNCTION, cache, e, spec, n_loops, None, options.seq_lens)
     chosen = dispatch.plan_and_warn(problem, backend)
-    ordered = {name: weights[name] for name in spec.weight_shapes()}
-    inputs = (e, *ordered.values())
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
@@ -105,14 +123,43 @@ def looped_block(
             h, used = reference.looped_block(e, ordered, spec, **vars(options))
         elif grad:
             inputs = tuple(x.resolve_neg() for x in inputs)
-            h, used = EagerLoopedBlock.apply(LOOPED_BLOCK.get(chosen.backend), spec, options, *inputs)
+            plain = options if options.h0 is None else dataclasses.replace(options, h0=None)
+            h, used = EagerLoopedBlock.apply(LOOPED_BLOCK.get(chosen.backend), spec, plain, *inputs)
         else:
-            kernels = LOOPED_BLOCK.get(chosen.backend)
-            ordered = {name: w.resolve_neg() for name, w in ordered.items()}
-            h, used, _ = kernels.forward(e.resolve_neg(), ordered, spec, options, for_backward=False)
-    if cu_seqlens is not None:
-        h = h[..., sample, position, :]
-    return h if halt_threshold is None else (h, used)
+            e, ordered, options = named_again([x.resolve_neg() for x in inputs], spec, options)
+            h, used, _ = LOOPED_BLOCK.get(chosen.backend).forward(
+                e, ordered, spec, options, for_backward=False
+            )
+    if packed is not None:
+        h = packed.packed(h)
+    if left_pad is not None:
+        h = rolled(h, -left_pad)
+    return h if options.halt_threshold is None else (h, used)
+
+
+def _unpacked(e: Tensor, cu_seqlens: Tensor, keywords: CallKeywords) -> tuple[Packed, Tensor, CallKeywords]:
+    """Packed sequences as a padded batch."""
+    for name in ("seq_lens", "left_pad"):
+        if keywords.get(name) is not None:
+            raise input_error(
+                _FUNCTION, name, "given", "None together with cu_seqlens", "Lengths follow from it."
+            )
+    packed = Packed.of(_FUNCTION, e, cu_seqlens)
+    padded: CallKeywords = {**keywords, "seq_lens": packed.lengths}
+    if (h0 := keywords.get("h0")) is not None:
+        check_initial_state(_FUNCTION, h0, e)
+        padded["h0"] = packed.padded(h0)
+    return packed, packed.padded(e), padded
+
+
+def _moved_left(e: Tensor, left_pad: Tensor, checked: CallKeywords) -> tuple[Tensor, CallKeywords]:
+    """A left-padded batch as a right-padded one."""
+    lengths = checked.get("seq_lens")
+    lengths = (e.shape[1] if lengths is None else lengths.to(left_pad.device)) - left_pad
+    moved: CallKeywords = {**checked, "seq_lens": lengths.clamp(min=0)}
+    if (h0 := checked.get("h0")) is not None:
+        moved["h0"] = rolled(h0, left_pad)
+    return rolled(e, left_pad), moved
 
 
 def _refuse_with_cache(problem: Problem, n_grad_loops: int | None) -> None:
@@ -149,6 +196,9 @@ def _as_operator(
 ) -> tuple[Tensor, Tensor]:
     """One opaque call in the graph: how torch.compile sees a looped block."""
     n_loops, per_sample = options.n_loops, isinstance(options.n_loops, Tensor)
+    scale = options.residual_scale
+    if isinstance(scale, float):  # [], a number
+        scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
     h, used, _ = torch.ops.shift_kernels.looped_block(
         e,
         list(weights.values()),
@@ -156,6 +206,9 @@ def _as_operator(
         0 if per_sample else n_loops,
         n_loops if per_sample else None,
         options.seq_lens,
+        options.h0,
+        scale,
+        options.position_offset,
         options.return_all_loops,
         options.n_grad_loops,
         options.halt_threshold,
@@ -164,48 +217,6 @@ def _as_operator(
         backend,
     )
     return h, used
-
-
-def _padded(
-    e: Tensor, cu_seqlens: Tensor, seq_lens: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Packed sequences padded, their lengths, and every row's sample and position. Waits for cu_seqlens."""
-    check_floating(_FUNCTION, "e", e)
-    if seq_lens is not None:
-        raise input_error(
-            _FUNCTION, "seq_lens", "given", "None together with cu_seqlens", "Lengths follow from it."
-        )
-    if e.ndim != 2:
-        raise input_error(
-            _FUNCTION,
-            "e",
-            list(e.shape),
-            "[total, d_model] together with cu_seqlens",
-            "Drop cu_seqlens for a padded e.",
-        )
-    if not isinstance(cu_seqlens, Tensor):
-        given = type(cu_seqlens).__name__
-        raise type_error(_FUNCTION, "cu_seqlens", given, "an int32 or int64 tensor", "Use torch.tensor(...).")
-    check_offsets(_FUNCTION, "cu_seqlens", cu_seqlens)
-    remedy = "Use torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
-    if cu_seqlens.is_meta:
-        raise input_error(_FUNCTION, "cu_seqlens", "on meta", "offsets whose values are known", remedy)
-    total = e.shape[0]
-    offsets = cu_seqlens.detach().to("cpu", torch.int64, copy=True)  # once: it is the caller's memory
-    if (
-        offsets.ndim != 1
-        or len(offsets) < 2
-        or offsets[0] != 0
-        or offsets[-1] != total
-        or (lens := offsets.diff()).min() < 0
-    ):
-        allowed = f"offsets rising from 0 to {total}, the rows of e"
-        raise input_error(_FUNCTION, "cu_seqlens", offsets.tolist(), allowed, remedy)
-    sample = torch.arange(len(lens)).repeat_interleave(lens, output_size=total)
-    position = torch.arange(total) - offsets[sample]
-    row = sample.to(e.device), position.to(e.device)
-    padded = e.new_zeros(len(lens), max(int(lens.max()), 1), e.shape[1])
-    return padded.index_put(row, e), lens.to(e.device), row
 
 
 @refuses_unknown_keywords("shift_kernels.attention")

@@ -16,23 +16,26 @@ from torch import Tensor
 
 from shift_kernels.backends import LOOPED_BLOCK
 from shift_kernels.backends.base import Backend
-from shift_kernels.call import CallOptions
+from shift_kernels.call import CallOptions, named_again
 from shift_kernels.errors import input_error
 from shift_kernels.spec import BlockSpec, spec_from_key
 from shift_kernels.torch_internals import in_memory, outside_of_dynamo, without_autocast_key
 
 
 class EagerLoopedBlock(torch.autograd.Function):
-    """``apply(backend, spec, options, e, *weights)`` returns h and the loops used."""
+    """``apply(backend, spec, options, *inputs)`` returns h and the loops used.
+
+    The inputs are what :func:`shift_kernels.call.differentiable` lists; the options hold no h0.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Backend, spec: BlockSpec, options: CallOptions, e: Tensor, *weights: Tensor
+        ctx: Any, backend: Backend, spec: BlockSpec, options: CallOptions, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        named = dict(zip(spec.weight_shapes(), weights, strict=True))
-        h, used, saved = backend.forward(e, named, spec, options, for_backward=True)
-        ctx.backend, ctx.spec, ctx.options, ctx.n_weights = backend, spec, options, len(weights)
-        ctx.save_for_backward(e, *weights, *saved)
+        e, weights, call = named_again(inputs, spec, options)
+        h, used, saved = backend.forward(e, weights, spec, call, for_backward=True)
+        ctx.backend, ctx.spec, ctx.options, ctx.n_inputs = backend, spec, options, len(inputs)
+        ctx.save_for_backward(*inputs, *saved)
         ctx.mark_non_differentiable(used)
         return h, used
 
@@ -46,47 +49,60 @@ class EagerLoopedBlock(torch.autograd.Function):
                 "backend='torch' outside torch.compile for second derivatives",
                 "Call looped_block(..., backend='torch').",
             )
-        e, *tensors = ctx.saved_tensors
-        weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
-        named = dict(zip(ctx.spec.weight_shapes(), weights, strict=True))
-        grad_e, grads = ctx.backend.backward(in_memory(grad_h), e, named, ctx.spec, ctx.options, saved)
+        tensors = ctx.saved_tensors  # once: a checkpoint computes them when asked
+        inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]
+        e, weights, call = named_again(inputs, ctx.spec, ctx.options)
+        grad_e, grads = ctx.backend.backward(in_memory(grad_h), e, weights, ctx.spec, call, list(saved))
         return None, None, None, grad_e, *grads
 
 
 _LIB = torch.library.Library("shift_kernels", "DEF")
 # sample_loops: one T per sample, n_loops is then ignored. weights: in the order of weight_shapes().
+# residual_scale: [] a number, [batch] one per sample. grads: those of the weights, then of h0 if it is given.
 _LIB.define(
     "looped_block(Tensor e, Tensor[] weights, str spec, SymInt n_loops, Tensor? sample_loops, "
-    "Tensor? seq_lens, bool return_all_loops, SymInt? n_grad_loops, float? halt_threshold, "
-    "ScalarType? compute_dtype, bool for_backward, str backend) -> "
-    "(Tensor h, Tensor loops_used, Tensor[] saved)"
+    "Tensor? seq_lens, Tensor? h0, Tensor? residual_scale, Tensor? position_offset, bool return_all_loops, "
+    "SymInt? n_grad_loops, float? halt_threshold, ScalarType? compute_dtype, bool for_backward, str backend)"
+    " -> (Tensor h, Tensor loops_used, Tensor[] saved)"
 )
 _LIB.define(
     "looped_block_backward(Tensor grad_h, Tensor e, Tensor[] weights, Tensor[] saved, str spec, "
-    "SymInt n_loops, Tensor? sample_loops, Tensor? seq_lens, bool return_all_loops, SymInt? n_grad_loops, "
-    "ScalarType? compute_dtype, str backend) -> (Tensor grad_e, Tensor[] grad_weights)"
+    "SymInt n_loops, Tensor? sample_loops, Tensor? seq_lens, Tensor? h0, Tensor? residual_scale, "
+    "Tensor? position_offset, bool return_all_loops, SymInt? n_grad_loops, ScalarType? compute_dtype, "
+    "str backend) -> (Tensor grad_e, Tensor[] grads)"
 )
-_LIB.define("own_copy(Tensor x) -> Tensor")
+_LIB.define("own_copy(Tensor x, ScalarType dtype) -> Tensor")
 
 
 # An operator, since torch.compile may compute a copy again in the backward, from memory that is the caller's.
 @torch.library.impl(_LIB, "own_copy", "CompositeExplicitAutograd")
-def _own_copy(x):
-    return x.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+def _own_copy(x, dtype):
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("shift_kernels::own_copy", lib=_LIB)
-def _own_copy_fake(x):
-    return x.new_empty(x.shape, dtype=torch.int64)
+def _own_copy_fake(x, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:
     return dict(zip(spec_from_key(spec_key).weight_shapes(), weights, strict=True))
 
 
-def _options(e, compute_dtype, n_loops, sample_loops, *others) -> CallOptions:
-    """``others`` as in the schemas, in the order of the fields."""
-    return CallOptions(n_loops if sample_loops is None else sample_loops, compute_dtype or e.dtype, *others)
+def _options(e, compute_dtype, *call) -> CallOptions:
+    """``call`` as in the schemas, from n_loops on."""
+    n_loops, sample_loops, seq_lens, h0, scale, offset, all_loops, n_grad_loops, *rest = call
+    return CallOptions(
+        n_loops if sample_loops is None else sample_loops,
+        compute_dtype or e.dtype,
+        seq_lens,
+        all_loops,
+        n_grad_loops,
+        rest[0] if rest else None,  # a backward knows no halt_threshold
+        h0,
+        float(scale) if scale is not None and scale.ndim == 0 else scale,
+        offset,
+    )
 
 
 # Where outputs' sizes depend on data, torch.compile may leave the operator outside its graph, and would then
@@ -111,7 +127,7 @@ def _backward(grad_h, e, weights, saved, spec, *options):
 
 @torch.library.register_fake("shift_kernels::looped_block", lib=_LIB)
 def _forward_fake(e, weights, spec, n_loops, sample_loops, *options):
-    _, return_all_loops, _, _, compute_dtype, for_backward, backend = options
+    *_, return_all_loops, _, _, compute_dtype, for_backward, backend = options
     module = LOOPED_BLOCK.get(backend)
     saves = for_backward and module.saves
     if sample_loops is not None and (return_all_loops or saves):
@@ -122,28 +138,30 @@ def _forward_fake(e, weights, spec, n_loops, sample_loops, *options):
 
 
 @torch.library.register_fake("shift_kernels::looped_block_backward", lib=_LIB)
-def _backward_fake(grad_h, e, weights, saved, *_):
-    return torch.empty_like(e), [torch.empty_like(w) for w in weights]
+def _backward_fake(grad_h, e, weights, saved, spec, n_loops, sample_loops, seq_lens, h0, *_):
+    inputs = weights if h0 is None else [*weights, h0]
+    return torch.empty_like(e), [torch.empty_like(x) for x in inputs]
 
 
 def _setup_context(ctx, inputs, output):
-    e, weights, spec, n_loops, sample_loops, seq_lens, all_loops, n_grad_loops = inputs[:8]
-    compute_dtype, backend = inputs[9], inputs[11]
+    e, weights, spec, n_loops, sample_loops, seq_lens, h0, scale, offset, *others = inputs
+    all_loops, n_grad_loops, _, compute_dtype, _, backend = others
     saved = output[2]
     ctx.n_weights = len(weights)
-    ctx.save_for_backward(e, sample_loops, seq_lens, *weights, *saved)
+    ctx.save_for_backward(e, sample_loops, seq_lens, h0, scale, offset, *weights, *saved)
     ctx.options = (spec, n_loops, all_loops, n_grad_loops, compute_dtype, backend)
     ctx.mark_non_differentiable(output[1], *saved)
 
 
 def _autograd(ctx, grad_h, grad_used, grad_saved):
-    e, sample_loops, seq_lens, *tensors = ctx.saved_tensors
+    e, sample_loops, seq_lens, h0, scale, offset, *tensors = ctx.saved_tensors
     spec, n_loops, *options = ctx.options
     weights, saved = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
-    grad_e, grad_weights = torch.ops.shift_kernels.looped_block_backward(
-        grad_h, e, weights, saved, spec, n_loops, sample_loops, seq_lens, *options
+    grad_e, grads = torch.ops.shift_kernels.looped_block_backward(
+        grad_h, e, weights, saved, spec, n_loops, sample_loops, seq_lens, h0, scale, offset, *options
     )
-    return grad_e, grad_weights, *[None] * 10
+    grad_h0 = None if h0 is None else grads[-1]
+    return grad_e, grads[: ctx.n_weights], None, None, None, None, grad_h0, *[None] * 8
 
 
 torch.library.register_autograd(

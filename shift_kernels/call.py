@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import ONE_OVER_T, BlockSpec
 from shift_kernels.torch_internals import has_no_values
+
+if TYPE_CHECKING:
+    from shift_kernels.cache import LoopedCache
+
+
+class CallKeywords(TypedDict, total=False):
+    """The keywords of :func:`shift_kernels.looped_block`, which says what they mean."""
+
+    seq_lens: Tensor | None
+    left_pad: Tensor | None
+    cu_seqlens: Tensor | None
+    h0: Tensor | None
+    position_offset: Tensor | None
+    residual_scale: float | Tensor | None
+    return_all_loops: bool
+    n_grad_loops: int | None
+    halt_threshold: float | None
+    cache: LoopedCache | None
+    backend: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +47,7 @@ class Problem:
         halting: whether ``halt_threshold`` is given.
         n_loops: T; None where it is data on a device.
         cached: whether tokens are appended to a :class:`shift_kernels.LoopedCache`.
+        options: names of the keywords given of those in :data:`OWN_OPTIONS`.
     """
 
     spec: BlockSpec
@@ -38,6 +60,7 @@ class Problem:
     halting: bool = False
     n_loops: int | None = None
     cached: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +84,26 @@ class AttentionProblem:
     grad: bool
 
 
+OWN_OPTIONS = ("h0", "residual_scale")
+"""Of :class:`CallOptions`, those that a backend must know to serve a call that gives them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CallOptions:
-    """The keywords of :func:`shift_kernels.reference.looped_block`, which says what they mean."""
+    """A call's options, checked.
+
+    Args:
+        n_loops: T, or an int tensor [batch] with one T per sample.
+        compute_dtype: dtype of matmul operands; the residual stream keeps e's.
+        seq_lens: [batch]; positions at or beyond a sample's length may hold anything and return 0.
+        return_all_loops: return all h_t, [T, batch, seq_len, d_model]; a finished sample repeats its last.
+        n_grad_loops: only each sample's last k loops carry gradient.
+        halt_threshold: a sample stops after loop t once rms(h_t - h_{t-1}) < threshold * rms(h_{t-1}).
+        h0: the initial state, as e; None: e with injection "none", otherwise 0.
+        residual_scale: instead of the block's: a number, or float64 [batch] with one for each sample.
+        position_offset: [batch], added to rotary positions. Without a cache it changes nothing, since rotary
+            attention sees differences of positions alone.
+    """
 
     n_loops: int | Tensor
     compute_dtype: torch.dtype
@@ -71,6 +111,23 @@ class CallOptions:
     return_all_loops: bool = False
     n_grad_loops: int | None = None
     halt_threshold: float | None = None
+    h0: Tensor | None = None
+    residual_scale: float | Tensor | None = None
+    position_offset: Tensor | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Which of :data:`OWN_OPTIONS` are given."""
+        return tuple(name for name in OWN_OPTIONS if getattr(self, name) is not None)
+
+    def branch_scale(self, spec: BlockSpec) -> float | Tensor:
+        """Factor on every branch: a number, or float64 [batch] where samples have their own."""
+        scale = spec.residual_scale if self.residual_scale is None else self.residual_scale
+        if not isinstance(scale, str):
+            return scale
+        assert scale == ONE_OVER_T
+        if isinstance(self.n_loops, Tensor):
+            return 1 / self.n_loops.double().clamp(min=1)
+        return 1 / max(self.n_loops, 1)
 
     def sample_loops(self, device: torch.device) -> Tensor | None:
         """Each sample's T, int64 [batch], or None where all have the same."""
@@ -89,6 +146,23 @@ class CallOptions:
         if isinstance(self.n_loops, Tensor) and (self.n_loops.is_cuda or has_no_values(self.n_loops)):
             return None
         return self.max_loops()
+
+
+def differentiable(e: Tensor, weights: Mapping[str, Tensor], options: CallOptions) -> tuple[Tensor, ...]:
+    """What gradients flow to: e, the weights in order, and h0 where it is given."""
+    inputs = (e, *weights.values())
+    return inputs if options.h0 is None else (*inputs, options.h0)
+
+
+def named_again(
+    inputs: Sequence[Tensor], spec: BlockSpec, options: CallOptions
+) -> tuple[Tensor, dict[str, Tensor], CallOptions]:
+    """e, weights and options of what :func:`differentiable` returned."""
+    names = spec.weight_shapes()
+    e, *rest = inputs
+    if len(rest) > len(names):
+        options = dataclasses.replace(options, h0=rest.pop())
+    return e, dict(zip(names, rest, strict=True)), options
 
 
 def without_pads(x: Tensor, seq_lens: Tensor | None) -> Tensor:

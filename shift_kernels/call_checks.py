@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from shift_kernels.call import CallKeywords
 from shift_kernels.checks import check_bool, check_floating, check_int, check_positive
 from shift_kernels.errors import input_error, near_miss, type_error
-from shift_kernels.spec import MAX_LOOPS, BlockSpec
+from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
 from shift_kernels.torch_internals import has_no_values
 
 
@@ -19,19 +21,16 @@ def check_call(
     weights: Mapping[str, Tensor],
     spec: BlockSpec,
     n_loops: int | Tensor,
-    seq_lens: Tensor | None,
-    n_grad_loops: int | None,
-    halt_threshold: float | None,
-    return_all_loops: bool,
-) -> tuple[int | Tensor, Tensor | None, int | None]:
+    given: CallKeywords,
+) -> tuple[int | Tensor, CallKeywords]:
     """Refuse a call of the looped block that makes no sense, before any kernel runs.
 
     Values inside tensors are checked where they lie in host memory; on an accelerator that would cost a
     synchronisation, so kernels clamp them instead (lengths to [0, seq_len], loops to >= 0).
 
     Returns:
-        n_loops, seq_lens and n_grad_loops as backends take them. Tensors are copies, int64 [batch]: what the
-        caller does to theirs after this cannot reach the call or its backward.
+        n_loops and the keywords as backends take them. Tensors of numbers a sample are copies, int64 [batch]:
+        what the caller does to theirs after this cannot reach the call or its backward.
     """
     if not isinstance(spec, BlockSpec):
         raise type_error(function, "spec", type(spec).__name__, "a BlockSpec", "Build one: BlockSpec(...).")
@@ -49,22 +48,70 @@ def check_call(
             function, "e", list(e.shape), "batch >= 1 and seq_len >= 1", "Skip empty batches before the call."
         )
     _check_weights(function, weights, spec, e.device)
-    check_bool(function, "return_all_loops", return_all_loops)
+    found = given.copy()
+    check_bool(function, "return_all_loops", given.get("return_all_loops", False))
     n_loops = _check_loops(function, n_loops, e)
-    if seq_lens is not None:
-        seq_lens = own_per_sample(function, "seq_lens", seq_lens, e, 0, e.shape[1])
-    if n_grad_loops is not None:
+    largest = {"seq_lens": e.shape[1], "left_pad": e.shape[1], "position_offset": MAX_TOKENS}
+    for name, high in largest.items():
+        if (x := given.get(name)) is not None:
+            found[name] = own_per_sample(function, name, x, e, 0, high)  # type: ignore[literal-required, arg-type]
+    if (h0 := given.get("h0")) is not None:
+        check_initial_state(function, h0, e)
+    if (scale := given.get("residual_scale")) is not None:
+        found["residual_scale"] = _check_scale(function, scale, e)
+    if (n_grad_loops := given.get("n_grad_loops")) is not None:
         n_grad_loops = check_int(function, "n_grad_loops", n_grad_loops, 1, None, "None or an int >= 1")
-        if n_grad_loops > MAX_LOOPS:
-            n_grad_loops = MAX_LOOPS
-    if halt_threshold is not None:
-        _check_halting(function, e, weights, halt_threshold)
-    return n_loops, seq_lens, n_grad_loops
+        found["n_grad_loops"] = min(n_grad_loops, MAX_LOOPS)
+    if (halt_threshold := given.get("halt_threshold")) is not None:
+        tensors = (e, *weights.values()) if h0 is None else (e, h0, *weights.values())
+        _check_halting(function, tensors, halt_threshold)
+    return n_loops, found
 
 
-def _check_halting(function: str, e: Tensor, weights: Mapping[str, Tensor], halt_threshold: float) -> None:
+def check_initial_state(function: str, h0: Tensor, e: Tensor) -> None:
+    check_floating(function, "h0", h0)
+    if h0.dtype != e.dtype:
+        raise type_error(function, "h0", h0.dtype, f"e's dtype {e.dtype}", "Cast it: h0.to(e.dtype).")
+    if h0.shape != e.shape:
+        raise input_error(
+            function, "h0", list(h0.shape), f"e's shape {list(e.shape)}", "Give a state a token."
+        )
+    if h0.device != e.device:
+        raise input_error(function, "h0", f"on {h0.device}", f"the device of e ({e.device})", "Move it.")
+
+
+def _check_scale(function: str, scale: float | Tensor, e: Tensor) -> float | Tensor:
+    """A number as it is; a tensor as a copy, float64 [batch]."""
+    if not isinstance(scale, Tensor):
+        return check_positive(function, "residual_scale", scale, "a finite float > 0, or a tensor of such")
+    check_floating(function, "residual_scale", scale)
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise input_error(
+            function, "residual_scale", "a tensor that requires a gradient", "a constant",
+            "Detach it; a factor to be learned belongs into the weights.",
+        )  # fmt: skip
+    if tuple(scale.shape) not in ((), (len(e),)):
+        allowed = f"shape [] or [{len(e)}], one per sample"
+        raise input_error(function, "residual_scale", list(scale.shape), allowed, "One entry a sample.")
+    if scale.device.type != "cpu" and scale.device != e.device:
+        allowed = f"the CPU or the device of e ({e.device})"
+        raise input_error(function, "residual_scale", f"on {scale.device}", allowed, "Move it.")
+    if torch.compiler.is_compiling():
+        return torch.ops.shift_kernels.own_copy(scale.expand(len(e)), torch.float64)
+    scale = scale.detach().expand(len(e)).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    if scale.device.type == "cpu" and not has_no_values(scale):
+        smallest, largest = map(float, scale.aminmax())
+        if not 0 < smallest <= largest < math.inf:
+            allowed = "finite numbers > 0"
+            raise input_error(
+                function, "residual_scale", scale.tolist(), allowed, "Check how it was computed."
+            )
+    return scale
+
+
+def _check_halting(function: str, tensors: tuple[Tensor, ...], halt_threshold: float) -> None:
     check_positive(function, "halt_threshold", halt_threshold, "None or a finite float > 0")
-    if torch.is_grad_enabled() and (e.requires_grad or any(w.requires_grad for w in weights.values())):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise input_error(
             function,
             "halt_threshold",
@@ -153,7 +200,7 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
             function, name, f"on {x.device}", f"the CPU or the device of e ({e.device})", "Move it."
         )
     if torch.compiler.is_compiling():
-        return torch.ops.shift_kernels.own_copy(x)
+        return torch.ops.shift_kernels.own_copy(x, torch.int64)
     x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     if x.device.type == "cpu" and not has_no_values(x):
         smallest, largest = map(int, x.aminmax())

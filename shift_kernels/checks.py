@@ -57,9 +57,20 @@ def check_positive(function: str, name: str, value: Any, allowed: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:  # not isfinite, which torch.compile cannot trace
         raise input_error(function, name, value, allowed, "Choose a positive number that a float holds.")
     return number
+
+
+def check_reals(function: str, name: str, values: Any, allowed: str) -> tuple[float, ...]:
+    """The values as floats, if it is a sequence of finite numbers (an array or a tensor, too)."""
+    try:
+        numbers_ = tuple(map(float, values))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise type_error(function, name, values, allowed, "Pass a tuple of floats.") from None
+    if not all(map(math.isfinite, numbers_)):
+        raise input_error(function, name, values, allowed, "Check how they were computed.")
+    return numbers_
 
 
 def check_device(function: str, name: str, value: Any) -> torch.device:

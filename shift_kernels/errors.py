@@ -42,17 +42,25 @@ def near_miss(name: object, known: Iterable[str], otherwise: str) -> str:
     return f"Perhaps {close[0]!r} is meant." if close else otherwise
 
 
-def refuses_unknown_keywords(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function: a keyword that it does not have is an input error, which names the nearest one."""
+def refuses_unknown_keywords(
+    function: str, keywords: type | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function: a keyword that it does not have is an input error, which names the nearest one.
+
+    Args:
+        function: as the user calls it.
+        keywords: the TypedDict of what it takes as ``**keywords``.
+    """
 
     def decorate(f: Callable[P, R]) -> Callable[P, R]:
-        known = frozenset(inspect.signature(f).parameters)
+        named = [p.name for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        known = dict.fromkeys([*named, *(keywords.__annotations__ if keywords else ())])
 
         @functools.wraps(f)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for name, value in kwargs.items():
                 if name not in known:
-                    names = [k for k in inspect.signature(f).parameters if k != "self"]
+                    names = [k for k in known if k != "self"]
                     raise type_error(
                         function,
                         name,

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import Unpack  # comes with torch
 
 from shift_kernels.api import looped_block
-from shift_kernels.cache import LoopedCache
+from shift_kernels.call import CallKeywords
 from shift_kernels.checks import check_dtype, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import BlockSpec
@@ -148,12 +149,17 @@ class LoopedBlock(nn.Module):
         super().add_module(name, module)
 
     def reset_parameters(self) -> None:
-        """Norm weights 1, biases 0, linear maps uniform with variance 1 / (3 fan_in), as ``nn.Linear``."""
+        """Linear maps uniform with variance 1 / (3 fan_in), as ``nn.Linear``; biases 0; norms multiply by 1.
+
+        The injection "diagonal" begins as ``h / 2 + e``, "norm_add" as ``norm(h) + e``.
+        """
+        ones = ("injection.gain", "injection.alpha")
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
             else:
-                nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+                is_factor = name.endswith("weight") and self.spec.norm_weight == "scale"
+                nn.init.constant_(p, 1.0 if is_factor or name in ones else 0.0)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, as :func:`looped_block` takes them; they may be parametrized or shared."""
@@ -167,34 +173,12 @@ class LoopedBlock(nn.Module):
                     found[name] = getattr(owner, leaf)
         return {name: w for name, w in found.items() if ".parametrizations." not in name}
 
-    @refuses_unknown_keywords("shift_kernels.LoopedBlock")
+    @refuses_unknown_keywords("shift_kernels.LoopedBlock", CallKeywords)
     def forward(
-        self,
-        e: Tensor,
-        n_loops: int | Tensor,
-        *,
-        seq_lens: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        return_all_loops: bool = False,
-        n_grad_loops: int | None = None,
-        halt_threshold: float | None = None,
-        cache: LoopedCache | None = None,
-        backend: str = "auto",
+        self, e: Tensor, n_loops: int | Tensor, **keywords: Unpack[CallKeywords]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """See :func:`shift_kernels.looped_block`."""
-        return looped_block(
-            e,
-            self.weights(),
-            self.spec,
-            n_loops,
-            seq_lens=seq_lens,
-            cu_seqlens=cu_seqlens,
-            return_all_loops=return_all_loops,
-            n_grad_loops=n_grad_loops,
-            halt_threshold=halt_threshold,
-            cache=cache,
-            backend=backend,
-        )
+        """h_T of e; arguments and keywords are those of :func:`shift_kernels.looped_block`."""
+        return looped_block(e, self.weights(), self.spec, n_loops, **keywords)
 
     def extra_repr(self) -> str:
         return str(self.spec)
@@ -246,7 +230,7 @@ class LoopedBlock(nn.Module):
             )  # fmt: skip
         spec = BlockSpec(**of_layer, **options)
         own = {f"layers.0.{name}": tuple(w.shape) for name, w in layer.state_dict().items()}
-        if {name: shape for name, shape in spec.weight_shapes().items() if "loop_norm" not in name} != own:
+        if {name: shape for name, shape in spec.weight_shapes().items() if name.startswith("layers.")} != own:
             raise input_error(
                 function, "options", options, "fields that ask for no other weights than the layer's",
                 "Leave out n_layers, n_kv_heads and head_dim.",

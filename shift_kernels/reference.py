@@ -1,7 +1,7 @@
 """What a looped block means, in plain PyTorch: every other backend is tested against this file.
 
-    h_0 = 0 if injection == "add" else e
-    for t = 1 .. T:  u = h_{t-1} + e  (or h_{t-1});  u = layers(u);  h_t = loop_norm(u) or u
+    h_0 = h0 where it is given, else e without an injection, else 0
+    for t = 1 .. T:  u = inject(h_{t-1}, e);  u = layers(u);  h_t = loop_norm(u) or u
 
 Works in any floating dtype up to float64 and is differentiable any number of times. Nothing is fused;
 autograd keeps every activation of every loop (about 68 d_model numbers a token and loop).
@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shift_kernels.call import CallOptions, differentiable
 from shift_kernels.halting import has_settled
 from shift_kernels.rotary import rotary_table, rotate
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import GATED, BlockSpec
 
 
 class Mask(NamedTuple):
@@ -28,8 +29,8 @@ class Mask(NamedTuple):
     allowed: Tensor
     """bool [batch or 1, 1, seq_len, seq_len]."""
     otherwise: Tensor
-    """The score of all other pairs, [] or [batch, 1, 1, 1]: -inf, but 0 in a sample without any tokens, whose
-    rows would be NaN; they are pads, so what they hold reaches nothing."""
+    """The score of all other pairs, [] or [batch, 1, seq_len, 1]: -inf, but 0 for a query that may see none,
+    whose row would be NaN; it is a pad, so what it holds reaches nothing."""
 
 
 Attend = Callable[[int, int, Tensor, Tensor, Tensor, "Mask | None"], Tensor]
@@ -42,57 +43,59 @@ def looped_block(
     spec: BlockSpec,
     n_loops: int | Tensor,
     *,
-    seq_lens: Tensor | None = None,
-    return_all_loops: bool = False,
-    n_grad_loops: int | None = None,
-    halt_threshold: float | None = None,
-    compute_dtype: torch.dtype | None = None,
-    position_offset: Tensor | None = None,
     attend: Attend | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Apply the block ``n_loops`` times. Arguments are trusted: ``shift_kernels.looped_block`` checks them.
 
     Args:
         e: input embeddings [batch, seq_len, d_model]; the residual stream keeps this dtype.
-        weights: see :meth:`BlockSpec.weight_shapes`; cast to ``compute_dtype`` (norms: to e's dtype).
+        weights: see :meth:`BlockSpec.weight_shapes`; those of linear maps are cast to ``compute_dtype``, all
+            others to e's dtype.
         n_loops: T, or an int tensor [batch] with one T per sample.
-        seq_lens: [batch]; positions at or beyond a sample's length may hold anything and return 0.
-        return_all_loops: return all h_t, [T, batch, seq_len, d_model]; a finished sample repeats its last.
-        n_grad_loops: only each sample's last k loops carry gradient.
-        halt_threshold: a sample stops after loop t once rms(h_t - h_{t-1}) < threshold * rms(h_{t-1}).
-        compute_dtype: dtype of matmul operands; default e's dtype.
-        position_offset: int [batch], added to a sample's rotary positions.
         attend: how heads attend; default :func:`attend`, the scores in memory.
+        options: fields of :class:`CallOptions`; ``compute_dtype`` is e's where it is left out.
 
     Returns:
         h_T (or all h_t) and the loops used, int64 [batch].
     """
+    call = CallOptions(n_loops, **{"compute_dtype": e.dtype, **options})
+    inputs = differentiable(e, weights, call)
     batch, seq_len, _ = e.shape
     valid = None
-    if seq_lens is not None:
-        valid = torch.arange(seq_len, device=e.device) < seq_lens.to(e.device)[:, None]
+    h0 = call.h0
+    if call.seq_lens is not None:
+        valid = torch.arange(seq_len, device=e.device) < call.seq_lens.to(e.device)[:, None]
         e = _zero_where_not(valid[..., None], e)
-    w = _cast(weights, e.dtype, compute_dtype or e.dtype)
-    mask = attention_mask(seq_len, spec.causal, valid, e.device)
-    rotary = rotary_table(seq_len, spec, e.device, position_offset) if spec.position == "rope" else None
+        h0 = None if h0 is None else _zero_where_not(valid[..., None], h0)
+    w = _cast(weights, spec, e.dtype, call.compute_dtype or e.dtype)
+    mask = attention_mask(seq_len, spec.causal, valid, e.device, spec.window)
+    rotary = None
+    if spec.position == "rope":
+        rotary = rotary_table(seq_len, spec, e.device, call.position_offset)
+    scale = call.branch_scale(spec)
+    if isinstance(scale, Tensor):
+        scale = _column(scale.to(e.device))
 
     loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
     per_sample = isinstance(n_loops, Tensor)
     max_loops = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
     min_loops = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
+    n_grad_loops, halt_threshold = call.n_grad_loops, call.halt_threshold
     running = torch.ones(batch, dtype=torch.bool, device=e.device)
     used = torch.zeros(batch, dtype=torch.int64, device=e.device)
-    h = torch.zeros_like(e) if spec.injection == "add" else e
-    history = []
+    if h0 is None:
+        h0 = e if spec.injection == "none" else torch.zeros_like(e)
+    h, history = h0, []
     for t in range(1, max_loops + 1):
         if per_sample or halt_threshold is not None:
             active = running & (t <= loops)
         carries_grad = n_grad_loops is None or t > min_loops - n_grad_loops
         with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
-            u = h + e if spec.injection == "add" else h
+            u = inject(h, e, w, spec)
             if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
                 u = _zero_where_not(_column(active), u)
-            u = loop_body(u, w, spec, mask, rotary, attend and functools.partial(attend, t))
+            u = loop_body(u, w, spec, scale, mask, rotary, attend and functools.partial(attend, t))
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
         if per_sample or halt_threshold is not None:
@@ -103,26 +106,40 @@ def looped_block(
         else:
             used += 1
         h = u
-        if return_all_loops:
+        if call.return_all_loops:
             history.append(h)
         if halt_threshold is not None and not running.any():
-            if return_all_loops:
+            if call.return_all_loops:
                 history += [h] * (max_loops - t)
             break
-    if return_all_loops:
+    if call.return_all_loops:
         h = torch.stack(history) if history else e.new_empty(0, *e.shape)
     if valid is not None:
         h = _zero_where_not(valid[..., None], h)
-    if max_loops < 1 or n_grad_loops is not None:
+    if max_loops < 1 or n_grad_loops is not None or (call.h0 is not None and spec.injection == "none"):
         # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
-        h = h + torch.cat([x.flatten()[:0] for x in (e, *weights.values())]).sum()
+        h = h + torch.cat([x.flatten()[:0] for x in inputs]).sum()
     return h, used
+
+
+def inject(h: Tensor, e: Tensor, w: Mapping[str, Tensor], spec: BlockSpec) -> Tensor:
+    """What a loop's layers read: the state with the input, as ``injection`` says."""
+    if spec.injection == "add":
+        return h + e
+    if spec.injection == "concat":
+        return _linear(torch.cat([h, e], dim=-1), w, "injection.weight", "injection.bias").to(h.dtype)
+    if spec.injection == "diagonal":
+        return torch.sigmoid(-w["injection.decay"]) * h + w["injection.gain"] * e
+    if spec.injection == "norm_add":
+        return norm(h, w, spec, "injection.norm") + w["injection.alpha"] * e
+    return h
 
 
 def loop_body(
     x: Tensor,
     w: Mapping[str, Tensor],
     spec: BlockSpec,
+    scale: float | Tensor,
     mask: Mask | None,
     rotary: Tensor | None,
     attend_in_layer: Callable[..., Tensor] | None = None,
@@ -130,39 +147,48 @@ def loop_body(
     """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one.
 
     Args:
+        scale: of the branches; a number, or [batch, 1, 1].
         attend_in_layer: ``attend`` of :func:`looped_block` from its second argument on.
     """
+    explicit = functools.partial(attend, scale=spec.score_scale, softcap=spec.softcap)
     for i in range(spec.n_layers):
         p = f"layers.{i}."
-        heads = functools.partial(attend_in_layer, i) if attend_in_layer else attend
-        x = _residual(
-            x,
-            lambda y, p=p, heads=heads: self_attention(y, w, spec, p + "self_attn.", mask, rotary, heads),
-            w,
-            spec,
-            p + "norm1",
+        heads = functools.partial(attend_in_layer, i) if attend_in_layer else explicit
+        attention_branch = functools.partial(
+            self_attention, w=w, spec=spec, prefix=p + "self_attn.", mask=mask, rotary=rotary, heads=heads
         )
+        x = residual(x, attention_branch, w, spec, scale, p + "norm1")
         if spec.d_ff:
-            x = _residual(x, lambda y, p=p: mlp(y, w, spec, p), w, spec, p + "norm2")
-    return _norm(x, w, spec, "loop_norm") if spec.loop_norm else x
+            x = residual(x, functools.partial(mlp, w=w, spec=spec, prefix=p), w, spec, scale, p + "norm2")
+    return norm(x, w, spec, "loop_norm") if spec.loop_norm else x
 
 
-def _residual(x: Tensor, branch, w: Mapping[str, Tensor], spec: BlockSpec, norm_name: str) -> Tensor:
-    """``x + scale * branch``, with the norm where ``norm_placement`` puts it."""
-    if spec.norm_placement == "post":
-        return _norm(x + spec.residual_scale * branch(x), w, spec, norm_name)
-    y = branch(_norm(x, w, spec, norm_name))
+def residual(
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    w: Mapping[str, Tensor],
+    spec: BlockSpec,
+    scale: float | Tensor,
+    norm_name: str,
+) -> Tensor:
+    """``x + scale * branch(x)``, with the norms where ``norm_placement`` puts them."""
+    y = branch(x if spec.norm_placement == "post" else norm(x, w, spec, norm_name))
     if spec.norm_placement == "sandwich":
-        y = _norm(y, w, spec, norm_name + "_post")
-    return x + (y if spec.residual_scale == 1 else spec.residual_scale * y)
+        y = norm(y, w, spec, norm_name + "_post")
+    x = x + (y if isinstance(scale, float) and scale == 1 else (scale * y).to(x.dtype))
+    if spec.norm_placement == "post":
+        return norm(x, w, spec, norm_name)
+    return norm(x, w, spec, norm_name + "_post") if spec.norm_placement == "sandwich_post" else x
 
 
-def _norm(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, name: str) -> Tensor:
+def norm(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, name: str) -> Tensor:
+    """Over the last dimension, with the weights of this name as ``norm_weight`` says."""
+    gain, shift = w.get(f"{name}.weight"), w.get(f"{name}.bias")
+    if gain is not None and spec.norm_weight == "one_plus":
+        gain = 1 + gain
     if spec.norm == "layernorm":
-        return F.layer_norm(x, (spec.d_model,), w[f"{name}.weight"], w.get(f"{name}.bias"), spec.norm_eps)
-    if spec.norm == "rmsnorm":
-        return F.rms_norm(x, (spec.d_model,), w[f"{name}.weight"], spec.norm_eps)
-    return x
+        return F.layer_norm(x, x.shape[-1:], gain, shift, spec.norm_eps)
+    return F.rms_norm(x, x.shape[-1:], gain, spec.norm_eps) if spec.norm == "rmsnorm" else x
 
 
 def self_attention(
@@ -183,6 +209,9 @@ def self_attention(
             dim=-1,
         )
     )
+    if spec.qk_norm:
+        q = norm(q.to(x.dtype), w, spec, prefix + "q_norm").to(q.dtype)
+        k = norm(k.to(x.dtype), w, spec, prefix + "k_norm").to(k.dtype)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     o = heads(q, k, v, mask).transpose(1, 2).flatten(-2)
@@ -201,47 +230,68 @@ def attention(
     return o if valid is None else _zero_where_not(valid[:, None, :, None], o)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over the allowed pairs.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the allowed pairs.
 
     A masked pair has weight 0 whatever its score is. Half precision is computed in float32, as PyTorch's own
     attention does: scores and their gradients leave float16's range long before q, k and v do.
+
+    Args:
+        scale: default 1 / sqrt(head_dim).
+        softcap: scores s become ``softcap * tanh(s / softcap)``, before the mask.
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = torch.where(mask.allowed, scores, mask.otherwise.to(scores.dtype))
     return (torch.softmax(scores, dim=-1) @ v).to(dtype)
 
 
-def attention_mask(seq_len: int, causal: bool, valid: Tensor | None, device: torch.device) -> Mask | None:
+def attention_mask(
+    seq_len: int, causal: bool, valid: Tensor | None, device: torch.device, window: int | None = None
+) -> Mask | None:
     """Of right-padded samples; None where every query may see every key.
 
     Args:
         valid: which positions are no pads, bool [batch, seq_len]; None: all.
+        window: as in :class:`BlockSpec`.
     """
-    if not causal and valid is None:
+    if not causal and valid is None and window is None:
         return None
-    allowed = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device)
+    position = torch.arange(seq_len, device=device)
+    allowed = in_reach(position[:, None] - position, causal, window)[None, None]
     otherwise = torch.full((), -torch.inf, device=device)
-    if causal:
-        allowed = allowed.tril()
     if valid is not None:
         allowed = allowed & valid[:, None, None, :]
-        otherwise = torch.where(valid[:, :1, None, None], otherwise, 0)
+        otherwise = torch.where(allowed.any(-1, keepdim=True), otherwise, 0)
     return Mask(allowed, otherwise)
 
 
+def in_reach(distance: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Whether a query may see a key that is ``distance`` positions before it."""
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return seen if window is None else seen & (distance.abs() < window)
+
+
 def mlp(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, prefix: str) -> Tensor:
-    """linear -> activation -> linear; with swiglu the first map's rows are the gate, then the values."""
+    """linear -> activation -> linear; with a gate the first map's rows are the gate, then the values."""
     y = _linear(x, w, prefix + "linear1.weight", prefix + "linear1.bias")
-    if spec.activation == "swiglu":
+    if spec.activation in GATED:
         gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        y = (F.silu(gate) if spec.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
     elif spec.activation == "relu":
         y = F.relu(y)
     elif spec.activation == "relu2":
@@ -255,9 +305,12 @@ def _linear(x: Tensor, w: Mapping[str, Tensor], weight: str, bias: str) -> Tenso
     return F.linear(x.to(w[weight].dtype), w[weight], w.get(bias))
 
 
-def _cast(weights: Mapping[str, Tensor], state: torch.dtype, compute: torch.dtype) -> dict[str, Tensor]:
-    """Matmul weights in the compute dtype, norms in the residual stream's: once, not once a loop."""
-    return {name: w.to(state if "norm" in name else compute) for name, w in weights.items()}
+def _cast(
+    weights: Mapping[str, Tensor], spec: BlockSpec, state: torch.dtype, compute: torch.dtype
+) -> dict[str, Tensor]:
+    """Linear maps in the compute dtype, the rest in the residual stream's: once, not once a loop."""
+    linear = spec.linear_weights()
+    return {name: w.to(compute if name in linear else state) for name, w in weights.items()}
 
 
 def _zero_where_not(keep: Tensor, x: Tensor) -> Tensor:

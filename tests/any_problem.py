@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from shift_kernels.spec import ACTIVATIONS
+from shift_kernels.backends.base import FIRST_OPTIONS
 
 
 @st.composite
@@ -17,7 +17,7 @@ def problems(draw, norm=None, max_batch=6, max_seq_len=20):
         "n_heads": n_kv_heads * draw(st.integers(1, 2)),
         "head_dim": 2 * draw(st.integers(2, 10)),
         "d_ff": draw(st.sampled_from([0, 7, 16, 33])),
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "activation": draw(st.sampled_from(FIRST_OPTIONS["activation"])),
         "norm": norm,
         "norm_placement": "pre" if norm == "none" else draw(st.sampled_from(["pre", "post", "sandwich"])),
         "bias": draw(st.booleans()),

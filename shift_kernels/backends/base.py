@@ -10,8 +10,9 @@ shift_kernels.register(Mine())       # from now on a candidate of looped_block(b
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -44,6 +45,50 @@ class WhyNot(NamedTuple):
 
 
 UNVERIFIED = WhyNot(Kind.UNVERIFIED, "not verified on this device: run shift-calibrate, or name it to try it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The options that a backend serves. What is not listed it refuses by name, and so whatever is new.
+
+    Args:
+        block: by field of :class:`BlockSpec`, the values that it serves, or their type: any value of it.
+        call: names of :data:`shift_kernels.call.OWN_OPTIONS`.
+    """
+
+    block: Mapping[str, Collection[object] | type]
+    call: Collection[str] = ()
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why the backend does not serve a problem's options, in words; None where it does."""
+        for name, default in _DEFAULTS.items():
+            value = getattr(problem.spec, name)
+            if value != default and not self.serves(name, value):
+                return f"{name}={value!r} is not served"
+        return next((f"{name}= is not served" for name in problem.options if name not in self.call), None)
+
+    def serves(self, name: str, value: object) -> bool:
+        """Whether a field of the block may have a value other than its default."""
+        served = self.block.get(name, ())
+        return isinstance(value, served) if isinstance(served, type) else value in served
+
+
+FIRST_OPTIONS: Mapping[str, Collection[object] | type] = {
+    "activation": ("relu", "gelu", "gelu_tanh", "swiglu", "relu2"),
+    "norm": ("layernorm", "rmsnorm", "none"),
+    "norm_placement": ("pre", "post", "sandwich"),
+    "norm_eps": float,
+    "bias": bool,
+    "causal": bool,
+    "position": ("none", "rope"),
+    "rope_theta": float,
+    "injection": ("none", "add"),
+    "loop_norm": bool,
+    "residual_scale": float,
+}
+"""What every backend serves."""
+_SIZES = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff")
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(BlockSpec) if f.init and f.name not in _SIZES}
 
 
 class Backend(Protocol):
@@ -88,7 +133,8 @@ class Backend(Protocol):
         options: CallOptions,
         saved: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of e and of the weights, in the order of ``weights``."""
+        """Gradients of e and of the weights, in the order of ``weights``; behind them, where the options hold
+        an h0, its gradient."""
 
 
 class AttentionBackend(Protocol):

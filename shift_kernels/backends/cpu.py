@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import compiled
-from shift_kernels.backends.base import Kind, WhyNot
+from shift_kernels.backends.base import FIRST_OPTIONS, Kind, Served, WhyNot
 from shift_kernels.call import CallOptions, Problem
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec, spec_from_key
@@ -60,6 +60,8 @@ def _foreign(problem: Problem) -> str | None:
 
 def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
+    if (refusal := CpuBackend.served.refusal(problem)) is not None:
+        return refusal
     if problem.seq_len > MAX_SEQ_LEN:
         return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
     if problem.spec.n_layers > _MOST_LAYERS:
@@ -177,6 +179,7 @@ class CpuBackend:
     """All loops in one C++ call; see the top of this file."""
 
     name, saves = "cpu", True
+    served = Served(FIRST_OPTIONS)
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         """A library that was not built is a slow path to be told of: every machine with a compiler has it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import compiled
-from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
+from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
 from shift_kernels.backends.device import on_device_of
 from shift_kernels.backends.weight_gradients import (
     NORM_VECTORS,
@@ -89,7 +89,7 @@ def _foreign(problem: Problem) -> str | None:
 
 def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
-    return _refusal(
+    return CudaBackend.served.refusal(problem) or _refusal(
         problem.spec.key,
         _rows(problem.seq_len),
         problem.dtype,
@@ -248,6 +248,7 @@ class CudaBackend:
     """Resident kernels in CUDA C++; see the top of this file."""
 
     name, saves = "cuda", True
+    served = Served(FIRST_OPTIONS)
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         found = WhyNot.of(Kind.ABSENT, _absent())

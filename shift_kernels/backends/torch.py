@@ -11,9 +11,9 @@ from torch import Tensor
 from shift_kernels import reference
 from shift_kernels.backends.base import WhyNot
 from shift_kernels.cache import Step
-from shift_kernels.call import AttentionProblem, CallOptions, Problem
+from shift_kernels.call import AttentionProblem, CallOptions, Problem, differentiable, named_again
 from shift_kernels.reference import Mask
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import GATED, BlockSpec
 from shift_kernels.torch_internals import recording
 
 
@@ -33,7 +33,7 @@ class TorchBackend:
     def saved_bytes(self, problem: Problem) -> int:
         """Every activation that autograd records (estimate)."""
         s = problem.spec
-        hidden = 2 * s.d_ff if s.activation == "swiglu" else s.d_ff
+        hidden = 2 * s.d_ff if s.activation in GATED else s.d_ff
         per_token = s.n_layers * (4 * s.d_model + 2 * s.qkv_dim + 2 * hidden + s.n_heads * problem.seq_len)
         return problem.batch * problem.seq_len * per_token * problem.dtype.itemsize
 
@@ -58,13 +58,13 @@ class TorchBackend:
         options: CallOptions,
         saved: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of e and of the weights, in the order of ``weights``."""
+        """Gradients of e, of the weights, in the order of ``weights``, and of h0 if it is given."""
         with recording():
-            inputs = [x.detach().requires_grad_() for x in (e, *weights.values())]
-            named = dict(zip(weights, inputs[1:], strict=True))
-            h, _ = reference.looped_block(inputs[0], named, spec, **vars(options))
-            grad_e, *grad_weights = torch.autograd.grad(h, inputs, grad_h)
-        return grad_e, grad_weights
+            inputs = [x.detach().requires_grad_() for x in differentiable(e, weights, options)]
+            e, weights, options = named_again(inputs, spec, options)
+            h, _ = reference.looped_block(e, weights, spec, **vars(options))
+            grad_e, *grads = torch.autograd.grad(h, inputs, grad_h)
+        return grad_e, grads
 
     def extend(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, step: Step
@@ -74,7 +74,10 @@ class TorchBackend:
         real = (index >= step.begin[:, None]) & (index < step.end[:, None])
         heads = _CachedHeads(step, real, (index + step.offset[:, None]).clamp(min=0), options.n_loops)
         real = real.to(e.device)[..., None]
-        call = {**vars(options), "seq_lens": None, "position_offset": step.offset}
+        offset = step.offset
+        if options.position_offset is not None:
+            offset = offset + options.position_offset.cpu()
+        call = {**vars(options), "seq_lens": None, "position_offset": offset}
         h, _ = reference.looped_block(torch.where(real, e, 0), weights, spec, **call, attend=heads.attend)
         return torch.where(real, h, 0)
 
@@ -96,7 +99,8 @@ class _CachedHeads:
         self.at = position[self.rows].to(device)
         first, last = int(step.before.min()), int(step.after.max())
         self.together = first if bool(real.all()) and last - first == real.shape[1] else None
-        allowed = (torch.arange(self.seen) <= position[..., None])[:, None].to(device)
+        distance = position[..., None] - torch.arange(self.seen)
+        allowed = reference.in_reach(distance, True, step.cache.spec.window)[:, None].to(device)
         self.mask = Mask(allowed, torch.full((), -torch.inf, device=device))
 
     def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor, _: Mask | None) -> Tensor:
@@ -113,7 +117,8 @@ class _CachedHeads:
             sample, token = sample.to(at.device), token.to(at.device)
             store[:, sample, :, at] = new[:, sample, :, token].to(store.dtype)
         keys, values = store[..., : self.seen, :].to(q.dtype)
-        return reference.attend(q, keys, values, self.mask)
+        spec = self.cache.spec
+        return reference.attend(q, keys, values, self.mask, spec.score_scale, spec.softcap)
 
 
 class TorchAttention:

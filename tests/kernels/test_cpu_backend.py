@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain, reference
 from shift_kernels.backends import cpu as cpu_backend
+from shift_kernels.backends.base import FIRST_OPTIONS
 from shift_kernels.call import CallOptions
-from shift_kernels.spec import ACTIVATIONS
 
 native = cpu_backend._NATIVE
 available = native is not None
@@ -36,7 +36,9 @@ OPTIONS = {
     "no norm": {"norm": "none"},
     "attention only": {"d_ff": 0},
     "attention only, post": {"d_ff": 0, "norm_placement": "post", "loop_norm": True},
-    **{name: {"activation": name} for name in ACTIVATIONS if name != "gelu"},  # which all others have
+    **{
+        name: {"activation": name} for name in FIRST_OPTIONS["activation"] if name != "gelu"
+    },  # which all others have
     # With this seed nothing lies so close to the kink that a rounding decides between its two slopes.
     "relu": {"activation": "relu", "seed": 1},
     "no bias": {"bias": False},

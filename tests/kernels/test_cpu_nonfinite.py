@@ -22,7 +22,7 @@ from test_cpu_backend import (
 )
 
 from shift_kernels.backends import cpu as cpu_backend
-from shift_kernels.spec import ACTIVATIONS
+from shift_kernels.backends.base import FIRST_OPTIONS
 
 ATTENTION = (
     {"position": "rope", "head_dim": 4},
@@ -46,10 +46,10 @@ def isas():
 
 
 @needs_library
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FIRST_OPTIONS["activation"])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: "-".join(map(str, n.values())))
 def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here(activation, norm):
-    seed = ACTIVATIONS.index(activation) + NORMS.index(norm)
+    seed = FIRST_OPTIONS["activation"].index(activation) + NORMS.index(norm)
     block, e = make(2, 19, seed, activation=activation, **norm, **WIDTHS[seed % 2], **ATTENTION[seed % 3])
     planted = zip(("e", *block.weights()), itertools.cycle((math.nan, math.inf, -math.inf)))
     for (name, value), dtypes in itertools.product(planted, (FLOAT32, AUTOCAST)):

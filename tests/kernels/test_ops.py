@@ -41,6 +41,11 @@ CALLS = {
     "all loops": {"all_loops": True},
     "all of own loops": {"all_loops": True, "sample_loops": torch.tensor([2, 1, 3])},
     "truncated": {"n_loops": 3, "n_grad_loops": 1},
+    "a state and scales": {
+        "h0": torch.linspace(-1, 1, 120).view(3, 5, 8).requires_grad_(),
+        "residual_scale": torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64),
+    },
+    "one scale": {"residual_scale": torch.tensor(0.5, dtype=torch.float64)},
 }
 
 
@@ -51,14 +56,10 @@ def test_operator_passes_opcheck(block, e, call):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_backward_operator_passes_opcheck(block, e, call):
-    _, weights, key, n_loops, own, lens, all_loops, n_grad_loops, _, dtype, _, backend = arguments(
-        e, block, **call
-    )
+    _, weights, *call_arguments, _, dtype, _, backend = arguments(e, block, **call)
     h = LOOPED_BLOCK(*arguments(e, block, **call))[0]
-    args = (
-        torch.randn_like(h), e.detach(), [w.detach() for w in weights], [], key, n_loops, own, lens,
-        all_loops, n_grad_loops, dtype, backend,
-    )  # fmt: skip
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in call_arguments]
+    args = (torch.randn_like(h), e.detach(), [w.detach() for w in weights], [], *detached, dtype, backend)
     torch.library.opcheck(torch.ops.shift_kernels.looped_block_backward, args)
 
 
@@ -70,7 +71,7 @@ def test_operator_equals_the_reference_with_all_gradients(block, e, call):
     out = LOOPED_BLOCK(*arguments(e, block, **call))[0]
     assert torch.equal(out, expected)
     cotangent = torch.randn_like(expected)
-    inputs = [e, *block.parameters()]
+    inputs = [e, *block.parameters(), *([call["h0"]] if "h0" in call else [])]
     ours = torch.autograd.grad(out, inputs, cotangent)
     for a, b in zip(ours, torch.autograd.grad(expected, inputs, cotangent), strict=True):
         torch.testing.assert_close(a, b)

@@ -19,8 +19,8 @@ if importlib.util.find_spec("triton") is None:
 from triton_interpreter import DEVICE
 
 from shift_kernels import BlockSpec, LoopedBlock, attention, looped_block, reference
+from shift_kernels.backends.base import FIRST_OPTIONS
 from shift_kernels.backends.triton import rows
-from shift_kernels.spec import ACTIVATIONS
 
 if DEVICE != "cpu":
     pytest.skip("the interpreter's figures; a GPU is tested in tests/gpu", allow_module_level=True)
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_not_finite_stays_with_its_sequence(value, n_layers):
     assert ours[1][[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", FIRST_OPTIONS["activation"])
 def test_activations_are_finite_where_pytorchs_are(kind):
     values = [math.nan, math.inf, -math.inf, -3e4, 3e4, 0.0, -2.0, 2.0]
     grid = torch.tensor(list(itertools.product(values, repeat=3 if kind == "swiglu" else 2)))

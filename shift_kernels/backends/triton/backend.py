@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from shift_kernels.backends.base import UNVERIFIED, Kind, WhyNot
+from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
 from shift_kernels.backends.device import matmul_precision, on_device_of
 from shift_kernels.backends.triton import resident_plan
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
@@ -56,7 +56,7 @@ def _foreign(problem: Problem) -> str | None:
 
 def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
-    return resident_plan.unserved(problem.spec)
+    return TritonBackend.served.refusal(problem) or resident_plan.unserved(problem.spec)
 
 
 def _capability(device: torch.device) -> int:
@@ -103,6 +103,7 @@ class TritonBackend:
     """Resident or streamed kernels in Triton; see the top of this file."""
 
     name, saves = "triton", True
+    served = Served(FIRST_OPTIONS)
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         found = WhyNot.of(Kind.ABSENT, _absent())

@@ -220,10 +220,10 @@ class Body:
             dz = grads.right(self.out_weight[k] + ".weight", s.d_model)
             if sandwich:
                 bias = self.w.get(self.out_weight[k] + ".bias")
-                name, z, scale = self.norm_name[k] + "_post", tape.z.pop(), s.residual_scale
+                name, z, scale = self.norm_name[k] + "_post", tape.z.pop(), float(s.residual_scale)
                 self._norm_backward(name, d, z, grads, bias=bias, dx=dz, dy_scale=scale)
             else:
-                torch.mul(d, s.residual_scale, out=dz)
+                torch.mul(d, float(s.residual_scale), out=dz)
             dy = self._branch_backward(k, dz, tape, seq_lens, grads)
             above, d = d, torch.empty_like(dh)
             if post or s.norm == "none":
