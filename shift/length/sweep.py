@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shift.build import build_model, build_task, find_device
-from shift.config import Checked, TrainConfig, load_config, whole, wholes
+from shift.build import build_task
+from shift.config import Checked, TrainConfig, whole, wholes
 from shift.model import LoopedTransformer
-from shift.run import checkpoint
-from shift.run.checkpoint import Checkpoint
 from shift.run.evaluate import autocast
-from shift.run.progress import Progress
 from shift.tasks import make_task
 from shift.tasks.base import IGNORE, Batch, Task
 from shift.tasks.full_output import FullOutputTask
+from shift.trained import newest, restored, trained_loops
 from shift_kernels.errors import input_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS
 
@@ -67,46 +65,23 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
         ShiftInputError: no run or checkpoint there, lengths that the task or the model cannot take, or too
             few loops for what the rules ask.
     """
-    if not (run_dir / "config.toml").is_file():
-        raise input_error("sweep", "run_dir", str(run_dir), "the directory of a run", "Check the path.")
-    run = load_config(run_dir / "config.toml")
-    saved, damaged = checkpoint.newest_valid(run_dir / "checkpoints", _trained_loops)
-    if saved is None:
-        reasons = "; ".join(reason for _, reason in damaged)
-        remedy = f"Train it: {reasons}." if damaged else "Train it."
-        raise input_error("sweep", "run_dir", str(run_dir), "a run with a checkpoint", remedy)
-    trained_loops = _trained_loops(saved)
+    run, saved = newest("sweep", run_dir)
+    loops = trained_loops(saved)
     tasks = _tasks(run, config.lengths)
     batches = {n: _batches(task, config.samples, run.batch_size) for n, task in tasks.items()}
-    max_loops = _max_loops(config.max_loops, batches.values(), trained_loops)
+    max_loops = _max_loops(config.max_loops, batches.values(), loops)
     longest = max(tasks.values(), key=lambda task: task.max_seq_len)
-    model = build_model(run, longest)
-    try:
-        saved.restore_weights(model)
-    except checkpoint.DamagedCheckpoint as error:
-        allowed = "a run whose config.toml is that of its checkpoints"
-        raise input_error("sweep", "run_dir", str(run_dir), allowed, f"Restore it: {error}.") from error
-    model.to(find_device(run.device)).eval()
+    model = restored("sweep", run, saved, longest)
     return {
         "run": str(run_dir),
         "config": run.to_dict(),
         "step": saved.state["step"],
         "samples": config.samples,
         "trained_length": getattr(longest, "max_length", None),
-        "trained_loops": trained_loops,
+        "trained_loops": loops,
         "max_loops": max_loops,
-        "rows": [{"length": n, **_row(model, batches[n], trained_loops, max_loops, run)} for n in tasks],
+        "rows": [{"length": n, **_row(model, batches[n], loops, max_loops, run)} for n in tasks],
     }
-
-
-def _trained_loops(saved: Checkpoint) -> int:
-    """The loops that training allowed when the run was last evaluated.
-
-    Raises:
-        DamagedCheckpoint: the state does not say.
-    """
-    with checkpoint.damage(saved.path / checkpoint.STATE):
-        return Progress.from_state(saved.state["progress"]).last_eval["n_loops"]
 
 
 def _tasks(run: TrainConfig, lengths: tuple[int, ...]) -> dict[int | None, Task]:

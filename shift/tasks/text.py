@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,23 @@ class Text(Task):
         windows = self.characters[start[:, None] + np.arange(self.max_seq_len + 1)]
         return to_batch(windows[:, :-1], windows[:, 1:])
 
+    @staticmethod
+    def encode(text: str) -> np.ndarray:
+        """Token ids of characters, int64 [characters]."""
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.int64)
+        ids = np.where((codes >= FIRST) & (codes <= LAST), codes - FIRST, OTHER)
+        return np.where(codes == ord("\n"), OTHER - 1, ids)
+
+    @staticmethod
+    def decode(ids: Sequence[int]) -> str:
+        """The characters of ids; what is none of the alphabet is U+FFFD."""
+        known = {OTHER - 1: "\n", OTHER: "\ufffd"}
+        return "".join(known.get(i, chr(FIRST + i)) for i in ids)
+
 
 @functools.cache
 def standard_library() -> np.ndarray:
     """All top-level modules of the standard library as token ids, int64 [characters]."""
     folder = Path(functools.__file__).parent
     text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py")))
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.int64)
-    ids = np.where((codes >= FIRST) & (codes <= LAST), codes - FIRST, OTHER)
-    return np.where(codes == ord("\n"), OTHER - 1, ids)
+    return Text.encode(text)

@@ -63,7 +63,7 @@ class LoopedLayers(nn.Module):
         if call.get("encoder_hidden_states") is not None:
             refuse("encoder_hidden_states", "given", "None", "Cross attention is not part of a LoopedBlock.")
         self._refuse_dropout()
-        cache = call.get("cache", call.get("past_key_values"))
+        cache = call.get("cache")
         past = None if cache is None else slot(cache, self.first)
         seen = Seen() if past is None else past.seen(e.shape[1])
         spec = self.blocks[0].spec

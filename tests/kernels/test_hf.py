@@ -207,7 +207,7 @@ def test_a_call_by_hand_goes_on_from_the_cache():
         rest = model(
             inputs["input_ids"][:, 6:],
             attention_mask=inputs["attention_mask"],
-            past_key_values=first.past_key_values,
+            cache=first.cache,
         )
     torch.testing.assert_close(rest.logits, whole[:, 6:], atol=1e-4, rtol=0)
 
@@ -226,19 +226,19 @@ def mask_of_pairs(model, sees):
 
 def continued_with_gradients(model):
     out = model(**prompt(0), use_cache=True)
-    return model(torch.tensor([[5]]), past_key_values=out.past_key_values)
+    return model(torch.tensor([[5]]), cache=out.cache)
 
 
 def other_batch(model):
     with torch.no_grad():
         out = model(**prompt(0), use_cache=True)
-        out.past_key_values.batch_repeat_interleave(2)
+        out.cache.batch_repeat_interleave(2)
 
 
 def filled_before(model):
     with torch.no_grad():
-        cache = unrolled(make("llama"), 1)(**prompt(0), use_cache=True).past_key_values
-        model(torch.tensor([[5]]), past_key_values=cache)
+        cache = unrolled(make("llama"), 1)(**prompt(0), use_cache=True).cache
+        model(torch.tensor([[5]]), cache=cache)
 
 
 CALLS = {

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import tiny
 from torch import nn
 
-import shift.length.sweep
+import shift.trained
 from shift.build import build_model
 from shift.config import ModelConfig, ScheduleConfig, TaskConfig
 from shift.eval import main
@@ -72,7 +72,7 @@ class SureAt(nn.Module):
 @pytest.mark.parametrize("rule", ["confidence", "joint confidence"])
 def test_confidence_stops_where_the_answer_is_surest(run, monkeypatch, rule, right, sure, score):
     model = SureAt(right, {bit: {sure: 9.0} for bit in (0, 1)})
-    monkeypatch.setattr(shift.length.sweep, "build_model", lambda run, task: model)
+    monkeypatch.setattr(shift.trained, "build_model", lambda run, task: model)
     (row,) = sweep(run, SweepConfig(lengths=(5,), max_loops=8))["rows"]
     assert row["rules"][rule] == {"exact": score, "accuracy": score, "loops": sure}
     assert row["rules"]["oracle"]["exact"] == (right == 5)
@@ -81,7 +81,7 @@ def test_confidence_stops_where_the_answer_is_surest(run, monkeypatch, rule, rig
 
 def test_joint_confidence_is_that_of_the_mean(run, monkeypatch):
     model = SureAt(6, {0: {2: 9.0}, 1: {2: 5.0, 6: 9.0}})
-    monkeypatch.setattr(shift.length.sweep, "build_model", lambda run, task: model)
+    monkeypatch.setattr(shift.trained, "build_model", lambda run, task: model)
     (row,) = sweep(run, SweepConfig(lengths=(5,), max_loops=8))["rows"]
     ones = row["rules"]["confidence"]["exact"]  # those that begin with 1 stop at 6
     assert 0.3 < ones < 0.7
