@@ -34,6 +34,7 @@ def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
             task,
             learned_positions=config.model.learned_positions,
             final_norm=config.model.final_norm,
+            layout=config.model.layout(),
         )
     except RuntimeError as error:  # as torch says it for the CPU
         if "allocate memory" not in str(error):

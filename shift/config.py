@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from shift.model import Layout
 from shift.reading import read_toml
 from shift_kernels import BlockSpec
 from shift_kernels.errors import input_error, near_miss, type_error
@@ -59,7 +60,7 @@ def whole(default: int | None, low: int, high: int = MAX_COUNT) -> Any:
     return _ruled(default, Rule(f"an int from {low} to {high}", lambda value: low <= value <= high))
 
 
-def real(default: float | tuple[float, ...], allowed: str, holds: Callable[[float], bool]) -> Any:
+def real(default: float | tuple[float, ...] | None, allowed: str, holds: Callable[[float], bool]) -> Any:
     """A field that holds a float, or several, for each of which ``holds``."""
     return _ruled(default, Rule(allowed, holds))
 
@@ -164,6 +165,16 @@ class ModelConfig(Checked, table="model."):
     """Add a learned embedding of the position to e."""
     final_norm: bool = True
     """A norm between the last loop and the head."""
+    n_prelude: int = whole(0, 0, MAX_LAYERS)
+    """Layers before the loop, of its kind; run once."""
+    n_coda: int = whole(0, 0, MAX_LAYERS)
+    """Layers after the loop; run once."""
+    tied: bool = False
+    """The read-out's weights are the token embedding's."""
+    logit_softcap: float | None = real(None, "a finite float > 0", positive)
+    """c of logits c tanh(z / c)."""
+    depth_init: bool = False
+    """Maps into the residual stream start smaller, by the layers that add to it: prelude + T core + coda."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,6 +184,16 @@ class ModelConfig(Checked, table="model."):
         """The loop body; whether it is causal is the task's business."""
         names = {f.name for f in dataclasses.fields(BlockSpec) if f.init}
         return BlockSpec(causal=causal, **{k: v for k, v in vars(self).items() if k in names})
+
+    def layout(self) -> Layout:
+        """What stands around the loop body."""
+        return Layout(
+            n_prelude=self.n_prelude,
+            n_coda=self.n_coda,
+            tied=self.tied,
+            logit_softcap=self.logit_softcap,
+            init_loops=self.n_loops if self.depth_init else None,
+        )
 
 
 PARAMETER_KINDS = ("matrices", "head", "embeddings", "vectors")
@@ -276,6 +297,9 @@ class TrainConfig(Checked):
     """fp32, or bf16: autocast around fp32 weights."""
     n_grad_loops: int | None = whole(None, 1, MAX_LOOPS)
     """Back-propagate through the last k loops only."""
+    loop_loss: tuple[float, ...] = real((), "floats >= 0, the last one above 0", lambda x: 0 <= x < math.inf)
+    """Weights of the losses after loop 1, 2, ..; the last one holds for further loops. Empty: the loss after
+    the last loop alone."""
     backend: str = "auto"
     """Backend of the loop body; shift_kernels.backends() lists them."""
     device: str = _ruled(
@@ -297,6 +321,11 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loop_loss and not self.loop_loss[-1]:
+            raise input_error(
+                "TrainConfig", "loop_loss", self.loop_loss, "weights of which the last one is above 0",
+                "It is the one of the last loop.",
+            )  # fmt: skip
         if self.min_flops and (self.landscape.every or self.optimiser.lr_schedule != "constant"):
             raise input_error(
                 "TrainConfig", "min_flops", self.min_flops,
@@ -342,7 +371,7 @@ def differing_key(
         theirs: :meth:`TrainConfig.to_dict` of another.
         free: keys that may differ.
     """
-    a, b = _flat(ours.to_dict()), _flat(theirs)
+    a, b = _flat(ours.to_dict()), _flat(TrainConfig().to_dict()) | _flat(theirs)  # older runs hold fewer
     for key in sorted(a.keys() | b.keys()):
         if key not in free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)

@@ -1,13 +1,43 @@
-"""LoopedTransformer: embedding -> looped block -> head. One object is Single-Attn and Looped-Attn."""
+"""LoopedTransformer: embedding -> prelude -> looped core -> coda -> read-out.
+
+One object is Single-Attn and Looped-Attn. Prelude and coda run once and may be empty, as may not the core.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shift.readout import logits_of, summed_loss
 from shift.tasks.base import Task
 from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.errors import input_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What stands around the looped core. The defaults are nothing.
+
+    Args:
+        n_prelude: layers between embedding and core, of the core's kind; run once.
+        n_coda: layers between core and read-out; run once.
+        tied: the read-out's weights are the token embedding's, without bias.
+        logit_softcap: c of logits c tanh(z / c); None: logits z.
+        init_loops: T, so that maps into the residual stream start 1 / sqrt(2 L) as large, L = n_prelude +
+            T n_layers + n_coda being the layers that add to it (as GPT-2 counts; Radford et al. 2019,
+            section 2.3); None: all linear maps as ``nn.Linear``.
+    """
+
+    n_prelude: int = 0
+    n_coda: int = 0
+    tied: bool = False
+    logit_softcap: float | None = None
+    init_loops: int | None = None
 
 
 class LoopedTransformer(nn.Module):
@@ -25,6 +55,10 @@ class LoopedTransformer(nn.Module):
         learned_positions: add a learned position embedding (off: NoPE, or rotary by the spec).
         final_norm: a layernorm before the head; wanted where the block leaves an unnormalised residual
             stream (pre-norm without ``loop_norm``).
+        layout: what stands around the loop.
+
+    Raises:
+        ShiftInputError: a tied read-out with n_classes other than vocab_size.
     """
 
     def __init__(
@@ -37,24 +71,41 @@ class LoopedTransformer(nn.Module):
         n_contexts: int = 0,
         learned_positions: bool = True,
         final_norm: bool = True,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         d = spec.d_model
-        self.max_seq_len = max_seq_len
+        self.layout = layout = layout or Layout()
+        self.max_seq_len, self.n_classes = max_seq_len, n_classes
+        if layout.tied and n_classes != vocab_size:
+            raise input_error(
+                "LoopedTransformer", "layout.tied", True, f"False where vocab_size = {vocab_size} is not "
+                f"n_classes = {n_classes}", "Leave the read-out its own weights.",
+            )  # fmt: skip
         self.tokens = nn.Embedding(vocab_size, d)
         self.positions = nn.Embedding(max_seq_len, d) if learned_positions else None
         self.contexts = nn.Embedding(n_contexts, d) if n_contexts else None
+        self.prelude = _once(spec, layout.n_prelude)
         self.block = LoopedBlock(spec)
+        self.coda = _once(spec, layout.n_coda)
         self.norm = nn.LayerNorm(d) if final_norm else None
-        self.head = nn.Linear(d, n_classes)
+        self.head = None if layout.tied else nn.Linear(d, n_classes)
         for embedding in (self.tokens, self.positions, self.contexts):
             if embedding is not None:
                 # Small beside the block's own updates: with 0.5 the looped model took 1.8x the steps on hop.
                 nn.init.normal_(embedding.weight, std=0.1)
+        if layout.init_loops is not None:
+            self._shrink_branches(layout.init_loops)
 
     @classmethod
     def for_task(
-        cls, spec: BlockSpec, task: Task, *, learned_positions: bool = True, final_norm: bool = True
+        cls,
+        spec: BlockSpec,
+        task: Task,
+        *,
+        learned_positions: bool = True,
+        final_norm: bool = True,
+        layout: Layout | None = None,
     ) -> LoopedTransformer:
         """The model whose sizes are those of a task; the other arguments are the class's.
 
@@ -74,12 +125,29 @@ class LoopedTransformer(nn.Module):
             n_contexts=task.n_contexts,
             learned_positions=learned_positions,
             final_norm=final_norm,
+            layout=layout,
         )
+
+    @property
+    def parts(self) -> dict[str, LoopedBlock]:
+        """The blocks that are there, by name, in the order in which they run."""
+        blocks = {"prelude": self.prelude, "block": self.block, "coda": self.coda}
+        return {name: block for name, block in blocks.items() if block is not None}
+
+    @torch.no_grad()
+    def _shrink_branches(self, n_loops: int) -> None:
+        layers = sum(
+            block.spec.n_layers * (n_loops if block is self.block else 1) for block in self.parts.values()
+        )
+        for block in self.parts.values():
+            for name, p in block.named_parameters():
+                if name.endswith(("out_proj.weight", "linear2.weight")):
+                    p /= math.sqrt(2 * layers)
 
     def embed(
         self, tokens: Tensor, context: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Input embeddings e, [batch, seq_len, d_model], of ids [batch, seq_len]."""
+        """Input embeddings, [batch, seq_len, d_model], of ids [batch, seq_len]; what the prelude reads."""
         seq_len = tokens.shape[1]
         if seq_len > self.max_seq_len:
             raise input_error(
@@ -105,9 +173,41 @@ class LoopedTransformer(nn.Module):
             e = e + self.contexts(context)[:, None]
         return e
 
+    def readout(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [n_classes, d_model] and bias of the read-out."""
+        return (self.tokens.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+
     def read(self, h: Tensor) -> Tensor:
-        """Logits [..., n_classes] of states [..., d_model]."""
-        return self.head(h if self.norm is None else self.norm(h))
+        """Logits [..., n_classes] of states [..., d_model] that the coda, or the core without one, left."""
+        weight, bias = self.readout()
+        return logits_of(self._normed(h), weight, bias, self.layout.logit_softcap)
+
+    def _normed(self, h: Tensor) -> Tensor:
+        return h if self.norm is None else self.norm(h)
+
+    def states(
+        self,
+        tokens: Tensor,
+        n_loops: int | Tensor,
+        *,
+        context: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        n_grad_loops: int | None = None,
+        return_all_loops: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """What :meth:`read` reads, [batch, seq_len, d_model] or [T, ...]; arguments as :meth:`forward`."""
+        h = self.embed(tokens, context, cu_seqlens)
+        if cu_seqlens is not None:
+            h, options["cu_seqlens"] = h.flatten(0, 1), cu_seqlens
+        if self.prelude is not None:
+            h = self.prelude(h, 1, **options)
+        h = self.block(h, n_loops, n_grad_loops=n_grad_loops, return_all_loops=return_all_loops, **options)
+        if self.coda is not None and return_all_loops and len(h):
+            h = torch.stack([self.coda(after, 1, **options) for after in h])
+        elif self.coda is not None:
+            h = self.coda(h, 1, **options)
+        return h if cu_seqlens is None else h.unflatten(-2, tokens.shape)
 
     def forward(
         self,
@@ -119,9 +219,11 @@ class LoopedTransformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         n_grad_loops: int | None = None,
         return_all_loops: bool = False,
+        targets: Tensor | None = None,
+        loop_weights: Sequence[float] = (),
         backend: str = "auto",
     ) -> Tensor:
-        """Logits.
+        """Logits; with ``targets`` their loss instead.
 
         Args:
             tokens: int64 [batch, seq_len].
@@ -130,24 +232,39 @@ class LoopedTransformer(nn.Module):
             cu_seqlens: int64 [n_sequences + 1] on the CPU, offsets of the sequences in the rows laid end to
                 end, where rows hold several (:class:`shift.tasks.base.Batch`).
             seq_lens, n_grad_loops, return_all_loops, backend: see :func:`shift_kernels.looped_block`.
+            targets: int64 [batch, seq_len], :data:`shift.tasks.base.IGNORE` where nothing is read.
+            loop_weights: of the losses after every loop; see :func:`shift.readout.summed_loss`.
 
         Returns:
-            [batch, seq_len, n_classes]; with ``return_all_loops`` [T, batch, seq_len, n_classes].
+            [batch, seq_len, n_classes]; with ``return_all_loops`` [T, batch, seq_len, n_classes]. With
+            ``targets`` the cross-entropy summed over the read positions, 0-d; logits then stand in memory a
+            chunk at a time.
 
         Raises:
             ShiftInputError: too long a sequence, or a context where the model has none.
         """
-        e = self.embed(tokens, context, cu_seqlens)
-        h = self.block(
-            e if cu_seqlens is None else e.flatten(0, 1),
+        h = self.states(
+            tokens,
             n_loops,
+            context=context,
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
             n_grad_loops=n_grad_loops,
-            return_all_loops=return_all_loops,
+            return_all_loops=return_all_loops or bool(targets is not None and loop_weights),
             backend=backend,
         )
-        return self.read(h if cu_seqlens is None else h.unflatten(-2, tokens.shape))
+        if targets is None:
+            return self.read(h)
+        weight, bias = self.readout()
+        cap = self.layout.logit_softcap
+        return summed_loss(self._normed(h), weight, bias, targets, softcap=cap, loop_weights=loop_weights)
+
+
+def _once(spec: BlockSpec, n_layers: int) -> LoopedBlock | None:
+    """Layers of the core's kind that run once; None for none."""
+    if not n_layers:
+        return None
+    return LoopedBlock(dataclasses.replace(spec, n_layers=n_layers, injection="none", loop_norm=False))
 
 
 def positions_in(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast, loops_of
 from shift.tasks.base import IGNORE, Batch
-from shift_kernels import looped_block
+from shift_kernels import LoopedBlock, looped_block
 
 NOTHING = "nothing in a pass of the torch backend with the weights of now"
 
@@ -31,7 +31,7 @@ def first_not_finite(model: LoopedTransformer, batch: Batch, n_loops: int, confi
         n_loops: that the schedule allowed.
         config: of the run.
     """
-    device = model.head.weight.device
+    device = model.tokens.weight.device
     loops = loops_of(batch, n_loops)
     batch = batch.to(device)
     try:
@@ -65,7 +65,14 @@ def _tensors(
     yield from ((f"weight {name}", p.detach()) for name, p in parameters.items())
     with torch.no_grad():
         yield from _states(model, batch, loops)
-    logits = model(batch.tokens, loops, context=batch.context, n_grad_loops=n_grad_loops, backend="torch")
+    logits = model(
+        batch.tokens,
+        loops,
+        context=batch.context,
+        cu_seqlens=batch.cu_seqlens,
+        n_grad_loops=n_grad_loops,
+        backend="torch",
+    )
     yield "activation: the logits", logits.detach()
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     yield "the loss", loss.detach()
@@ -77,24 +84,36 @@ def _tensors(
 
 def _states(model: LoopedTransformer, batch: Batch, loops: int | Tensor) -> Iterator[tuple[str, Tensor]]:
     """The embeddings, and the residual stream after each half of each layer of each loop."""
-    spec, weights = model.block.spec, dict(model.block.named_parameters())
-    e = model.embed(batch.tokens, batch.context)
+    e, packed = model.embed(batch.tokens, batch.context, batch.cu_seqlens), batch.cu_seqlens
     yield "activation: the input embeddings", e
-    own = torch.as_tensor(loops, device=e.device).expand(e.shape[0])[:, None, None]
+    if packed is not None:
+        e = e.flatten(0, 1)
+    if model.prelude is not None:
+        for what, after in _layers(model.prelude, e, packed):
+            yield f"{what} of the prelude", after
+        e = after
+    spec = model.block.spec
+    own = torch.as_tensor(loops, device=e.device).expand(e.shape[0]).view(-1, *(e.ndim - 1) * [1])
     h = torch.zeros_like(e) if spec.injection == "add" else e
     for t in range(1, int(own.max()) + 1):
         u = h + e if spec.injection == "add" else h
-        for layer in range(spec.n_layers):
-            last = layer == spec.n_layers - 1
-            whole = dataclasses.replace(spec, n_layers=1, injection="none", loop_norm=spec.loop_norm and last)
-            half = dataclasses.replace(whole, d_ff=0, loop_norm=False)
-            prefix = f"layers.{layer}."
-            where = f"layer {layer} of {spec.n_layers}, loop {t}"
-            for name, part in (("attention", half), ("MLP" if spec.d_ff else "last norm", whole)):
-                needed = {
-                    name: weights[name.replace("layers.0.", prefix, 1)] for name in part.weight_shapes()
-                }
-                out = cast(Tensor, looped_block(u, needed, part, 1, backend="torch"))
-                yield f"activation after the {name} of {where}", out
-            u = out
-        h = torch.where(t <= own, u, h)
+        for what, after in _layers(model.block, u, packed):
+            yield f"{what}, loop {t}", after
+        h = torch.where(t <= own, after, h)
+    if model.coda is not None:
+        yield from ((f"{what} of the coda", after) for what, after in _layers(model.coda, h, packed))
+
+
+def _layers(block: LoopedBlock, u: Tensor, packed: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """What attention and MLP of each layer leave of a state; the last one is the block's own output."""
+    spec, weights = block.spec, dict(block.named_parameters())
+    for layer in range(spec.n_layers):
+        last = layer == spec.n_layers - 1
+        whole = dataclasses.replace(spec, n_layers=1, injection="none", loop_norm=spec.loop_norm and last)
+        half = dataclasses.replace(whole, d_ff=0, loop_norm=False)
+        prefix = f"layers.{layer}."
+        for name, part in (("attention", half), ("MLP" if spec.d_ff else "last norm", whole)):
+            needed = {name: weights[name.replace("layers.0.", prefix, 1)] for name in part.weight_shapes()}
+            out = cast(Tensor, looped_block(u, needed, part, 1, cu_seqlens=packed, backend="torch"))
+            yield f"activation after the {name} of layer {layer} of {spec.n_layers}", out
+        u = out

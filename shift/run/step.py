@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
@@ -71,16 +70,16 @@ class TrainStep:
         """The sum of the loss over the read positions of a micro-batch."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
-            logits = self._model(
+            return self._model(
                 batch.tokens,
                 loops,
                 context=batch.context,
                 cu_seqlens=batch.cu_seqlens,
                 n_grad_loops=n_grad_loops,
+                targets=batch.targets,
+                loop_weights=c.loop_loss,
                 backend=c.backend,
             )
-        logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
     def update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Change the weights, unless loss or gradients are not finite.

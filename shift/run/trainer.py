@@ -253,7 +253,9 @@ class Trainer:
             means = torch.stack([own.mean(), own.clamp(max=most).mean()])
             mean_loops, grad_loops = self.ranks.mean(means).tolist()
         batch_size, seq_len = batch.tokens.shape
-        flops = train_step_flops(self.model, batch_size, seq_len, mean_loops, grad_loops)
+        flops = train_step_flops(
+            self.model, batch_size, seq_len, mean_loops, grad_loops, all_loops=bool(self.config.loop_loss)
+        )
         self.progress.enter(mean_loops, self.ranks.size * flops)
         self._tokens = self.ranks.size * batch.tokens.numel()
 
