@@ -260,11 +260,13 @@ class LoopedTransformer(nn.Module):
         return summed_loss(self._normed(h), weight, bias, targets, softcap=cap, loop_weights=loop_weights)
 
 
-def _once(spec: BlockSpec, n_layers: int) -> LoopedBlock | None:
-    """Layers of the core's kind that run once; None for none."""
-    if not n_layers:
-        return None
-    return LoopedBlock(dataclasses.replace(spec, n_layers=n_layers, injection="none", loop_norm=False))
+def once_spec(core: BlockSpec, n_layers: int) -> BlockSpec:
+    """What prelude and coda are: layers of the core's kind."""
+    return dataclasses.replace(core, n_layers=n_layers, injection="none", loop_norm=False)
+
+
+def _once(core: BlockSpec, n_layers: int) -> LoopedBlock | None:
+    return LoopedBlock(once_spec(core, n_layers)) if n_layers else None
 
 
 def positions_in(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:

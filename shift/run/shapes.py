@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from shift.build import build_task, find_device
 from shift.config import TrainConfig
+from shift.model import once_spec
 from shift.run.micro_batches import MicroBatches
 from shift_kernels import dispatch, measured
 from shift_kernels.calibrate import calibrate
@@ -19,18 +20,23 @@ When = Literal["auto", "never", "always"]
 
 
 def problems_of(config: TrainConfig) -> list[Problem]:
-    """Training steps of Stage I and of Stage II, and the evaluation of all loops."""
+    """Training steps of Stage I and of Stage II, and the evaluation; prelude and coda in each."""
     task, device = build_task(config), find_device(config.device)
     spec, dtype = config.model.block_spec(task.causal), torch.float32
     compute = torch.bfloat16 if config.precision == "bf16" else dtype
     sizes = MicroBatches("whole" if config.micro_batch == "auto" else config.micro_batch, config.batch_size)
 
-    def problem(n_loops: int, grad: bool) -> Problem:
+    def problems(n_loops: int, grad: bool) -> list[Problem]:
         batch = sizes.of(n_loops) if grad else config.batch_size
-        return Problem(spec, batch, task.max_seq_len, dtype, compute, device, grad, n_loops=n_loops)
+        return [
+            Problem(part, batch, task.max_seq_len, dtype, compute, device, grad, n_loops=loops)
+            for part, loops in ((spec, n_loops), *((part, 1) for part in once))
+        ]
 
+    once = [once_spec(spec, n) for n in (config.model.n_prelude, config.model.n_coda) if n]
     stages = sorted({1, config.model.n_loops})
-    return [problem(n, grad=True) for n in stages] + [problem(stages[-1], grad=False)]
+    found = [problem for n in stages for problem in problems(n, grad=True)]
+    return list(dict.fromkeys(found + problems(stages[-1], grad=False)))
 
 
 def calibrate_shapes(config: TrainConfig, when: When, say: Callable[[str], object]) -> None:

@@ -16,7 +16,7 @@ from shift.run.checkpoint import digest
 from shift.run.diagnosis import NOTHING, first_not_finite
 from shift.run.evaluate import evaluate
 from shift.run.optim import build_optimizer, learning_rate
-from shift.run.trainer import Trainer, TrainingDiverged
+from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift.tasks import make_task
 from shift.tasks.base import IGNORE
 
@@ -196,6 +196,31 @@ def test_evaluation_counts_positions_sequences_and_groups(tmp_path):
     assert evaluate(Oracle(), trainer.task, n_loops=1, n_samples=20, batch_size=8) == scores
 
 
+WHOLE = dataclasses.replace(
+    tiny().model, n_prelude=1, n_coda=1, tied=True, logit_softcap=10.0, depth_init=True
+)
+
+
+def test_a_whole_model_with_a_loss_after_every_loop_resumes_exactly(tmp_path):
+    config = tiny(model=WHOLE, loop_loss=(0.5, 1.0))
+    whole = Trainer(config, tmp_path / "whole").fit()
+    trainer = Trainer(config, tmp_path / "stopped")
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(lambda done, _total: trainer.stop() if done == 7 else None)
+    resumed = Trainer(config, tmp_path / "stopped", resume=True).fit()
+    keys = ("weights_sha256", "optimizer_sha256", "metrics_sha256", "final_eval")
+    assert [resumed[key] for key in keys] == [whole[key] for key in keys]
+
+
+def test_micro_batches_change_no_gradient_of_a_whole_model(tmp_path):
+    losses = []
+    for micro_batch in ("whole", 3):
+        config = tiny(model=WHOLE, loop_loss=(1.0,), steps=4, micro_batch=micro_batch)
+        Trainer(config, tmp_path / str(micro_batch)).fit()
+        losses.append([row["loss"] for row in rows(tmp_path / str(micro_batch), "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # --- numbers that are not finite --------------------------------------------------------------------------
 
 
@@ -286,6 +311,16 @@ def test_a_diverged_run_names_a_weight_or_a_later_loop(tmp_path):
     with torch.no_grad():
         trainer.model.head.bias[1] = math.nan
     assert look() == "weight head.bias"
+
+
+def test_a_diverged_run_names_a_layer_outside_the_loop(tmp_path):
+    trainer = Trainer(tiny(model=WHOLE), tmp_path)
+    look = functools.partial(first_not_finite, trainer.model, trainer.task.batch(8, 0), 3, trainer.config)
+    assert look() == NOTHING
+    with torch.no_grad():
+        trainer.model.coda.layers.get_submodule("0.linear1").bias.fill_(3e38)
+        trainer.model.coda.layers.get_submodule("0.linear2").weight.fill_(1e3)
+    assert "MLP of layer 0 of 1 of the coda" in look()
 
 
 def test_an_evaluation_that_is_not_finite_is_written_as_such(tmp_path):
