@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from shift.tasks.base import IGNORE
 
 CHUNK = {"cpu": 2**22, "cuda": 2**26}
-"""Logits that stand in memory at once, by kind of device. Every chunk adds to the weights' gradient, so few are
-fast: on one CPU thread 2**20 took twice as long as 2**22 at 50,304 classes."""
+"""Logits that stand in memory at once, by kind of device. Every chunk adds to the weights' gradient: few
+are fast: on one CPU thread 2**20 took twice as long as 2**22 at 50,304 classes."""
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
