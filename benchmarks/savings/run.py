@@ -71,6 +71,7 @@ def main() -> int:
                     suite.overtime,
                     args.jobs,
                     command_line,
+                    case.rates,
                 )
                 results[case.name] = found | {"used_for": case.used_for}
                 progress.advance(1)

@@ -10,14 +10,14 @@ tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shift.build import build_task
-from shift.comparison.arms import DERIVED, make_arm
+from shift.comparison.arms import DERIVED, Rates, make_arm
 from shift.config import TrainConfig, load_config
-from shift.reading import read_toml
+from shift.reading import read_json, read_toml
 from shift_kernels.errors import input_error
 
 SUITES = Path(__file__).parent / "suites"
@@ -33,12 +33,14 @@ class Case:
         used_for: one of :data:`SETS`.
         config: of every arm, but for the schedule.
         arms: the suite's, and the task's own ``more_arms``.
+        rates: learning rates found by ``benchmarks.savings.tune``; arms without have the config's.
     """
 
     name: str
     used_for: str
     config: TrainConfig
     arms: tuple[str, ...]
+    rates: Rates = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Suite:
     cases: tuple[Case, ...]
     waves: tuple[tuple[int, ...], ...]
     overtime: bool
+
+
+def suite_path(name_or_path: str) -> Path:
+    """The file of a suite: itself, or one of ``benchmarks/savings/suites`` by its name."""
+    path = Path(name_or_path)
+    return path if path.suffix == ".toml" else SUITES / f"{name_or_path}.toml"
 
 
 def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
@@ -60,8 +68,7 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
     Raises:
         ShiftInputError: no such file or task, an unknown key or arm, a value that a config refuses.
     """
-    path = Path(name_or_path)
-    path = path if path.suffix == ".toml" else SUITES / f"{name_or_path}.toml"
+    path = suite_path(name_or_path)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
         raise input_error("load_suite", "suite", name_or_path, f"a .toml file, or {known}", "Check it.")
@@ -71,13 +78,23 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
         if task not in declared:
             raise input_error("load_suite", "tasks", task, ", ".join(declared), "Check the spelling.")
     everywhere = table.get("everywhere", {})
-    cases = tuple(_case(name, everywhere | declared[name], arms, str(path)) for name in tasks or declared)
+    tuned = rates_path(path)
+    rates = read_json(tuned, "load_suite", "rates")["rates"] if tuned.is_file() else {}
+    cases = tuple(
+        replace(_case(name, everywhere | declared[name], arms, str(path)), rates=rates.get(name, {}))
+        for name in tasks or declared
+    )
     for case in cases:
         build_task(case.config)
         for arm in case.arms:
             if arm not in DERIVED:
                 make_arm(arm, case.config)
     return Suite(cases, tuple(map(tuple, table["waves"])), table["overtime"])
+
+
+def rates_path(suite: Path) -> Path:
+    """Where ``benchmarks.savings.tune`` leaves the learning rates of a suite."""
+    return suite.with_suffix(".rates.json")
 
 
 def _case(name: str, table: Mapping[str, Any], arms: tuple[str, ...], source: str) -> Case:

@@ -1,9 +1,9 @@
-"""The arms of a comparison: each is a schedule, and that is all in which two arms differ."""
+"""The arms of a comparison: each is a schedule; two differ in nothing else but tuned learning rates."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shift.config import ScheduleConfig, TrainConfig
@@ -60,7 +60,19 @@ class Arm:
         return self.name.replace(":", "-")
 
 
-def make_arm(name: str, base: TrainConfig) -> Arm:
+Rates = Mapping[str, float]
+"""Name of an arm -> its learning rate; arms that are not named have that of the config they share."""
+
+
+def rate_name(name: str) -> str:
+    """Where :data:`Rates` hold an arm: all fewer loops share a rate; Looped on other data has Looped's."""
+    family, colon, _ = name.partition(":")
+    if colon:
+        return {"looped": SMALLEST, MATCHED: MATCHED}.get(family, name)
+    return "looped" if name == AGAIN else name
+
+
+def make_arm(name: str, base: TrainConfig, rates: Rates | None = None) -> Arm:
     """The arm of that name.
 
     Args:
@@ -68,6 +80,7 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
             ``fixed:0.25`` as a fraction of all steps, ``fixed:200`` as a step).
         base: all but the schedule. Options of its schedule are kept where the
             arm is of that kind, or uses its criterion.
+        rates: learning rates of arms that have one of their own.
 
     Raises:
         ShiftInputError: no such arm.
@@ -86,7 +99,13 @@ def make_arm(name: str, base: TrainConfig) -> Arm:
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    return Arm(name, label, dataclasses.replace(base, schedule=ScheduleConfig(schedule.kind, options)))
+    lr = (rates or {}).get(rate_name(name), base.optimiser.lr)
+    config = dataclasses.replace(
+        base,
+        schedule=ScheduleConfig(schedule.kind, options),
+        optimiser=dataclasses.replace(base.optimiser, lr=lr),
+    )
+    return Arm(name, label, config)
 
 
 def seeded(arm: Arm, seed: int) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shift.comparison.arms import AGAIN, declared
+from shift.comparison.arms import AGAIN, Rates, declared
 from shift.config import TrainConfig, differing_key
 from shift.run.record import Run, Runs
 
@@ -23,7 +23,7 @@ def fairness(runs: Runs, target: float | None, plan: Mapping[str, Any]) -> list[
             "first_batches_sha256",
             "last_batches_sha256",
         ),
-        _same_settings(runs),
+        _same_settings(runs, plan.get("rates", {})),
         _all_seeds(runs),
         _target_fixed(target, plan),
         _strong_baselines(runs),
@@ -44,24 +44,32 @@ def _same_hash(runs: Runs, rule: str, *keys: str) -> Check:
     return {"rule": rule, "ok": ok, "detail": "sha256 " + ", ".join(details)}
 
 
-def _same_settings(runs: Runs) -> Check:
-    """One config but for the schedule, which is the arm, and the seeds."""
+def _same_settings(runs: Runs, rates: Rates) -> Check:
+    """One config but for the schedule, which is the arm, the seeds, and learning rates that were tuned."""
     configs = [
-        _without_arm(run.config) for by_seed in runs.values() for run in by_seed.values() if run.config
+        _without_arm(run.config, tuned=bool(rates))
+        for by_seed in runs.values()
+        for run in by_seed.values()
+        if run.config
     ]
     found = {differing_key(configs[0], config.to_dict()) for config in configs}
     differing = sorted({difference[0] for difference in found if difference is not None})
+    allowed = "only the schedule differs"
+    if rates:
+        each = ", ".join(f"{arm} {lr:g}" for arm, lr in sorted(rates.items()))
+        allowed += f", and the learning rate, tuned for each arm alike on other seeds: {each}"
     return {
-        "rule": "Same model, optimiser, learning rate, batch and number of steps",
+        "rule": "Same model, optimiser, learning rate (or its tuning), batch and number of steps",
         "ok": not differing,
-        "detail": f"they differ in {', '.join(differing)}" if differing else "only the schedule differs",
+        "detail": f"they differ in {', '.join(differing)}" if differing else allowed,
     }
 
 
-def _without_arm(config: Mapping[str, Any]) -> TrainConfig:
+def _without_arm(config: Mapping[str, Any], tuned: bool) -> TrainConfig:
     """What all runs of a comparison must share."""
     task = {**config["task"], "seed": 0}
-    return TrainConfig.from_dict({**config, "task": task, "seed": 0, "schedule": {}})
+    optimiser = {key: value for key, value in config["optimiser"].items() if not (tuned and key == "lr")}
+    return TrainConfig.from_dict({**config, "task": task, "seed": 0, "schedule": {}, "optimiser": optimiser})
 
 
 def _all_seeds(runs: Runs) -> Check:

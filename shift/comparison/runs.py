@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shift.build import build_schedule, build_task
-from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, make_arm, seeded
+from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, Rates, make_arm, seeded
 from shift.comparison.plan import LOOPED_SHARE, alone_in, matched_mean, write_plan
 from shift.comparison.pool import train_all
 from shift.comparison.ratios import reached_on_all
@@ -32,6 +32,7 @@ def compare_arms(
     overtime: bool,
     jobs: int,
     command_line: str,
+    rates: Rates | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Train what is not yet trained, write results and reports.
 
@@ -44,6 +45,7 @@ def compare_arms(
         overtime: a run that is not at the target after its steps goes on until it has spent what Looped has.
         jobs: runs at a time.
         command_line: what the report says to type.
+        rates: learning rates of arms that have one of their own, found on other seeds.
 
     Returns:
         The content of ``results.json`` and the paths of the two reports.
@@ -52,12 +54,12 @@ def compare_arms(
         ShiftInputError: unusable arguments, run directories in ``out`` that other settings made, or another
             process that compares in ``out``.
     """
-    arms = {name: make_arm(name, base) for name in dict.fromkeys(names) if name not in DERIVED}
+    arms = {name: make_arm(name, base, rates) for name in dict.fromkeys(names) if name not in DERIVED}
     _check(seeds, jobs, base, target, overtime, names, arms)
     with alone_in(out):
-        plan = write_plan(out, target, command_line) | {"overtime": overtime}
+        plan = write_plan(out, target, command_line) | {"overtime": overtime, "rates": dict(rates or {})}
         comparison = Comparison(out, seeds, jobs)
-        target = _train(comparison, base, names, arms, target, overtime)
+        target = _train(comparison, base, names, arms, target, overtime, rates)
         labels = {arm.name: arm.label for arm in arms.values()}
         results = collect(comparison.runs(list(arms.values())), labels, target, plan)
         replace_atomically(out / "results.json", json_bytes(results))
@@ -72,17 +74,18 @@ def _train(
     arms: dict[str, Arm],
     target: float | None,
     overtime: bool,
+    rates: Rates | None,
 ) -> float | None:
     """Train all arms, and add those to ``arms`` that are known only on the way; returns the target."""
     # Two loops are tried in any case: at once, as the workers take seconds to start.
-    smaller = [make_arm(f"looped:{n_loops}", base) for n_loops in range(2, base.model.n_loops)]
+    smaller = [make_arm(f"looped:{n_loops}", base, rates) for n_loops in range(2, base.model.n_loops)]
     smaller = smaller if SMALLEST in names else []
     comparison.train([*arms.values(), *smaller[:1]])
     if target is None:
         target = share_of_looped(comparison.runs([arms["looped"]])["looped"], LOOPED_SHARE)
     if MATCHED in names:
         mean = matched_mean(comparison.out, comparison.runs([arms["shift"]])["shift"])
-        arm = make_arm(f"{MATCHED}:{mean}", base)
+        arm = make_arm(f"{MATCHED}:{mean}", base, rates)
         arms[arm.name] = arm
         comparison.train([arm])
     if overtime:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import LOOP_FLOPS, collected, reaches, switches, write_arm
 
+from benchmarks.savings import tune
 from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
 from benchmarks.savings.report import (
@@ -24,6 +25,7 @@ from benchmarks.savings.report import (
 from benchmarks.savings.restricted import best_fixed, headline, named, restricted_mean, smallest_t
 from benchmarks.savings.run import Progress, cost, finished
 from benchmarks.savings.suite import SUITES, load_suite
+from shift.comparison.arms import make_arm
 from shift.comparison.summary import read_summary, write_summary
 from shift.report.document import block_markdown
 from shift.report.rows import read_rows, write_rows
@@ -199,6 +201,50 @@ def test_a_wave_is_finished_when_every_arm_was_compared_on_its_seeds(tmp_path):
     assert not finished(case, (0, 1, 2), tmp_path)
     write_rows(tmp_path / case.name / "summary.json", compared[:-1], {})
     assert not finished(case, (0, 1), tmp_path)
+
+
+def curve(crossing):
+    """A run's curve that is right from a cost on; evaluated at 0, 100, .. 1000 FLOPs."""
+    flops = list(range(0, 1001, 100))
+    return {"step": flops, "flops": flops, "accuracy": [float(f >= crossing) for f in flops]}
+
+
+def at_rate(**crossings):
+    """Results of arms whose runs cross at these costs."""
+    return {
+        "arms": {
+            name: {"seeds": [{"seed": 0, "curve": curve(c), "final_accuracy": 1.0, "flops_total": 1000}]}
+            for name, c in crossings.items()
+        }
+    }
+
+
+def test_every_arm_gets_its_best_rate_and_the_grid_is_widened_where_one_is_best_at_its_end(monkeypatch):
+    def compared(case, factor, seeds, out, jobs):
+        tried.append(factor)
+        best_at_8, best_at_2 = (int(100 + 100 * abs(math.log2(factor / best))) for best in (8, 2))
+        return at_rate(looped=best_at_2, climb=best_at_8, **{"looped:2": best_at_2})
+
+    tried = []
+    monkeypatch.setattr(tune, "_compared", compared)
+    case = load_suite("quick", ("addition",)).cases[0]
+    found = tune.widened(case, (0,), Path("nowhere"), 1)
+    assert tried == [0.5, 1, 2, 4, 8, 16]
+    assert tune.best_factors(found) == {"looped": 2, "climb": 8, "looped:smallest": 2}
+    assert tune.tuning_flops(found) == 6 * 3 * 1000
+
+
+def test_an_arm_that_never_gets_there_costs_looped_s_whole_run():
+    found = {0.5: at_rate(looped=300, shift=900), 1.0: at_rate(looped=200, shift=5000)}
+    assert tune.best_factors(found) == {"looped": 1.0, "shift": 0.5}
+
+
+def test_arms_run_at_their_tuned_rates():
+    rates = {"looped": 0.01, "looped:smallest": 0.02}
+    base = load_suite("quick", ("addition",)).cases[0].config
+    arms = {name: make_arm(name, base, rates) for name in ("looped", "again", "looped:2", "climb")}
+    lr = {name: arm.config.optimiser.lr for name, arm in arms.items()}
+    assert lr == {"looped": 0.01, "again": 0.01, "looped:2": 0.02, "climb": base.optimiser.lr}
 
 
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)

@@ -1,0 +1,126 @@
+"""A learning rate for every arm of every task: all arms tuned alike, on seeds that the suite does not use.
+
+    python -m benchmarks.savings.tune full --out runs/tune
+
+Every arm runs with :data:`FACTORS` times the learning rate of the suite. An arm's best has the smallest mean
+cost: the compute to 98% of the accuracy of Looped at Looped's own best, and Looped's whole run where that is
+never reached. While an arm's best is an end of the grid, the grid is widened there, for all arms. The rates,
+and what finding them took, go to ``suites/<suite>.rates.json``; ``benchmarks.savings.run`` then goes by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.savings.suite import Case, load_suite, rates_path, suite_path
+from shift.compare import INTERRUPTED
+from shift.comparison.arms import AGAIN, rate_name
+from shift.comparison.plan import LOOPED_SHARE
+from shift.comparison.pool import default_jobs
+from shift.comparison.runs import compare_arms
+from shift.comparison.verdict import mean_accuracy
+from shift.run.files import json_bytes, replace_atomically
+from shift_kernels import ShiftInputError
+
+FACTORS = (0.5, 1.0, 2.0, 4.0)
+"""Times the learning rate of the suite's config."""
+WIDEST = 1 / 8, 16.0
+"""Where widening ends."""
+SEEDS = (1000, 1001)
+"""Of the tuning runs; no suite has them."""
+
+Found = Mapping[float, Mapping[str, Any]]
+"""Factor -> ``results.json`` of the comparison at that learning rate."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", help="quick, full, or a TOML file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--tasks", nargs="+", default=(), help="these alone; the others keep the rates they have"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=default_jobs())
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        path = rates_path(suite_path(args.suite))
+        suite = load_suite(args.suite, tuple(args.tasks))
+        rates = {case.name: dict(case.rates) for case in load_suite(args.suite).cases if case.rates}
+        spent: dict[str, float] = {}
+        for case in suite.cases:
+            found = widened(case, args.seeds, args.out / case.name, args.jobs)
+            factors = best_factors(found)
+            rates[case.name] = {arm: factor * case.config.optimiser.lr for arm, factor in factors.items()}
+            spent[case.name] = tuning_flops(found)
+            print(f"{case.name}: {factors}, {spent[case.name]:.3g} FLOPs", flush=True)
+            replace_atomically(
+                path, json_bytes({"seeds": list(args.seeds), "tuning_flops": spent, "rates": rates})
+            )
+    except ShiftInputError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tune: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    print(path)
+    return 0
+
+
+def widened(case: Case, seeds: Sequence[int], out: Path, jobs: int) -> Found:
+    """All arms at every factor, until no arm is best at an end of the grid."""
+    found: dict[float, Mapping[str, Any]] = {}
+    missing = list(FACTORS)
+    while missing:
+        for factor in missing:
+            found[factor] = _compared(case, factor, seeds, out / f"lr-{factor:g}", jobs)
+        best, low, high = set(best_factors(found).values()), min(found), max(found)
+        missing = [low / 2] * (low in best and low / 2 >= WIDEST[0])
+        missing += [2 * high] * (high in best and 2 * high <= WIDEST[1])
+    return found
+
+
+def _compared(case: Case, factor: float, seeds: Sequence[int], out: Path, jobs: int) -> Mapping[str, Any]:
+    lr = factor * case.config.optimiser.lr
+    arms = [arm for arm in case.arms if arm != AGAIN]  # it has Looped's
+    same = dict.fromkeys([*map(rate_name, arms)], lr)
+    results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, " ".join(sys.argv), same)
+    return results
+
+
+def best_factors(found: Found) -> dict[str, float]:
+    """The factor of the smallest mean cost, by the names of :data:`shift.comparison.arms.Rates`."""
+    looped = {factor: r["arms"]["looped"]["seeds"] for factor, r in found.items()}
+    accuracy = max(mean_accuracy(seeds) or 0.0 for seeds in looped.values())
+    spent = {s["seed"]: s["flops_total"] for s in next(iter(looped.values()))}
+    costs: dict[str, dict[float, float]] = {}
+    for factor, r in found.items():
+        for name, arm in r["arms"].items():
+            each = [_cost(s["curve"], LOOPED_SHARE * accuracy, spent[s["seed"]]) for s in arm["seeds"]]
+            by_factor = costs.setdefault(rate_name(name), {})
+            by_factor[factor] = min(by_factor.get(factor, float("inf")), statistics.mean(each))
+    return {name: min(by_factor, key=by_factor.__getitem__) for name, by_factor in costs.items()}
+
+
+def _cost(curve: Mapping[str, Sequence[float]], target: float, most: float) -> float:
+    """FLOPs at the first evaluation of a trained model that is at the target; ``most`` if none is."""
+    rows = zip(curve["step"], curve["flops"], curve["accuracy"], strict=True)
+    return min(next((flops for step, flops, accuracy in rows if step > 0 and accuracy >= target), most), most)
+
+
+def tuning_flops(found: Found) -> float:
+    """Training FLOPs of all runs."""
+    return sum(s["flops_total"] for r in found.values() for arm in r["arms"].values() for s in arm["seeds"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
