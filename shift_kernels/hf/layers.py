@@ -68,7 +68,7 @@ class LoopedLayers(nn.Module):
         seen = Seen() if past is None else past.seen(e.shape[1])
         spec = self.blocks[0].spec
         positions = call.get("position_ids") if spec.position == "rope" else None
-        tokens = read(call.get("attention_mask"), positions, e, seen, getattr(spec, "window", None))
+        tokens = read(call.get("attention_mask"), positions, e, seen, spec.window)
         caches = None if past is None else self._caches(past, seen, e)
         packed, seq_lens = tokens.pack(e)
         h = tokens.unpack(self._loops(packed, seq_lens, caches))

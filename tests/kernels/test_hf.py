@@ -25,14 +25,23 @@ SIZES = dict(
     head_dim=8,
     max_position_embeddings=64,
 )
+SIZES_QWEN2 = {name: size for name, size in SIZES.items() if name != "head_dim"}
+SLIDES_FROM_LAYER_3 = dict(use_sliding_window=True, sliding_window=5, max_window_layers=3)
 SPECIAL = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
 CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=50, n_positions=64, n_embd=32, n_layer=6, n_head=4, **SPECIAL
     ),
     "llama": lambda: transformers.LlamaConfig(**SIZES, **SPECIAL),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, **SPECIAL, sliding_window=5),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES_QWEN2, **SPECIAL, **SLIDES_FROM_LAYER_3),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, **SPECIAL),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, **SPECIAL, query_pre_attn_scalar=16, attn_logit_softcapping=1.5, sliding_window=5
+    ),
 }
 LOOPED = range(2, 5)
+pytestmark = pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")
 each_family = pytest.mark.parametrize("family", CONFIGS)
 
 
@@ -43,7 +52,8 @@ def make(family, noise=0.15, **changes):
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    attention = "sdpa" if family in ("llama", "mistral") else "eager"  # which make different masks, or none
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(noise * torch.randn_like(p))
@@ -111,14 +121,17 @@ WAYS = {
     "static cache": dict(cache_implementation="static"),
     "drafts that are taken back": dict(prompt_lookup_num_tokens=3),
 }
+THROUGH = [
+    (family, way) for family in CONFIGS for way in WAYS if family in ("llama", "gemma2") or way == "greedy"
+]
+"""All ways with one block and with several, and each family once."""
 
 
-@each_family
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("family", "way"), THROUGH)
 def test_generate_with_its_cache_gives_the_tokens_of_the_repeated_layers_without_one(family, way):
     model = make(family)
     inputs = prompt(3) if way.startswith("drafts") else prompt(0, 4, 1)
-    settings = dict(do_sample=False, max_new_tokens=16, disable_compile=True) | WAYS[way]
+    settings = dict(do_sample=False, max_new_tokens=12, disable_compile=True) | WAYS[way]
 
     def tokens(of, **more):
         torch.manual_seed(2)
@@ -134,6 +147,15 @@ def test_generate_with_its_cache_gives_the_tokens_of_the_repeated_layers_without
     loop_layers(model, LOOPED, n_loops=3)
     assert torch.equal(tokens(model), expected)
     assert not torch.equal(without_loops, expected), "the loops decide nothing here"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_all_layers_may_be_looped(family):
+    model, inputs = make(family), prompt(0, 4)
+    settings = dict(do_sample=False, max_new_tokens=8)
+    expected = unrolled(model, 2, range(6)).generate(**inputs, **settings, use_cache=False)
+    loop_layers(model, range(6), n_loops=2)
+    assert torch.equal(model.generate(**inputs, **settings), expected)
 
 
 def first_norm(layer):
@@ -194,6 +216,32 @@ def test_unloop_gives_the_layers_back_with_the_weights_as_they_are_now(family):
     torch.testing.assert_close(logits(model, **inputs), trained, atol=1e-4, rtol=0)
     frozen = [p for p in decoder_layers(model)[3].parameters() if not p.requires_grad]
     assert [id(p) for p in frozen] == [id(first_norm(decoder_layers(model)[3]))]
+
+
+SCALED = {
+    "linear": dict(rope_type="linear", rope_theta=1e4, factor=2.0),
+    "llama3": dict(
+        rope_type="llama3",
+        rope_theta=1e4,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+    "yarn": dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotary_angles_are_the_models_own(kind, tmp_path):
+    model, inputs = make("llama", rope_parameters=SCALED[kind]), prompt(0, 4)
+    before = logits(model, **inputs)
+    loop_layers(model, LOOPED, n_loops=1)
+    torch.testing.assert_close(logits(model, **inputs), before, atol=1e-4, rtol=0)
+    assert (logits(make("llama"), **inputs) - before).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, **inputs), before, atol=1e-4, rtol=0)
 
 
 def test_a_call_by_hand_goes_on_from_the_cache():
