@@ -96,10 +96,16 @@ def watch_addresses() -> None:
     def _init_args_hst(self, args_dev, kwargs):
         nonlocal extents
         args, kwargs = prepare(self, args_dev, kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]  # tuples hold none
-        found = sorted({extent(x) for x in tensors})
+        found = sorted({extent(x) for x in tensors_in((*args, *kwargs.values()))})
         extents = np.array(found, np.uint64).reshape(-1, 2)
         return args, kwargs
+
+    def tensors_in(args):
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                yield x
+            elif isinstance(x, tuple):
+                yield from tensors_in(x)
 
     def extent(x: torch.Tensor) -> tuple[int, int]:
         span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1

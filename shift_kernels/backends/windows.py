@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from shift_kernels.backends.weight_gradients import ResidentGradients
 from shift_kernels.call import CallOptions, without_pads
 from shift_kernels.spec import BlockSpec
 
@@ -62,7 +62,20 @@ class Window:
     high: int
     dh: Tensor
     de: Tensor
-    operands: dict[str, Tensor]
+    operands: Any
+
+
+class OperandGradients(Protocol):
+    """Sums weight gradients from the operands that launches write."""
+
+    def loops_per_launch(self, tokens: int) -> int:
+        """How many loops' operands may be alive at once."""
+
+    def operands(self, rows: int, *, untouched: bool) -> Any:
+        """Room for a launch to write to; zeros where it may leave a sample's loops ``untouched``."""
+
+    def add(self, operands: Any) -> None:
+        """Add what a launch wrote."""
 
 
 def backward_through_windows(
@@ -71,7 +84,7 @@ def backward_through_windows(
     spec: BlockSpec,
     options: CallOptions,
     n_states: int,
-    gradients: ResidentGradients,
+    gradients: OperandGradients,
     launch: Callable[[Window], None],
 ) -> Tensor:
     """Gradient of e, in e's dtype: launches over windows of loops, the last loops first.
@@ -83,9 +96,10 @@ def backward_through_windows(
         launch: runs the kernel for a window.
     """
     tokens, per_sample = e.shape[0] * e.shape[1], isinstance(options.n_loops, Tensor)
-    dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
-    if not options.return_all_loops:
-        dh += without_pads(grad_h, options.seq_lens)
+    if options.return_all_loops:
+        dh = torch.zeros(e.shape, dtype=torch.float32, device=e.device)
+    else:
+        dh = without_pads(grad_h, options.seq_lens).to(torch.float32, copy=True)
     de = torch.zeros_like(dh) if spec.injection == "add" else dh
     # Where samples have loops of their own, the host does not know which are the last k of each.
     all_carry = per_sample or options.n_grad_loops is None

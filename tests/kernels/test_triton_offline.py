@@ -94,7 +94,7 @@ with launches(90) as found:
         backend.backward(e, e, weights, spec, call_options, saved)
 print(json.dumps([len(found), len(set(map(id, found)))]))
 """)
-    assert compiled == [6, 2]  # launches; kernels: one forward, one backward
+    assert compiled == [15, 5]  # launches; kernels: pack, forward, backward, multiply, unpack
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from test_reference import OPTIONS
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from triton.runtime.interpreter import GridExecutor
 from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
@@ -265,10 +267,50 @@ def test_what_is_kept_is_what_the_planner_says(d_model, n_layers):
     spec, e, weights = make(batch=2, seq_len=20, d_model=d_model, n_layers=n_layers, loop_norm=True)
     kept = looped_block_saves(e.float(), cast(weights, torch.float32), spec, n_loops=3)
     problem = Problem(spec, 2, 20, torch.float32, torch.float32, torch.device(DEVICE), True)
-    assert sum(x.nbytes for x in kept) == 3 * triton_backend.TRITON.saved_bytes(problem)
-    assert [x.shape.numel() for x in kept] == [
-        x.shape.numel() for x in triton_backend.TRITON.saved_like(e.float(), spec, 3)
+    states, *packed = kept
+    assert states.nbytes == 3 * triton_backend.TRITON.saved_bytes(problem)
+    assert bool(packed) == (d_model == 8)  # the resident forward's, which its backward need not make again
+    assert [(x.shape, x.dtype) for x in kept] == [
+        (x.shape, x.dtype) for x in triton_backend.TRITON.saved_like(e.float(), spec, 3)
     ]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be asked to run: torch's operations that are no views, and our kernels."""
+
+    FREE = ("aten.empty", "aten.new_empty", "aten.detach")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        inner = GridExecutor.__call__
+
+        def launch(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+            with torch._C._DisableTorchDispatch():  # what the interpreter does is no launch
+                return inner(executor, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and not str(func).startswith(self.FREE):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the interpreter's launches")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"injection": "add", "loop_norm": True, "position": "rope"}])
+def test_a_layer_is_few_launches_whatever_its_loops(monkeypatch, options, dtype):
+    spec, e, weights = make(**options)
+    e, weights, call = e.to(dtype), cast(weights, dtype), CallOptions(3, dtype)
+    triton_backend.TRITON.forward(e, weights, spec, call, for_backward=True)  # makes the rotary table
+    with Launches(monkeypatch) as forward:
+        _, _, saved = triton_backend.TRITON.forward(e, weights, spec, call, for_backward=True)
+    assert len(forward.names) <= 4, forward.names
+    with Launches(monkeypatch) as backward:
+        triton_backend.TRITON.backward(e, e, weights, spec, call, saved)
+    assert len(backward.names) <= 10, " ".join(backward.names)
 
 
 def looped_block_saves(e, weights, spec, n_loops):

@@ -94,11 +94,6 @@ def _tile(
     )
 
 
-def _states(spec: BlockSpec, streamed: bool) -> int:
-    """States kept per loop: the inputs of every layer and of the loop norm; streamed: the loop's alone."""
-    return 1 if streamed else spec.n_layers + spec.loop_norm
-
-
 class TritonBackend:
     """Resident or streamed kernels in Triton; see the top of this file."""
 
@@ -120,8 +115,8 @@ class TritonBackend:
         return f"streamed, a few launches a layer: the resident kernels do not hold {too_large}"
 
     def saved_bytes(self, problem: Problem) -> int:
-        """Bytes kept for the backward pass, per loop."""
-        states = _states(problem.spec, streamed=_too_large(problem) is not None)
+        """Bytes kept for the backward, per loop: the loop's input; resident, every half layer's."""
+        states = resident_plan.states(problem.spec) if _too_large(problem) is None else 1
         return states * problem.batch * problem.seq_len * problem.spec.d_model * problem.dtype.itemsize
 
     def saved_like(
@@ -131,7 +126,11 @@ class TritonBackend:
         problem = Problem(
             spec, e.shape[0], e.shape[1], e.dtype, compute_dtype or e.dtype, e.device, grad=True
         )
-        return [e.new_empty(n_loops * _states(spec, streamed=_too_large(problem) is not None), *e.shape)]
+        if _too_large(problem) is not None:
+            return [e.new_empty(n_loops, *e.shape)]
+        from shift_kernels.backends.triton import resident
+
+        return resident.saved_like(e, spec, n_loops, problem.compute_dtype)
 
     def forward(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool

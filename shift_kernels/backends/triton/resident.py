@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from shift_kernels.backends.triton.packing import Packed, pack, vector_gradients
-from shift_kernels.backends.triton.resident_backward import resident_backward
-from shift_kernels.backends.triton.resident_forward import resident_forward
-from shift_kernels.backends.triton.resident_plan import Tile
-from shift_kernels.backends.weight_gradients import OPERANDS, ResidentGradients, Widths, in_order
+from shift_kernels.backends.triton.operands import OperandSums
+from shift_kernels.backends.triton.packing import Packed, pack, packed_like, rotary, unpack
+from shift_kernels.backends.triton.resident_backward import Gradients, resident_backward
+from shift_kernels.backends.triton.resident_forward import Mode, States, resident_forward
+from shift_kernels.backends.triton.resident_plan import Tile, layout, states
 from shift_kernels.backends.windows import Forward, Window, backward_through_windows, seq_lens_on
 from shift_kernels.call import CallOptions
 from shift_kernels.spec import BlockSpec
+
+
+def saved_like(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> list[Tensor]:
+    """Empty tensors of the shapes that :func:`forward` saves: states of every loop, and packed weights."""
+    return [e.new_empty(n_loops * states(spec), *e.shape), *packed_like(e, spec, compute_dtype)]
 
 
 def forward(
@@ -22,34 +28,28 @@ def forward(
     for_backward: bool,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h_T (or all h_t), the loops used [batch]; for a backward, every layer's input in every loop."""
+    """h_T (or all h_t), the loops used [batch]; for a backward, what :func:`saved_like` says."""
     batch, seq_len, _ = e.shape
-    run, lens = Forward.of(e, options, for_backward), seq_lens_on(e, options)
-    saved = [e.new_empty(run.most * tile.saves, *e.shape)] if for_backward else []
-    packed = pack(weights, spec, tile, seq_len, options.compute_dtype)
-    # A tensor that a launch does not read or write still has an argument: any tensor will do.
+    run = Forward.of(e, options, for_backward)
+    saved = e.new_empty(run.most * tile.saves, *e.shape) if for_backward else None
+    packed = pack(weights, spec, seq_len, options.compute_dtype)
+    halt = options.halt_threshold is not None
+    io = States(
+        e.contiguous(), run.own_loops, seq_lens_on(e, options), run.h, saved, run.used if halt else None
+    )
     resident_forward[(tile.programs(batch, seq_len),)](
-        e.contiguous(),
-        *packed,
-        run.used if run.own_loops is None else run.own_loops,
-        run.used if lens is None else lens,
-        run.h,
-        saved[0] if saved else run.h,
-        run.used,
+        io,
+        packed,
         run.most,
         seq_len,
         batch,
         float(options.halt_threshold or 0.0),
-        S=tile,
-        own_loops=run.own_loops is not None,
-        ragged=lens is not None,
-        keep_all=options.return_all_loops,
-        save=for_backward,
-        halt=options.halt_threshold is not None,
+        tile,
+        Mode(options.return_all_loops, halt),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return run.h, run.used, saved
+    return run.h, run.used, [] if saved is None else [saved, packed.w, packed.b, packed.v]
 
 
 def backward(
@@ -63,39 +63,28 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of e and of the weights, in the order of ``weights``."""
     batch, seq_len, _ = e.shape
-    states, grad_h = saved[0], grad_h.contiguous()
-    most, programs = len(states) // tile.saves, tile.programs(batch, seq_len)
-    own_loops, lens = options.sample_loops(e.device), seq_lens_on(e, options)
+    kept, grad_h = saved[0], grad_h.contiguous()
+    most, programs = len(kept) // tile.saves, tile.programs(batch, seq_len)
     n_grad_loops = most if options.n_grad_loops is None else min(options.n_grad_loops, most)
-    packed: Packed = pack(weights, spec, tile, seq_len, options.compute_dtype)
-    vectors = packed.vectors.new_zeros(programs, *packed.vectors.shape)
-    gradients = ResidentGradients(spec, Widths(tile.d_pad, tile.head_pad, tile.ff_pad), packed.weights)
+    own_loops, lens = options.sample_loops(e.device), seq_lens_on(e, options)
+    packed = Packed(*saved[1:], rotary(spec, seq_len, e.device))  # type: ignore[call-arg]
+    sums = OperandSums(packed, layout(spec), programs, tile.precision)
 
     def launch(window: Window) -> None:
         resident_backward[(programs,)](
-            states,
-            grad_h,
-            *packed,
-            states if own_loops is None else own_loops,
-            states if lens is None else lens,
-            window.dh,
-            window.de,
-            vectors,
-            *(window.operands.get(name, states) for name in OPERANDS),
+            Gradients(kept, grad_h, own_loops, lens, window.dh, window.de, sums.vectors, window.operands),
+            packed,
             most,
             n_grad_loops,
             window.low,
             window.high,
             seq_len,
             batch,
-            S=tile,
-            own_loops=own_loops is not None,
-            ragged=lens is not None,
-            keep_all=options.return_all_loops,
+            tile,
+            options.return_all_loops,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
 
-    grad_e = backward_through_windows(grad_h, e, spec, options, most, gradients, launch)
-    found = gradients.by_name() | vector_gradients(vectors.sum(0), spec)
-    return grad_e, in_order(found, weights)
+    grad_e = backward_through_windows(grad_h, e, spec, options, most, sums, launch)
+    return grad_e, unpack(sums.packed(), weights, spec)

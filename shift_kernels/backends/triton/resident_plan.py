@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import torch
@@ -21,44 +22,84 @@ PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
+MOST_FF_CHUNK = 64  # hidden columns at a time, at most; d_ff is padded to a multiple
 # With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
 BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
 BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """Compile-time facts of one resident kernel. Sizes with ``_pad`` are zero-padded to what tl.dot takes.
+class Layout:
+    """Sizes of a block and how its weights are packed, whatever the tile; with ``_pad``: zero-padded.
+
+    A layer's packed weights are ``weight_rows`` rows of length d_pad, in four parts: in_proj (heads of q, k,
+    v), out_proj transposed (heads), linear1 (with swiglu gate, then values), linear2 transposed.
+
+    Args:
+        d_model, n_heads, n_kv_heads, head_dim, d_ff, n_layers: sizes of the block, d_ff 0 without an MLP.
+        hidden: widths of d_ff in linear1.
+        d_pad, head_pad, ff_pad: what tl.dot takes.
+    """
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    n_layers: int
+    hidden: int
+    d_pad: int
+    head_pad: int
+    ff_pad: int
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First packed row of each part, and behind the last."""
+        heads = self.n_heads + 2 * self.n_kv_heads
+        rows = (heads * self.head_pad, self.n_heads * self.head_pad, self.hidden * self.ff_pad, self.ff_pad)
+        return tuple(itertools.accumulate(rows, initial=0))
+
+    @property
+    def weight_rows(self) -> int:
+        """Packed rows of a layer."""
+        return self.starts[-1]
+
+    @property
+    def parts(self) -> int:
+        """Parts that there are: two without an MLP."""
+        return 4 if self.d_ff else 2
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """Of each part: columns of a head or of the hidden layer, and the same padded."""
+        head, ff = (self.head_dim, self.head_pad), (self.d_ff, self.ff_pad)
+        return head, head, ff, ff
+
+    @property
+    def halves(self) -> int:
+        """Half layers of a layer, each with a state of its own: attention, and where there is one the MLP."""
+        return 2 if self.d_ff else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile(Layout):
+    """Compile-time facts of one resident kernel.
 
     Args:
         rows: tokens a program owns, a power of two.
         packed: several whole sequences share those rows, one behind the other; else one has them.
-        d_model, d_pad, head_dim, head_pad, n_heads, n_kv_heads, n_layers: sizes of the block.
-        d_ff: hidden width, 0 without an MLP; ff_pad, ff_chunk: padded width and columns of it at a time.
+        ff_chunk: hidden columns at a time.
         warps, stages: warps a program, stages of Triton's pipeline.
-        weight_rows: rows of length d_pad in one layer's packed weights.
+        saves: states a loop saves: one a half layer, one more for the loop's own norm.
         direct: a branch is accumulated straight into the residual tile (pre norm, no scale).
-        half: half of head_dim, by which rope pairs columns.
         precision: tl.dot's input_precision (matters for fp32 operands only).
-        saves: states a loop saves: one a layer, one more for the loop's own norm.
     """
 
     rows: int
     packed: bool
-    d_model: int
-    d_pad: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    head_pad: int
-    half: int
-    d_ff: int
-    ff_pad: int
     ff_chunk: int
     warps: int
     stages: int
-    n_layers: int
-    weight_rows: int
     saves: int
     activation: str
     norm: str
@@ -77,6 +118,16 @@ class Tile:
         return -(-batch // (self.rows // seq_len if self.packed else 1))
 
     @property
+    def ff_end(self) -> int:
+        """Behind the last hidden column that is computed."""
+        return -(-self.d_ff // self.ff_chunk) * self.ff_chunk
+
+    @property
+    def half(self) -> int:
+        """Half of head_dim, by which rope pairs columns."""
+        return self.head_dim // 2
+
+    @property
     def score_factor(self) -> float:
         """Factor on q k^T: 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5
@@ -90,6 +141,29 @@ class Tile:
 def power_of_two(n: int) -> int:
     """The smallest power of two >= n that may be a side of a matmul tile."""
     return max(MIN_SIDE, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=256)
+def layout(spec: BlockSpec) -> Layout:
+    """The sizes of a block, padded."""
+    step = min(power_of_two(spec.d_ff), MOST_FF_CHUNK)
+    return Layout(
+        d_model=spec.d_model,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        d_ff=spec.d_ff,
+        n_layers=spec.n_layers,
+        hidden=2 if spec.activation == "swiglu" else 1,
+        d_pad=power_of_two(spec.d_model),
+        head_pad=power_of_two(spec.head_dim),
+        ff_pad=-(-spec.d_ff // step) * step,
+    )
+
+
+def states(spec: BlockSpec) -> int:
+    """States that a loop keeps for the backward: the inputs of every half layer and of the loop norm."""
+    return spec.n_layers * layout(spec).halves + spec.loop_norm
 
 
 def limits(itemsize: int, *, grad: bool, capability: int) -> tuple[int, int]:
@@ -129,29 +203,16 @@ def tile(
             and batch * seq_len >= 2 * rows * BUSY
         ):
             rows *= 2
-    d_pad, head_pad = power_of_two(spec.d_model), power_of_two(spec.head_dim)
-    hidden = 2 if spec.activation == "swiglu" else 1
-    config = tuned.config(rows, d_pad, itemsize, grad=grad, capability=capability)
-    chunk = min(power_of_two(spec.d_ff), config.ff_chunk)
-    ff_pad = -(-spec.d_ff // chunk) * chunk
+    sizes = layout(spec)
+    config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, capability=capability)
     return Tile(
+        **dataclasses.asdict(sizes),
         rows=rows,
         packed=2 * seq_len <= rows and pack,
-        d_model=spec.d_model,
-        d_pad=d_pad,
-        n_heads=spec.n_heads,
-        n_kv_heads=spec.n_kv_heads,
-        head_dim=spec.head_dim,
-        head_pad=head_pad,
-        half=spec.head_dim // 2,
-        d_ff=spec.d_ff,
-        ff_pad=ff_pad,
-        ff_chunk=chunk,
+        ff_chunk=min(power_of_two(spec.d_ff), config.ff_chunk),
         warps=config.warps,
         stages=config.stages,
-        n_layers=spec.n_layers,
-        weight_rows=2 * (spec.n_heads + spec.n_kv_heads) * head_pad + (hidden + 1) * ff_pad,
-        saves=spec.n_layers + spec.loop_norm,
+        saves=states(spec),
         activation=spec.activation,
         norm=spec.norm,
         placement=spec.norm_placement,
