@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from shift.model import Layout
+from shift.model import INITIAL_STATES, Layout
 from shift.reading import read_toml
 from shift_kernels import BlockSpec
 from shift_kernels.errors import input_error, near_miss, type_error
-from shift_kernels.spec import CHOICES, MAX_LAYERS, MAX_LOOPS, MAX_WIDTH
+from shift_kernels.spec import CHOICES, MAX_LAYERS, MAX_LOOPS, MAX_WIDTH, ONE_OVER_T
 
 Options = dict[str, int | float | bool | str | list[int]]
 """A table of constructor arguments of something chosen by name."""
@@ -91,6 +91,10 @@ def _is_micro_batch(value: int | str) -> bool:
     return value in ("whole", "auto") or bool(SIZES_BY_LOOPS.fullmatch(value))
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, float) and positive(value)
+
+
 def _ruled(default: Any, rule: Rule) -> Any:
     return field(default=default, metadata={"rule": rule})
 
@@ -150,13 +154,13 @@ class ModelConfig(Checked, table="model."):
     d_ff: int = whole(256, 0, MAX_WIDTH)
     """Hidden width of the MLP; 0: attention only."""
     activation: str = word("gelu", CHOICES["activation"])
-    """relu, relu2, gelu, gelu_tanh or swiglu."""
+    """relu, relu2, gelu, gelu_tanh, swiglu or geglu_tanh."""
     norm: str = word("layernorm", CHOICES["norm"])
     """layernorm, rmsnorm or none."""
     norm_placement: str = word("pre", CHOICES["norm_placement"])
-    """pre, post or sandwich."""
+    """pre, post, sandwich or sandwich_post."""
     injection: str = word("add", CHOICES["injection"])
-    """add: every loop reads h + e; none: h starts as e."""
+    """How every loop reads the input e: none (h starts as e), add (h + e), concat, diagonal or norm_add."""
     loop_norm: bool = False
     """A final norm inside every loop (Fan et al., arXiv 2409.15647)."""
     position: str = word("none", CHOICES["position"])
@@ -169,6 +173,28 @@ class ModelConfig(Checked, table="model."):
     """Layers before the loop, of its kind; run once."""
     n_coda: int = whole(0, 0, MAX_LAYERS)
     """Layers after the loop; run once."""
+    initial_state: str = word("default", INITIAL_STATES)
+    """h_0: default (that of the injection), learned (a vector) or random (drawn at every call)."""
+    n_kv_heads: int | None = whole(None, 1, MAX_WIDTH)
+    """Key and value heads; default: n_heads."""
+    bias: bool = True
+    """Biases in the block's linear maps and layernorms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; default: bias."""
+    norm_weight: str = word("scale", CHOICES["norm_weight"])
+    """scale, one_plus (1 + w) or none."""
+    qk_norm: bool = False
+    """A norm of every query and key head."""
+    rope_theta: float = real(10000.0, "a finite float > 0", positive)
+    """Base of the rotary frequencies."""
+    window: int | None = whole(None, 1, MAX_LOOPS)
+    """Positions that attention sees, its own included; default: all."""
+    softcap: float | None = real(None, "a finite float > 0", positive)
+    """c of attention scores c tanh(s / c)."""
+    residual_scale: float | str = _ruled(
+        1.0, Rule(f"a finite float > 0, or {ONE_OVER_T!r}", lambda x: x == ONE_OVER_T or _is_positive(x))
+    )
+    """Factor of what a branch adds to the residual stream; 1/T: one over the loops of the step."""
     tied: bool = False
     """The read-out's weights are the token embedding's."""
     logit_softcap: float | None = real(None, "a finite float > 0", positive)
@@ -190,6 +216,7 @@ class ModelConfig(Checked, table="model."):
         return Layout(
             n_prelude=self.n_prelude,
             n_coda=self.n_coda,
+            initial_state=self.initial_state,
             tied=self.tied,
             logit_softcap=self.logit_softcap,
             init_loops=self.n_loops if self.depth_init else None,

@@ -26,6 +26,9 @@ class Layout:
     Args:
         n_prelude: layers between embedding and core, of the core's kind; run once.
         n_coda: layers between core and read-out; run once.
+        initial_state: h_0. ``default``: that of the block's injection. ``learned``: a vector, the same at all
+            positions. ``random``: normal, standard deviation 1, drawn at every call in training and always the
+            same in evaluation (the idea of Huginn, arXiv 2502.05171).
         tied: the read-out's weights are the token embedding's, without bias.
         logit_softcap: c of logits c tanh(z / c); None: logits z.
         init_loops: T, so that maps into the residual stream start 1 / sqrt(2 L) as large, L = n_prelude +
@@ -35,9 +38,13 @@ class Layout:
 
     n_prelude: int = 0
     n_coda: int = 0
+    initial_state: str = "default"
     tied: bool = False
     logit_softcap: float | None = None
     init_loops: int | None = None
+
+
+INITIAL_STATES = ("default", "learned", "random")
 
 
 class LoopedTransformer(nn.Module):
@@ -58,7 +65,8 @@ class LoopedTransformer(nn.Module):
         layout: what stands around the loop.
 
     Raises:
-        ShiftInputError: a tied read-out with n_classes other than vocab_size.
+        ShiftInputError: a tied read-out with n_classes other than vocab_size; an initial state with injection
+            "none", whose loops would then read nothing of the input.
     """
 
     def __init__(
@@ -82,11 +90,17 @@ class LoopedTransformer(nn.Module):
                 "LoopedTransformer", "layout.tied", True, f"False where vocab_size = {vocab_size} is not "
                 f"n_classes = {n_classes}", "Leave the read-out its own weights.",
             )  # fmt: skip
+        if layout.initial_state != "default" and spec.injection == "none":
+            raise input_error(
+                "LoopedTransformer", "layout.initial_state", layout.initial_state,
+                "'default' with injection 'none'", "Choose injection 'add'.",
+            )  # fmt: skip
         self.tokens = nn.Embedding(vocab_size, d)
         self.positions = nn.Embedding(max_seq_len, d) if learned_positions else None
         self.contexts = nn.Embedding(n_contexts, d) if n_contexts else None
         self.prelude = _once(spec, layout.n_prelude)
         self.block = LoopedBlock(spec)
+        self.start = nn.Parameter(torch.zeros(d)) if layout.initial_state == "learned" else None
         self.coda = _once(spec, layout.n_coda)
         self.norm = nn.LayerNorm(d) if final_norm else None
         self.head = None if layout.tied else nn.Linear(d, n_classes)
@@ -202,12 +216,28 @@ class LoopedTransformer(nn.Module):
             h, options["cu_seqlens"] = h.flatten(0, 1), cu_seqlens
         if self.prelude is not None:
             h = self.prelude(h, 1, **options)
-        h = self.block(h, n_loops, n_grad_loops=n_grad_loops, return_all_loops=return_all_loops, **options)
+        h = self.block(
+            h,
+            n_loops,
+            h0=self.initial(h),
+            n_grad_loops=n_grad_loops,
+            return_all_loops=return_all_loops,
+            **options,
+        )
         if self.coda is not None and return_all_loops and len(h):
             h = torch.stack([self.coda(after, 1, **options) for after in h])
         elif self.coda is not None:
             h = self.coda(h, 1, **options)
         return h if cu_seqlens is None else h.unflatten(-2, tokens.shape)
+
+    def initial(self, e: Tensor) -> Tensor | None:
+        """h_0 for the core's input e; None: the block's own."""
+        if self.start is not None:
+            return self.start.expand_as(e)
+        if self.layout.initial_state != "random":
+            return None
+        fixed = None if self.training else torch.Generator(e.device).manual_seed(0)
+        return torch.empty_like(e).normal_(generator=fixed)
 
     def forward(
         self,

@@ -18,6 +18,8 @@ from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast, loops_of
 from shift.tasks.base import IGNORE, Batch
 from shift_kernels import LoopedBlock, looped_block
+from shift_kernels.reference import inject
+from shift_kernels.spec import ONE_OVER_T
 
 NOTHING = "nothing in a pass of the torch backend with the weights of now"
 
@@ -92,19 +94,22 @@ def _states(model: LoopedTransformer, batch: Batch, loops: int | Tensor) -> Iter
         for what, after in _layers(model.prelude, e, packed):
             yield f"{what} of the prelude", after
         e = after
-    spec = model.block.spec
+    spec, weights = model.block.spec, dict(model.block.named_parameters())
     own = torch.as_tensor(loops, device=e.device).expand(e.shape[0]).view(-1, *(e.ndim - 1) * [1])
-    h = torch.zeros_like(e) if spec.injection == "add" else e
+    # A model that draws its first state draws another one here.
+    h = e if spec.injection == "none" else torch.zeros_like(e) if (h0 := model.initial(e)) is None else h0
+    scale = 1 / int(own.max()) if spec.residual_scale == ONE_OVER_T else None
     for t in range(1, int(own.max()) + 1):
-        u = h + e if spec.injection == "add" else h
-        for what, after in _layers(model.block, u, packed):
+        for what, after in _layers(model.block, inject(h, e, weights, spec), packed, scale):
             yield f"{what}, loop {t}", after
         h = torch.where(t <= own, after, h)
     if model.coda is not None:
         yield from ((f"{what} of the coda", after) for what, after in _layers(model.coda, h, packed))
 
 
-def _layers(block: LoopedBlock, u: Tensor, packed: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def _layers(
+    block: LoopedBlock, u: Tensor, packed: Tensor | None, scale: float | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """What attention and MLP of each layer leave of a state; the last one is the block's own output."""
     spec, weights = block.spec, dict(block.named_parameters())
     for layer in range(spec.n_layers):
@@ -114,6 +119,7 @@ def _layers(block: LoopedBlock, u: Tensor, packed: Tensor | None) -> Iterator[tu
         prefix = f"layers.{layer}."
         for name, part in (("attention", half), ("MLP" if spec.d_ff else "last norm", whole)):
             needed = {name: weights[name.replace("layers.0.", prefix, 1)] for name in part.weight_shapes()}
-            out = cast(Tensor, looped_block(u, needed, part, 1, cu_seqlens=packed, backend="torch"))
+            options = {"cu_seqlens": packed, "residual_scale": scale, "backend": "torch"}
+            out = cast(Tensor, looped_block(u, needed, part, 1, **options))
             yield f"activation after the {name} of layer {layer} of {spec.n_layers}", out
         u = out

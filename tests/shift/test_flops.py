@@ -16,6 +16,7 @@ CONFIGS = {
     "swiglu, two layers": (dict(d_model=32, n_heads=4, d_ff=64, n_layers=2, activation="swiglu"), 9, 5),
     "wide heads": (dict(d_model=32, n_heads=2, head_dim=24, loop_norm=True, norm="rmsnorm"), 33, 1),
     "prelude and coda": (dict(d_model=32, n_heads=2, injection="add"), 12, 3, Layout(n_prelude=2, n_coda=1)),
+    "concat": (dict(d_model=32, n_heads=2, injection="concat", activation="geglu_tanh"), 12, 3),
     "tied": (dict(d_model=32, n_heads=2), 12, 2, Layout(tied=True)),
 }
 

@@ -30,11 +30,20 @@ def test_loops_change_the_result_but_not_the_parameters():
     assert not torch.equal(model(TOKENS, 1), model(TOKENS, 4))
 
 
-LAYOUTS = [Layout(), Layout(n_prelude=1, n_coda=2), Layout(tied=True, logit_softcap=5.0, init_loops=4)]
+SLOW_IS_FINE = pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")
+"""Not every kernel takes h0."""
+
+LAYOUTS = [
+    Layout(),
+    Layout(initial_state="learned"),
+    Layout(n_prelude=1, n_coda=2),
+    Layout(tied=True, logit_softcap=5.0, init_loops=4),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["loop alone", "prelude and coda", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["loop alone", "learned start", "prelude and coda", "tied"])
 @pytest.mark.parametrize("n_loops", [1, 4])
+@SLOW_IS_FINE
 def test_every_parameter_is_used_in_both_stages(n_loops, layout):
     # Otherwise distributed training needs a search for unused parameters, and the switch a new wrapper.
     model = make(n_contexts=2, layout=layout)
@@ -75,6 +84,26 @@ def test_prelude_core_and_coda_run_one_after_another(tied):
     every = model(TOKENS, 3, return_all_loops=True)
     torch.testing.assert_close(every, torch.stack([model(TOKENS, t) for t in (1, 2, 3)]))
     assert model(TOKENS, 3).abs().max() < 0.5
+
+
+@SLOW_IS_FINE
+def test_a_learned_start_is_where_the_loops_start():
+    model = make(layout=Layout(initial_state="learned"))
+    torch.testing.assert_close(model(TOKENS, 3), make()(TOKENS, 3))  # it begins as 0
+    with torch.no_grad():
+        model.start.fill_(0.7)
+    e = model.embed(TOKENS)
+    torch.testing.assert_close(model(TOKENS, 2), model.read(model.block(e, 2, h0=torch.full_like(e, 0.7))))
+
+
+@SLOW_IS_FINE
+def test_a_random_start_is_drawn_in_training_and_fixed_in_evaluation():
+    model = make(layout=Layout(initial_state="random"))
+    assert not torch.equal(model(TOKENS, 2), model(TOKENS, 2))
+    model.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(model(TOKENS, 2), model(TOKENS, 2))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_tied_model_has_no_second_matrix():
@@ -121,6 +150,12 @@ def test_targets_turn_logits_into_their_summed_loss():
                 SPEC, vocab_size=7, n_classes=5, max_seq_len=6, layout=Layout(tied=True)
             ),
             "layout.tied",
+        ),
+        (
+            lambda: LoopedTransformer(
+                SPEC, vocab_size=7, n_classes=5, max_seq_len=6, layout=Layout(initial_state="random")
+            ),
+            "layout.initial_state",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from tiny_runs import Replaced, rows, tiny
 
 from shift.config import ModelConfig, OptimiserConfig, ScheduleConfig, TaskConfig
 from shift.flops import train_step_flops
+from shift.run import diagnosis
 from shift.run.checkpoint import digest
 from shift.run.diagnosis import NOTHING, first_not_finite
 from shift.run.evaluate import evaluate
@@ -311,6 +312,20 @@ def test_a_diverged_run_names_a_weight_or_a_later_loop(tmp_path):
     with torch.no_grad():
         trainer.model.head.bias[1] = math.nan
     assert look() == "weight head.bias"
+
+
+@pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")  # not every kernel takes h0
+@pytest.mark.parametrize("injection", ["concat", "norm_add"])
+def test_a_run_with_any_injection_is_looked_through(injection, tmp_path):
+    model = dataclasses.replace(
+        tiny().model, injection=injection, residual_scale="1/T", initial_state="learned"
+    )
+    trainer = Trainer(tiny(model=model), tmp_path)
+    batch = trainer.task.batch(8, 0)
+    assert first_not_finite(trainer.model, batch, 3, trainer.config) == NOTHING
+    last = [what for what, _ in diagnosis._states(trainer.model, batch, 3)][-1]
+    states = dict(diagnosis._states(trainer.model, batch, 3))
+    torch.testing.assert_close(states[last], trainer.model.states(batch.tokens, 3, context=batch.context))
 
 
 def test_a_diverged_run_names_a_layer_outside_the_loop(tmp_path):
