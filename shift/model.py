@@ -27,8 +27,8 @@ class Layout:
         n_prelude: layers between embedding and core, of the core's kind; run once.
         n_coda: layers between core and read-out; run once.
         initial_state: h_0. ``default``: that of the block's injection. ``learned``: a vector, the same at all
-            positions. ``random``: normal, standard deviation 1, drawn at every call in training and always the
-            same in evaluation (the idea of Huginn, arXiv 2502.05171).
+            positions. ``random``: normal, standard deviation 1, drawn at every call in training and always
+            the same in evaluation (the idea of Huginn, arXiv 2502.05171).
         tied: the read-out's weights are the token embedding's, without bias.
         logit_softcap: c of logits c tanh(z / c); None: logits z.
         init_loops: T, so that maps into the residual stream start 1 / sqrt(2 L) as large, L = n_prelude +
