@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shift.generation import Sampling, check, generate
 from shift.readout import logits_of, summed_loss
 from shift.tasks.base import Task
 from shift_kernels import BlockSpec, LoopedBlock
@@ -159,9 +160,16 @@ class LoopedTransformer(nn.Module):
                     p /= math.sqrt(2 * layers)
 
     def embed(
-        self, tokens: Tensor, context: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
-        """Input embeddings, [batch, seq_len, d_model], of ids [batch, seq_len]; what the prelude reads."""
+        """Input embeddings, [batch, seq_len, d_model], of ids [batch, seq_len]; what the prelude reads.
+
+        ``starts``: position of each sample's first token here, int64 [batch]; None: 0.
+        """
         seq_len = tokens.shape[1]
         if seq_len > self.max_seq_len:
             raise input_error(
@@ -182,7 +190,10 @@ class LoopedTransformer(nn.Module):
         e = self.tokens(tokens)
         if self.positions is not None:
             weight = self.positions.weight
-            e = e + (weight[:seq_len] if cu_seqlens is None else weight[positions_in(cu_seqlens, tokens)])
+            if starts is not None:
+                e = e + weight[starts[:, None] + torch.arange(seq_len, device=starts.device)]
+            else:
+                e = e + (weight[:seq_len] if cu_seqlens is None else weight[positions_in(cu_seqlens, tokens)])
         if self.contexts is not None:
             e = e + self.contexts(context)[:, None]
         return e
@@ -288,6 +299,58 @@ class LoopedTransformer(nn.Module):
         weight, bias = self.readout()
         cap = self.layout.logit_softcap
         return summed_loss(self._normed(h), weight, bias, targets, softcap=cap, loop_weights=loop_weights)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        n_loops: int | Tensor,
+        max_new_tokens: int,
+        *,
+        seq_lens: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        stop: int | Collection[int] = (),
+        halt_threshold: float | None = None,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Tokens that follow. Every loop of every layer has its own cache, so a token costs one token's work.
+
+        Args:
+            tokens: prompts, int64 [batch, seq_len], right-padded.
+            n_loops: T, or an int tensor [batch].
+            max_new_tokens: at most so many; fewer once all samples have stopped.
+            seq_lens: int [batch], lengths of the prompts.
+            temperature: divides the logits before a token is drawn; 0: the likeliest token.
+            top_k: only the k likeliest tokens are drawn.
+            stop: ids, one or several, after which a sample has ended; its row repeats the id from there on.
+            halt_threshold: as for :func:`shift_kernels.looped_block`, T being the most loops; all tokens are
+                then computed anew for each one, since a token that halts has no keys for deeper loops.
+            context: int64 [batch], for models with ``n_contexts``.
+            generator: what draws; None: torch's own.
+            backend: of the blocks.
+
+        Returns:
+            The new tokens, int64 [batch, up to max_new_tokens].
+
+        Raises:
+            ShiftInputError: a block that is not causal, classes that are not the vocabulary, more tokens than
+                ``max_seq_len``, an empty prompt.
+        """
+        lengths = check(self, tokens, max_new_tokens, seq_lens)
+        return generate(
+            self,
+            tokens,
+            lengths,
+            n_loops,
+            max_new_tokens,
+            sampling=Sampling(temperature, top_k, generator),
+            stop=stop,
+            halt_threshold=halt_threshold,
+            context=context,
+            backend=backend,
+        )
 
 
 def once_spec(core: BlockSpec, n_layers: int) -> BlockSpec:
