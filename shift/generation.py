@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shift_kernels import LoopedCache
+from shift_kernels import LoopedBlock, LoopedCache
 from shift_kernels.call_checks import own_per_sample
 from shift_kernels.checks import check_int
 from shift_kernels.errors import input_error, type_error
 
-if TYPE_CHECKING:
-    from shift.model import LoopedTransformer
-
 FUNCTION = "LoopedTransformer.generate"
+
+
+class TokenModel(Protocol):
+    """What generation needs of :class:`shift.model.LoopedTransformer`."""
+
+    tokens: nn.Embedding
+    block: LoopedBlock
+    max_seq_len: int
+    n_classes: int
+
+    @property
+    def parts(self) -> dict[str, LoopedBlock]: ...
+
+    def embed(
+        self,
+        tokens: Tensor,
+        context: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def read(self, h: Tensor) -> Tensor: ...
 
 
 class Sampling(NamedTuple):
@@ -51,9 +70,7 @@ class Sampling(NamedTuple):
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
 
 
-def new_caches(
-    model: LoopedTransformer, batch: int, max_len: int, n_loops: int | Tensor
-) -> dict[str, LoopedCache]:
+def new_caches(model: TokenModel, batch: int, max_len: int, n_loops: int | Tensor) -> dict[str, LoopedCache]:
     """An empty cache for each part of a model, by the part's name.
 
     Args:
@@ -77,7 +94,7 @@ def new_caches(
 
 
 def next_logits(
-    model: LoopedTransformer,
+    model: TokenModel,
     tokens: Tensor,
     n_loops: int | Tensor,
     lengths: Tensor,
@@ -109,7 +126,7 @@ def next_logits(
 
 @torch.no_grad()
 def generate(
-    model: LoopedTransformer,
+    model: TokenModel,
     tokens: Tensor,
     lengths: Tensor,
     n_loops: int | Tensor,
@@ -152,7 +169,7 @@ def generate(
     return torch.stack(new, 1) if new else tokens.new_zeros(batch, 0)
 
 
-def check(model: LoopedTransformer, tokens: Tensor, max_new_tokens: int, seq_lens: Tensor | None) -> Tensor:
+def check(model: TokenModel, tokens: Tensor, max_new_tokens: int, seq_lens: Tensor | None) -> Tensor:
     """The lengths of the prompts, int64 [batch], if this model can go on from them.
 
     Raises:
