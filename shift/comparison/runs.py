@@ -112,7 +112,7 @@ class Comparison:
     def train(self, arms: Sequence[Arm]) -> None:
         """Train the arms on all seeds; finished runs are kept. Seeds take turns, so that arms interleave."""
         every = {self._directory(arm, seed): seeded(arm, seed) for seed in self.seeds for arm in arms}
-        unfinished = {path: config for path, config in every.items() if not _finished(path, config)}
+        unfinished = {path: config for path, config in every.items() if not finished(path, config)}
         train_all(unfinished, self.jobs)
 
     def go_on(self, arms: Sequence[Arm], looped: Arm, target: float | None) -> None:
@@ -137,7 +137,7 @@ class Comparison:
         return self.out / arm.directory / f"seed-{seed}"
 
 
-def _finished(path: Path, config: TrainConfig) -> bool:
+def finished(path: Path, config: TrainConfig) -> bool:
     """Whether the directory holds this very run, finished.
 
     Raises:

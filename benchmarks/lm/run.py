@@ -1,0 +1,130 @@
+"""Language models, trained in every way, at several budgets: the compute each needs for the same loss.
+
+    python -m benchmarks.lm.run quick --out runs/lm         # under ten minutes on two cores
+    python -m benchmarks.lm.run full --out runs/lm-full     # about four core-hours
+
+First every arm's learning rate is chosen on seeds of their own, at the middle budget; then all arms run at
+all budgets, seed by seed, and after each seed the report is written. The same command again goes on where
+an interrupted one stopped. ``out`` gets ``summary.json``, ``report.md`` and ``loss.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.lm.multiplier import COSTS, Curve, Point
+from benchmarks.lm.report import write_report
+from benchmarks.lm.suite import Suite, arms_of, load_suite, run_config, step_flops, tuning_budget
+from benchmarks.lm.text import make_shards
+from shift.compare import INTERRUPTED
+from shift.comparison.pool import default_jobs, train_all
+from shift.comparison.runs import finished
+from shift.config import TrainConfig
+from shift.run.record import read_run
+from shift_kernels import ShiftInputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", help="quick, full, or a TOML file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=default_jobs())
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(run(load_suite(args.suite), args.out, args.jobs))
+    except ShiftInputError as error:
+        print(f"lm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lm: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run(suite: Suite, out: Path, jobs: int) -> Path:
+    """Train what is not yet trained; returns the report."""
+    arms = arms_of(suite, make_shards(out / "text", suite.text, jobs))
+    each = {name: step_flops(arm.config) for name, arm in arms.items()}
+    tuned = tuning_budget(suite.budgets)
+
+    def path(kind: str, name: str, key: str, seed: int) -> Path:
+        return out / kind / name.replace(":", "-") / key / f"seed-{seed}"
+
+    tuning = {
+        path("tuning", name, f"rate-{factor:g}", seed): run_config(arm, tuned, each[name], factor, seed)
+        for seed in suite.tuning_seeds
+        for factor in suite.rates
+        for name, arm in arms.items()
+    }
+    train(tuning, jobs)
+    rates = {
+        name: best_rate(
+            {
+                factor: [path("tuning", name, f"rate-{factor:g}", seed) for seed in suite.tuning_seeds]
+                for factor in suite.rates
+            }
+        )
+        for name in arms
+    }
+    curves: dict[str, Curve] = {}
+    for n in range(1, len(suite.seeds) + 1):
+        places = {
+            name: {
+                b: {s: path("runs", name, f"{b:.4g}", s) for s in suite.seeds[:n]}
+                for b in suite.budgets_of(name)
+            }
+            for name in arms
+        }
+        seed = suite.seeds[n - 1]
+        train(
+            {
+                of_seed[seed]: run_config(arms[name], budget, each[name], rates[name], seed)
+                for name, of_budget in places.items()
+                for budget, of_seed in of_budget.items()
+            },
+            jobs,
+        )
+        curves = {
+            name: {
+                budget: {s: p for s, place in of_seed.items() if (p := point(place)) is not None}
+                for budget, of_seed in of_budget.items()
+            }
+            for name, of_budget in places.items()
+        }
+        report = write_report(suite, arms, rates, curves, out)
+    return report
+
+
+def train(runs: Mapping[Path, TrainConfig], jobs: int) -> None:
+    """Those that are not finished."""
+    train_all({path: config for path, config in runs.items() if not finished(path, config)}, jobs)
+
+
+def best_rate(tried: Mapping[float, list[Path]]) -> float:
+    """The factor of the least mean loss; one at which a run came to nothing is none."""
+
+    def mean_loss(factor: float) -> float:
+        points = [point(path) for path in tried[factor]]
+        return math.inf if None in points else statistics.mean(p.loss for p in points if p is not None)
+
+    return min(tried, key=mean_loss)
+
+
+def point(path: Path) -> Point | None:
+    """What a run came to; None: to nothing."""
+    result = read_run(path).result
+    loss = result["final_eval"]["loss"] if result else None
+    return None if loss is None else Point({kind: result[key] for kind, key in COSTS.items()}, loss)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
