@@ -5,6 +5,7 @@ changed: a command, a source, or a header that it includes.
 """
 
 import functools
+import itertools
 import os
 import platform
 import shlex
@@ -29,6 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 CUDA_ARCHS = "sm_80 sm_90a"
+CUDA_DIRECTIONS = ("forward", "backward")
 # ptxas says what a kernel takes of the chip; benchmarks/offline/compile_cuda.py reads it beside the object.
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall", "-Xptxas", "-v"]
 
@@ -57,9 +59,23 @@ def cuda_archs():
     return (CUDA_ARCHS if chosen == "default" else chosen).split()
 
 
-def cuda_sources():
-    """What nvcc compiles, each to an object of its own."""
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+def cuda_objects(archs):
+    """What nvcc compiles: name -> (source, definitions, architectures).
+
+    A kernel each, so that they compile side by side: of a direction, a type of operands, and the family of
+    architectures that it is written for.
+    """
+    source = ROOT / "csrc" / "cuda"
+    hopper = [arch for arch in archs if arch == "sm_90a"]
+    found = {"entry": (source / "entry.cu", [], archs)}
+    families = [("resident", ("bf16", "fp16"), [arch for arch in archs if arch not in hopper])]
+    families += [("resident_sm90a", ("bf16",), hopper)]
+    for (name, operands, own), way in itertools.product(families, CUDA_DIRECTIONS):
+        for operand in operands:
+            defined = [f"-DSHIFT_BACKWARD={CUDA_DIRECTIONS.index(way)}", f"-DSHIFT_OPERAND={operand}"]
+            # The entry refers to all of them: where none of the architectures is a kernel's, it is for any.
+            found[f"{name}_{way}_{operand}"] = (source / f"{name}.cu", defined, own or archs)
+    return found
 
 
 def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
@@ -111,24 +127,15 @@ def cuda_library(archs=None):
     if cuda is None:
         raise RuntimeError("no nvcc found (put it on PATH, or set CUDACXX)")
     flags = [*cuda, *CUDA_FLAGS, f'-DSHIFT_ARCHS="{" ".join(archs)}"']
-    jobs = {}
-    sources = cuda_sources()
-    for source in sources:
-        # A source named for an architecture is for that alone, the others for the rest; all are needed, so
-        # where that leaves none, for any.
-        own = [arch for arch in archs if _is_named_for(arch, source)]
-        rest = [arch for arch in archs if not any(_is_named_for(arch, other) for other in sources)]
-        code = [f"-gencode={_gencode(arch)}" for arch in own or rest or archs]
-        jobs[source.stem] = ([*flags, *code], source)
+    jobs = {
+        name: ([*flags, *defined, *(f"-gencode={_gencode(arch)}" for arch in own)], source)
+        for name, (source, defined, own) in cuda_objects(archs).items()
+    }
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
     jobs["module"] = ([*cxx, *MODULE_FLAGS, *python_headers()], ROOT / "csrc" / "cuda" / "module.cpp")
     return jobs, [*cuda, "-shared", "-cudart", "static"]
-
-
-def _is_named_for(arch, source):
-    return source.stem.endswith("_" + arch.replace("_", ""))
 
 
 def _gencode(arch):

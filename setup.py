@@ -27,7 +27,11 @@ def reason_file(module):
 
 
 class BuildModules(build_ext):
-    """Goes on without what cannot be built."""
+    """Goes on without what cannot be built; the modules side by side."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or len(MODULES)
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))

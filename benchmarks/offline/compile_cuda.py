@@ -1,18 +1,22 @@
-"""Registers, spills and shared memory of every CUDA kernel; what the planner gives the timed blocks. No GPU.
+"""Registers, spills, memory and instructions of every CUDA kernel; what the planner gives the timed blocks.
 
-python -m benchmarks.offline.compile_cuda            # builds what is not built yet -> JSON
+python -m benchmarks.offline.compile_cuda            # builds what is not built yet -> JSON; no GPU
 
-ptxas reports while it compiles (build_native.py keeps what it said beside each object), the planner is asked
-through the library.
+ptxas reports while it compiles (build_native.py keeps what it said beside each object), cuobjdump (Triton
+brings one) shows the machine code, the planner is asked through the library.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +47,61 @@ def build() -> Path:
 
 def kernels() -> list[dict[str, Any]]:
     """What ptxas said of every kernel on every architecture, of the last build."""
-    logs = [build_native.SCRATCH / "cuda" / f"{source.stem}.log" for source in build_native.cuda_sources()]
-    sources = [(log.stem, match) for log in logs for match in _REPORT.finditer(log.read_text())]
-    found = [match for _, match in sources]
-    command = ["c++filt", *(match["name"] for match in found)]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [
-        {"source": source} | _kernel(match, name)
-        for (source, match), name in zip(sources, names, strict=True)
-    ]
+    rows = []
+    for log in logs():
+        code = instructions(log.with_suffix(".o"))
+        found = list(_REPORT.finditer(log.read_text()))
+        command = ["c++filt", *(match["name"] for match in found)]
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for match, name in zip(found, names, strict=True):
+            rows.append({"object": log.stem} | _kernel(match, name) | code[int(match["sm"]), match["name"]])
+    return rows
+
+
+def logs() -> list[Path]:
+    """What nvcc said of each object of the last build."""
+    objects = build_native.cuda_objects(build_native.CUDA_ARCHS.split())
+    return [build_native.SCRATCH / "cuda" / f"{name}.log" for name in objects]
+
+
+def cuobjdump() -> Path | None:
+    """The tool, from $PATH or the triton package, or None."""
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")) and triton.origin:
+        found = shutil.which(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return Path(found) if found else None
+
+
+# Of the machine code, by the beginning or the end of an instruction's name.
+COUNTED: dict[str, Callable[[str], bool]] = {
+    "instructions": lambda name: True,
+    "device_fences": lambda name: name.startswith("MEMBAR") and "GPU" in name,
+    "l1_invalidations": lambda name: name == "CCTL.IVALL",
+    "local_or_generic_loads": lambda name: name.split(".")[0] in ("LD", "LDL"),
+    "calls": lambda name: name.startswith("CALL"),
+}
+
+
+def instructions(target: Path) -> dict[tuple[int, str], dict[str, int]]:
+    """How many of each kind every function of an object has, by architecture and mangled name."""
+    tool = cuobjdump()
+    assert tool is not None, "needs cuobjdump"
+    # It looks for its disassembler on the path.
+    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(tool), "-sass", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found, sm = {}, 0
+    for function in re.split(r"\n(?=\s+Function : )", done.stdout):
+        heading = re.match(r"\s+Function : (\w+)", function)
+        if heading:
+            names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", function))
+            found[sm, heading[1]] = {
+                kind: sum(n for name, n in names.items() if counts(name)) for kind, counts in COUNTED.items()
+            }
+        # The architecture of the functions behind it.
+        for arch in re.finditer(r"^arch = sm_(\d+)", function, re.MULTILINE):
+            sm = int(arch[1])
+    return found
 
 
 def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:

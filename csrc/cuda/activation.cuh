@@ -15,7 +15,7 @@ struct Gate {
 __device__ inline Gate sigmoid_gate(bool silu, float x) {
     const float z = silu ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
     const float dz = silu ? 1.0f : 1.5957691216057308f * (1.0f + 0.134145f * x * x);
-    return {1.0f / (1.0f + tile::exp2_approx(-1.4426950408889634f * z)), dz};
+    return {tile::reciprocal_approx(1.0f + tile::exp2_approx(-1.4426950408889634f * z)), dz};
 }
 
 // f(x); of swiglu's gate, silu.

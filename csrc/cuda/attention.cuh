@@ -151,11 +151,11 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 // rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
 // exist.
 template <class A, class T, class Out, class Rest>
-__device__ SHIFT_OUT_OF_LINE void attend_16(const Program<A, T>& p, const Round& of, int head, int row0, Out out,
+__device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& of, int head, int row0, Out out,
                                             Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
-    const float scale = LOG2_E / sqrtf(float(of.head_dim));
+    const float scale = LOG2_E * rsqrt_approx(float(of.head_dim));
     const int r[2] = {row0 + lane() / 4, row0 + lane() / 4 + 8};
     int low[2], high[2];
     for (int h = 0; h < 2; h++) span_of(p, r[h], low[h], high[h]);
@@ -205,7 +205,7 @@ __device__ SHIFT_OUT_OF_LINE void attend_16(const Program<A, T>& p, const Round&
         total[h] = sum_over_lanes<4>(total[h]);
         // A pad sees nothing, and gets 0. Who sees keys, but all with scores of -inf, gets NaN, as from a softmax.
         const bool sees = low[h] < high[h];
-        const float share = sees ? 1.0f / total[h] : 0.0f;
+        const float share = sees ? reciprocal_approx(total[h]) : 0.0f;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
             if (16 * b < of.head_dim && p.exists(r[h])) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, co
         const float* bias = round ? nullptr : w.out_bias();
         multiply<false>(
             p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
-            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); },
+            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
             xn.streamed ? Ahead<T>{} : round + 1 < rounds ? qkv_ahead(p, w, round + 1) : after);
         if (p.split() > 1) meet(p);  // others have read the keys and values
     }

@@ -100,11 +100,11 @@ __device__ inline Queries<T> others_queries(const Program<A, T>& p, const Round&
 
 // dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
 template <class A, class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void queries_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int head,
+__device__ __forceinline__ void queries_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int head,
                                              int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
     const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * g.ld_o + of.q(head);
-    const float factor = 1.0f / sqrtf(float(hd));
+    const float factor = rsqrt_approx(float(hd));
     int low[2], high[2], begin, end;
     float normaliser[2], o_do[2];
 #pragma unroll
@@ -137,10 +137,10 @@ __device__ SHIFT_OUT_OF_LINE void queries_16(const Program<A, T>& p, const Round
 
 // dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
 template <class A, class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void keys_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int kv,
+__device__ __forceinline__ void keys_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int kv,
                                           int key0, Out out) {
     const int hd = of.head_dim;
-    const float factor = 1.0f / sqrtf(float(hd));
+    const float factor = rsqrt_approx(float(hd));
     const T *k = p.work() + key0 * of.ld + of.k(kv), *v = p.work() + key0 * of.ld + of.v(kv);
     const int rows_k = p.rows_from(key0), position0 = p.first + key0;
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
@@ -230,7 +230,7 @@ __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<
         }
         multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
                        of.columns,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
         if (p.split() > 1) meet(p);  // others have read what the next round replaces
     }
 }

@@ -25,7 +25,8 @@ struct Call : Block {
     void* out;               // [batch, seq_len, d_model] dtype, or [most_loops, ...] with return_all; pads become 0
     void* boundaries;        // [most_loops, batch, seq_len, d_model] dtype: h_0 .. h_{T-1}; null if not saved
     int64_t* used;           // [batch], written with halting alone
-    void* workspace;         // Plan::workspace_bytes, 256-byte aligned
+    void* packed;            // Plan::packed_bytes, 256-byte aligned: the weights as shift_cuda_pack has left them
+    void* workspace;         // Plan::workspace_bytes, 256-byte aligned; null where that is 0
     // backward only. It may be called several times, for the last loops first; dh, de, dv go from launch to launch.
     const void* grad_out;    // as out (NaN in pads is ignored)
     float* dh;   // [batch, seq_len, d_model]: in: gradient of h_high (first launch: grad_out without pads, or 0 with
@@ -61,9 +62,11 @@ struct Plan {
     int64_t ff_chunk;         // hidden columns at a time
     int64_t stages;           // weight tiles in flight
     int64_t tiles;            // weight tiles that a loop reads, if an sm_90a kernel runs; or 0
+    int64_t tile_columns;     // of such a tile: 128, or 64
     int64_t cluster;          // blocks that share each weight tile's way from L2 (sm_90a), or a sequence
     int64_t tile_in_shared;   // whether the fp32 tile is in shared memory; else in the workspace, which L2 holds
     int64_t shared_bytes;     // dynamic shared memory of a block
+    int64_t packed_bytes;     // of the weights as the kernels read them
     int64_t workspace_bytes;
 };
 

@@ -7,8 +7,10 @@ extern "C" {
 void shift_cuda_plan(const Call*, int backward, Plan*);
 // What a plan's refusal means.
 const char* shift_cuda_reason(int refusal);
-// Launches on a cudaStream_t, as shift_cuda_plan has planned it; null, or what went wrong. All tensors are contiguous
-// and on one device.
+// Brings `weights` into the order in which the kernels read them, to `packed`: for a plan of this call, either way.
+const char* shift_cuda_pack(const Call*, const Plan*, void* stream);
+// Launches on a cudaStream_t, as shift_cuda_plan has planned it; null, or what went wrong. All tensors are contiguous,
+// on one device, and at a multiple of 16 bytes.
 const char* shift_cuda_run(const Call*, const Plan*, int backward, void* stream);
 // What this library was built by and for (as nvcc names architectures, by spaces; none: an emulation).
 const char* shift_cuda_build_info();

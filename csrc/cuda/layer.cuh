@@ -12,12 +12,12 @@ namespace shift_cuda {
 
 template <class A, class T>
 __device__ inline float2 tile_pair(const Program<A, T>& p, int r, int j) {
-    return load<float2>(p.tile().row(r) + j);
+    return load<float2>(p.tile.row(r) + j);
 }
 
 template <class A, class T>
 __device__ inline void clear_tile(const Program<A, T>& p) {
-    p.each_pair([&](int r, int j) { store(p.tile().row(r) + j, make_float2(0.0f, 0.0f)); });
+    p.each_pair([&](int r, int j) { store(p.tile.row(r) + j, make_float2(0.0f, 0.0f)); });
 }
 
 // The first weights that the half layer behind this one needs; behind the last, the first layer's in the next loop.
@@ -61,7 +61,7 @@ __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bo
     if (sandwich)
         norm(p, w.norm(slot + 2), [&](int r, int j, float2 y) {
             const float2 x = load<float2>(input.row(r) + j);
-            store(p.tile().row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
+            store(p.tile.row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
         });
 }
 

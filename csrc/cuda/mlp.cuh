@@ -51,7 +51,7 @@ __device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const We
         const float* bias = first ? nullptr : w.down_bias();
         multiply<false>(
             p, Rows<T>{p.work(), ld, false}, down.b, down.ld, down.n, down.k,
-            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, scale, bias); },
+            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
             xn.streamed ? Ahead<T>{} : first + n < ff ? up_ahead(p, w, first + n) : after);
     }
 }

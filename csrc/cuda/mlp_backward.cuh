@@ -57,7 +57,7 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
             }
         });
         multiply<true>(p, local, w.up() + int64_t(parts) * first * d, d, d, parts * n,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile(), r, j, x, y, 1.0f, nullptr); });
+                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
     }
 }
 

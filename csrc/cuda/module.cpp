@@ -22,17 +22,24 @@ std::optional<std::string> reason(const Plan& plan) {
     return shift_cuda_reason(int(plan.refusal));
 }
 
-void run(const PythonCall& given, const Plan& plan, bool backward, uintptr_t stream) {
-    Call call = given;
-    if (int64_t(given.weight_list.size()) != weight_count(call) || !call.e || !call.workspace)
-        throw py::value_error("shift_kernels._native_cuda: e, workspace or some of the block's weights are missing");
-    call.weights = given.weight_list.data();
-    const char* error;
-    {
-        py::gil_scoped_release others_run;
-        error = shift_cuda_run(&call, &plan, backward, reinterpret_cast<void*>(stream));
-    }
+void check(const char* error) {
     if (error) throw std::runtime_error(std::string("shift_kernels: the cuda backend's launch failed: ") + error);
+}
+
+void pack(const PythonCall& given, const Plan& plan, uintptr_t stream) {
+    Call call = given;
+    if (int64_t(given.weight_list.size()) != weight_count(call) || !call.packed)
+        throw py::value_error("shift_kernels._native_cuda: packed or some of the block's weights are missing");
+    call.weights = given.weight_list.data();
+    py::gil_scoped_release others_run;
+    check(shift_cuda_pack(&call, &plan, reinterpret_cast<void*>(stream)));
+}
+
+void run(const PythonCall& call, const Plan& plan, bool backward, uintptr_t stream) {
+    if (!call.e || !call.packed || (plan.workspace_bytes && !call.workspace))
+        throw py::value_error("shift_kernels._native_cuda: e, packed or workspace is missing");
+    py::gil_scoped_release others_run;
+    check(shift_cuda_run(&call, &plan, backward, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -67,6 +74,7 @@ PYBIND11_MODULE(_native_cuda, m) {
         .pointer("out", &PythonCall::out)
         .pointer("boundaries", &PythonCall::boundaries)
         .pointer("used", &PythonCall::used)
+        .pointer("packed", &PythonCall::packed)
         .pointer("workspace", &PythonCall::workspace)
         .pointer("grad_out", &PythonCall::grad_out)
         .pointer("dh", &PythonCall::dh)
@@ -93,11 +101,15 @@ PYBIND11_MODULE(_native_cuda, m) {
         .number("ff_chunk", &Plan::ff_chunk)
         .number("stages", &Plan::stages)
         .number("tiles", &Plan::tiles)
+        .number("tile_columns", &Plan::tile_columns)
         .number("cluster", &Plan::cluster)
         .number("tile_in_shared", &Plan::tile_in_shared)
         .number("shared_bytes", &Plan::shared_bytes)
+        .number("packed_bytes", &Plan::packed_bytes)
         .number("workspace_bytes", &Plan::workspace_bytes)
         .made_from_keywords();
+    m.def("pack", pack, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("stream"),
+          "Launch the packing of a call's weights; RuntimeError where that failed.");
     m.def("run", run, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("backward"), py::arg("stream"),
           "Launch a forward or backward call as planned; RuntimeError where that failed.");
     m.def("plan", plan, py::arg("call"), py::kw_only(), py::arg("backward"), "Reads sizes and options alone.");

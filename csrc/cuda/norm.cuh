@@ -23,7 +23,7 @@ __device__ inline Moments moments(const float* x, const Call& c) {
         const float2 v = load<float2>(x + j);
         squares += (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean);
     }
-    return {mean, 1.0f / sqrtf(sum_over_lanes(squares) / d + float(c.eps))};
+    return {mean, rsqrt_approx(sum_over_lanes(squares) / d + float(c.eps))};
 }
 
 // Calls out(row, column, y) with pairs of columns of y = norm(tile); the weight and bias stand at `weight`.
@@ -31,7 +31,7 @@ template <class A, class T, class Out>
 __device__ inline void norm(const Program<A, T>& p, const float* weight, Out out) {
     const int d = p.d();
     for (int r = warp(); r < p.rows(); r += p.warps()) {
-        const float* x = p.tile().row(r);
+        const float* x = p.tile.row(r);
         if (p.c().norm == NO_NORM) {
             for (int j = 2 * lane(); j < d; j += 64) out(r, j, load<float2>(x + j));
             continue;
@@ -47,7 +47,7 @@ __device__ inline void norm(const Program<A, T>& p, const float* weight, Out out
 // The same, in place: a thread reads and writes its own columns alone.
 template <class A, class T>
 __device__ inline void norm_in_place(const Program<A, T>& p, const float* weight) {
-    norm(p, weight, [&](int r, int j, float2 y) { store(p.tile().row(r) + j, y); });
+    norm(p, weight, [&](int r, int j, float2 y) { store(p.tile.row(r) + j, y); });
 }
 
 }  // namespace shift_cuda

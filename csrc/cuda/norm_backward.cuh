@@ -9,6 +9,7 @@ namespace shift_cuda {
 
 // x: what the norm read. dy(row, column) gives pairs of columns, zero in pads; out(row, column, dx) may replace
 // what dy reads. dv: [2][d_model] of this program in device memory, the same thread for the same column each time.
+// A warp adds up its own rows, then the block adds up the warps' sums; work, which is free here, holds these.
 template <class A, class T, class Dy, class Out>
 __device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float* weight, float* dv, Dy dy, Out out) {
     const int d = p.d();
@@ -21,18 +22,31 @@ __device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float
         const Moments m = moments(x.row(r), p.c());
         if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;
     }
-    p.sync();
-    for (int j = 2 * threadIdx.x; j < d; j += 2 * p.threads()) {
-        float2 dw = load<float2>(dv + j), db = load<float2>(dv + d + j);
-        for (int r = 0; r < p.inside; r++) {
-            const float2 v = load<float2>(x.row(r) + j), g = dy(r, j);
-            dw.x += g.x * (v.x - p.mean()[r]) * p.inverse()[r], dw.y += g.y * (v.y - p.mean()[r]) * p.inverse()[r];
-            db.x += g.x, db.y += g.y;
+    sync_warp();
+    const int columns = p.job.at.norm_columns, summing = smaller(p.warps(), p.rows());
+    float* const sums = p.template shared<float>(p.job.at.work);  // [warps with rows][dw, db][columns]
+    for (int first = 0; first < d; first += columns) {
+        const int n = smaller(columns, d - first);
+        p.sync();  // all have read the sums before
+        for (int j = 2 * lane(); warp() < summing && j < n; j += 64) {
+            float2 dw = make_float2(0.0f, 0.0f), db = dw;
+            for (int r = warp(); r < p.inside; r += p.warps()) {
+                const float2 v = load<float2>(x.row(r) + first + j), g = dy(r, first + j);
+                const float mean = p.mean()[r], inverse = p.inverse()[r];
+                dw.x += g.x * (v.x - mean) * inverse, dw.y += g.y * (v.y - mean) * inverse;
+                db.x += g.x, db.y += g.y;
+            }
+            store(sums + 2 * warp() * columns + j, dw);
+            store(sums + (2 * warp() + 1) * columns + j, db);
         }
-        store(dv + j, dw);
-        store(dv + d + j, db);
+        p.sync();
+        for (int i = threadIdx.x; i < 2 * n; i += p.threads()) {
+            const int bias = i >= n, j = i - bias * n;
+            float total = dv[bias * d + first + j];
+            for (int of = 0; of < summing; of++) total += sums[(2 * of + bias) * columns + j];
+            dv[bias * d + first + j] = total;
+        }
     }
-    p.sync();
     for (int r = warp(); r < p.rows(); r += p.warps()) {
         const float mean = p.mean()[r], inverse = p.inverse()[r];
         const auto unit_of = [&](int j) {

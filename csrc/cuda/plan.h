@@ -11,7 +11,7 @@
 //   forward   xn      rows (d_model + 8) 2      the branch's input as matmul operand
 //             work    rows (most + 8) 2         q, k, v of `kv_heads` heads, or `ff_chunk` hidden columns
 //             ring    stages 128 72 2           weight tiles under way
-//   backward  work    rows (...) 2              q, k, v, do, dq, dk, dv, or da and dpre
+//   backward  work    rows (...) 2              q, k, v, do, dq, dk, dv, or da and dpre; or a norm's sums
 //             scores  query heads rows 8        each row's softmax normaliser and sum of o do
 //             moments rows 8                    of the norm that is being differentiated
 //             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory
@@ -20,9 +20,10 @@
 // tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow. Rows are a multiple of 16; as
 // many whole sequences as fit 128 of them, with the tile in shared memory, or else in the workspace.
 //
-// The kernels for sm_90a (resident_sm90a.cu) have as many rows as tokens, and instead of the ring
+// The kernels for sm_90a (resident_sm90a.cu; bf16 alone) have as many rows as tokens, and instead of the ring
 //
-//   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more
+//   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more; where weights
+//                                                     stay for all loops and rows are more than 64: tiles of 64 64 2
 //   forward   others  16 (2 kv_heads head_dim + 8) 2  where a sequence is split: keys and values on their way from
 //                                                     another block of the cluster
 //   backward  others  16 (2 query columns + 8) 2      the same, or queries and gradients of their output
@@ -39,6 +40,7 @@
 
 namespace shift_cuda {
 
+constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
 constexpr int64_t MOST_ROWS = 128;       // 16 warps, four for 32 rows
 constexpr int64_t MOST_HEAD_DIM = 128;   // a warp holds a head's output for 16 rows in registers
 constexpr int64_t TILE_N = 128, TILE_K = 64, PAD = 8;  // a weight tile; numbers between the ends of two rows
@@ -54,6 +56,9 @@ template <class N>
 constexpr N smaller(N a, N b) {
     return a < b ? a : b;
 }
+
+// Whether the kernels for sm_90a run the call. There are none for fp16: those for all architectures run that.
+constexpr bool takes_sm90a(const Call& c) { return c.sm90a && c.compute_dtype == BFLOAT16; }
 
 constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
 constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
@@ -74,22 +79,28 @@ constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backwa
 constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
     return ff_chunk + PAD + (backward && c.activation == SWIGLU ? 2 * ff_chunk + PAD : 0);
 }
+// Gradients of a norm's weight and bias summed by each warp that has rows, for so many columns at a time.
+constexpr int64_t NORM_COLUMNS = 64;
+constexpr int64_t norm_sums_bytes(const Plan& p) {
+    const int64_t warps = (p.tiles ? CONSUMERS : p.threads) / 32;
+    return smaller(p.rows, warps) * NORM_COLUMNS * 2 * 4;
+}
+
 constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
     const int64_t attention = attention_columns(c, p.kv_heads, backward);
     const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
-    return p.rows * larger(attention, mlp) * OPERAND;
+    const int64_t branches = p.rows * larger(attention, mlp) * OPERAND;
+    return backward ? larger(branches, norm_sums_bytes(p)) : branches;
 }
 
 constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads * query_group(c) * p.rows * 8; }
 
 constexpr int64_t BRICK_SIDE = 64, BRICK = BRICK_SIDE * BRICK_SIDE * OPERAND;  // sm_90a: two make a weight tile
-constexpr int64_t SWIZZLED_TILE = 2 * BRICK;
-constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
 constexpr int64_t MOST_STAGES = 64;
 constexpr int64_t BROUGHT_ROWS = 16;  // at a time from another block
 
 constexpr int64_t stage_bytes(const Plan& p, bool backward) {
-    if (p.tiles) return SWIZZLED_TILE;
+    if (p.tiles) return p.tile_columns / BRICK_SIDE * BRICK;
     return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
 }
 
@@ -166,17 +177,17 @@ constexpr void each_product(const Call& c, const Plan& p, bool backward, F f) {
         });
 }
 
-// How many tiles of 128 columns and 64 k they read.
+// How many tiles of tile_columns and 64 k they read.
 constexpr int64_t loop_tiles(const Call& c, const Plan& p, bool backward) {
     int64_t tiles = 0;
     each_product(c, p, backward, [&](int64_t, const Part& of, bool transposed) {
         const int64_t n = transposed ? of.k : of.n, k = transposed ? of.n : of.k;
-        tiles += ceil_to(n, TILE_N) / TILE_N * bricks_along(k);
+        tiles += (n + p.tile_columns - 1) / p.tile_columns * bricks_along(k);
     });
     return tiles;
 }
 
-// The workspace: packed weights, then fp32 vectors, then for each program some [rows, d_model + 8] fp32.
+// Packed weights: matrices, then fp32 vectors.
 constexpr int64_t layer_weights(const Call& c, int64_t ff_pad) {
     return (qkv_columns(c) + c.n_heads * c.head_dim + (hidden_parts(c) + 1) * ff_pad) * c.d_model;
 }
@@ -191,15 +202,20 @@ constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
     return ceil_to((c.n_layers + 1) * layer_vectors(c, ff_pad) * 4, 256);
 }
 
-// States that a program puts aside. Forward: the residual around a sandwiched branch, and h before a loop that
+// The workspace: for each program some [rows, d_model + 8] fp32, states that it puts aside. Forward: the residual around a sandwiched branch, and h before a loop that
 // may be the last. Backward: every half layer's input and, for its second norm, the norm's; the loop norm's.
 constexpr int64_t states_aside(const Call& c, bool backward) {
     if (!backward) return (c.placement == SANDWICH) + (c.halting != 0);
     return c.n_layers * halves(c) * (c.placement == PRE ? 1 : 2) + (c.loop_norm != 0);
 }
 constexpr int64_t workspace_bytes(const Call& c, const Plan& p, bool backward) {
-    const int64_t states = states_aside(c, backward) + !p.tile_in_shared;
-    return weights_bytes(c, p) + vectors_bytes(c, p.ff_pad) + p.programs * states * tile_bytes(c, p.rows);
+    return p.programs * (states_aside(c, backward) + !p.tile_in_shared) * tile_bytes(c, p.rows);
+}
+
+constexpr void fill_in_bytes(const Call& c, Plan& p, bool backward) {
+    p.shared_bytes = shared_bytes(c, p, backward);
+    p.packed_bytes = weights_bytes(c, p) + vectors_bytes(c, p.ff_pad);
+    p.workspace_bytes = workspace_bytes(c, p, backward);
 }
 
 constexpr Refusal refusal(const Call& c) {
@@ -217,7 +233,7 @@ constexpr int64_t ff_chunk(const Call& c, const Plan& p, int64_t width, bool bac
     const int64_t room = attention_columns(c, p.kv_heads, backward);
     int64_t most = width;
     while (mlp_columns(c, most + 16, backward) <= room) most += 16;
-    const int64_t step = c.sm90a && most >= BRICK_SIDE ? BRICK_SIDE : 16;
+    const int64_t step = takes_sm90a(c) && most >= BRICK_SIDE ? BRICK_SIDE : 16;
     most = most / step * step;
     const int64_t chunks = (p.ff_pad + most - 1) / most;
     return smaller(ceil_to((p.ff_pad + chunks - 1) / chunks, step), p.ff_pad);
@@ -273,7 +289,7 @@ constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward)
         const int64_t most = smaller(p.tiles, MOST_STAGES);
         p.stages = smaller(p.tiles, least);
         if (p.stages > most || shared_bytes(c, p, backward) > c.shared_bytes) continue;
-        while (p.stages < most && shared_bytes(c, p, backward) + SWIZZLED_TILE + 16 <= c.shared_bytes) p.stages++;
+        while (p.stages < most && shared_bytes(c, p, backward) + stage_bytes(p, backward) + 16 <= c.shared_bytes) p.stages++;
         return true;
     }
     return false;
@@ -284,12 +300,14 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
                              bool backward) {
     p = begin_plan(c, sequences, split, in_shared);
     p.threads = CONSUMERS + PRODUCERS;
+    // Two warpgroups of 64 rows each take all columns of a tile. So where weights are to stay, tiles are of 64: none is
+    // half empty, as 128 columns of 192 or 64 are.
+    p.tile_columns = least > MOST_STAGES && p.rows > 64 ? BRICK_SIDE : TILE_N;
     if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
     // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
     const bool stay = p.stages == p.tiles;
     if (!c.own_loops && !c.halting && !stay) p.cluster = p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
-    p.shared_bytes = shared_bytes(c, p, backward);
-    p.workspace_bytes = workspace_bytes(c, p, backward);
+    fill_in_bytes(c, p, backward);
     return true;
 }
 
@@ -317,8 +335,7 @@ constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, bool in_shared
     p.rows = ceil_to(p.rows, 16);
     p.threads = ceil_to(p.rows, 32) * 4;
     if (leaves_idle(c, p, 16) || !choose_chunks(c, p, backward)) return false;
-    p.shared_bytes = shared_bytes(c, p, backward);
-    p.workspace_bytes = workspace_bytes(c, p, backward);
+    fill_in_bytes(c, p, backward);
     return true;
 }
 
@@ -326,7 +343,7 @@ constexpr Plan plan(const Call& c, bool backward) {
     Plan p = {};
     p.refusal = refusal(c);
     if (p.refusal != FITS) return p;
-    if (c.sm90a) return plan_sm90a(c, backward);
+    if (takes_sm90a(c)) return plan_sm90a(c, backward);
     for (int in_shared = 1; in_shared >= 0; in_shared--)
         for (int64_t n = most_sequences(c); n > 0; n--)
             if (arrange(c, p, n, in_shared, backward)) return p;

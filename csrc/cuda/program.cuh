@@ -39,10 +39,10 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
     int mbarriers, xn, work, others, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int norm_columns;  // whose sums of a norm's gradient fit into work at once
     int64_t layer, out, up, down;             // weights, in T; for sm_90a only how many a layer has
-    int64_t vectors, layer_vectors;           // bytes from the workspace; fp32
+    int64_t vectors, layer_vectors;           // bytes from where the weights begin; fp32
     int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
-    int64_t states;                           // bytes from the workspace
 };
 
 constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
@@ -57,6 +57,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
+    l.norm_columns = int(work_bytes(c, p, backward) / norm_sums_bytes(p) * NORM_COLUMNS);
     l.layer = p.tiles ? layer_bricks(c, p) * (BRICK / OPERAND) : layer_weights(c, p.ff_pad);
     l.out = qkv_columns(c) * d;
     l.up = l.out + c.n_heads * c.head_dim * d;
@@ -67,11 +68,10 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.out_bias = l.up_bias + int(hidden_parts(c) * p.ff_pad);
     l.down_bias = l.out_bias + int(d);
     l.norms = l.down_bias + int(d);
-    l.states = l.vectors + vectors_bytes(c, p.ff_pad);
     return l;
 }
 
-// A kernel's only argument: in constant memory, so that what is said here costs no register.
+// A kernel's only argument, in constant memory.
 struct Job {
     Call call;
     Plan plan;
@@ -84,7 +84,7 @@ template <class T>
 struct Weights {
     const Job& job;
     int layer;
-    __device__ unsigned char* base() const { return static_cast<unsigned char*>(job.call.workspace); }
+    __device__ unsigned char* base() const { return static_cast<unsigned char*>(job.call.packed); }
     __device__ T* qkv() const { return reinterpret_cast<T*>(base()) + layer * job.at.layer; }
     __device__ T* out() const { return qkv() + job.at.out; }
     __device__ T* up() const { return qkv() + job.at.up; }
@@ -148,6 +148,7 @@ struct Program {
     int inside;     // how many of the rows are tokens of the batch (pads included)
     int first;      // the first row's position in its sequence: not 0 where that is split
     int64_t token;  // the first row in [batch * seq_len]
+    Tile tile;      // not computed where it is needed: that is the innermost loop
     // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
     // behind it are under way.
     mutable int next_tile = 0;
@@ -205,14 +206,10 @@ struct Program {
     __device__ int* high() const { return low() + rows(); }
     __device__ bool valid(int row) const { return high()[row] > 0; }
 
-    __device__ Tile tile() const {
-        return job.plan.tile_in_shared ? Tile{shared<float>(job.at.tile), d() + int(PAD)}
-                                       : aside(int(states_aside(c(), job.backward)));
-    }
     // The i-th state put aside, see plan.h.
     __device__ Tile aside(int i) const {
         const int64_t states = states_aside(c(), job.backward) + !job.plan.tile_in_shared;
-        unsigned char* base = static_cast<unsigned char*>(c().workspace) + job.at.states;
+        unsigned char* base = static_cast<unsigned char*>(c().workspace);
         return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * tile_bytes(c(), rows())), d() + int(PAD)};
     }
 
@@ -230,6 +227,8 @@ struct Program {
         token = sample() * c.seq_len + first;
         const int64_t left = smaller(j.plan.sequences, c.batch - sample()) * c.seq_len - first;
         inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
+        tile = j.plan.tile_in_shared ? Tile{shared<float>(j.at.tile), d() + int(PAD)}
+                                     : aside(int(states_aside(c, j.backward)));
         if (!A::OWNERS) find_spans();
     }
 

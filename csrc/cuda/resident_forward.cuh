@@ -46,7 +46,7 @@ __device__ inline void begin_loop(const Program<A, T>& p, H h) {
                 x = make_float2(x.x + e.x, x.y + e.y);
             }
         }
-        store(p.tile().row(r) + j, x);
+        store(p.tile.row(r) + j, x);
     });
 }
 
@@ -92,7 +92,7 @@ __device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);
         if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);
-        store(p.tile().row(r) + j, h);
+        store(p.tile.row(r) + j, h);
     });
     int64_t t = 0;
     for (bool running = most > 0; begins(t, running);) {

@@ -1,12 +1,12 @@
 // The resident kernels for sm_90a: resident_forward.cuh and resident_backward.cuh with another way of multiplying,
-// arch/sm90a.cuh.
+// arch/sm90a.cuh. For bf16 alone; an object has one direction, SHIFT_BACKWARD 0 or 1 (build_native.py).
 //
 // Block: two warpgroups for up to 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The blocks of
 // a cluster (1, 2 or 4) share the weights' way from L2; and 2 or 4 neighbours in it a sequence that is too large for
 // the shared memory of one: split.cuh.
 #include "arch/sm90a.cuh"
-#include "pack.cuh"
 #include "resident_backward.cuh"
+#include "run.cuh"
 
 namespace shift_cuda {
 
@@ -44,16 +44,12 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm
     }
 }
 
-template <class T>
-const char* run_sm90a(const Job& job, void* stream) {
-    return pack_and_launch<Sm90a, T>(job, stream, job.backward ? resident_backward_sm90a<T> : resident_forward_sm90a<T>);
+template <>
+const char* run<Sm90a, tile::bf16, SHIFT_BACKWARD>(const Job& job, void* stream) {
+    if constexpr (SHIFT_BACKWARD)
+        return launch_programs(job, stream, resident_backward_sm90a<tile::bf16>);
+    else
+        return launch_programs(job, stream, resident_forward_sm90a<tile::bf16>);
 }
 
 }  // namespace shift_cuda
-
-// As shift_cuda_run with a plan that has tiles.
-extern "C" const char* shift_cuda_run_sm90a(const Call* call, const Plan* plan, int backward, void* stream) {
-    using namespace shift_cuda;
-    const Job job = {*call, *plan, layout(*call, *plan, backward != 0), backward};
-    return call->compute_dtype == BFLOAT16 ? run_sm90a<tile::bf16>(job, stream) : run_sm90a<tile::fp16>(job, stream);
-}

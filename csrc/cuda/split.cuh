@@ -19,13 +19,18 @@ __device__ inline int rows_of(const Program<A, T>& p, int part) {
 }
 
 // A barrier of all who own rows of the sequence; where it is not split, of those in this block.
+// Here alone a block reads what others wrote by ordinary stores, so here alone the scope is the cluster: lane 0's fence
+// covers its warp's stores, which sync_warp has ordered before it; what a lane reads of others comes after its own wait.
 template <class A, class T>
 __device__ inline void meet(const Program<A, T>& p) {
     if (p.split() == 1) return p.sync();
     sync_warp();
-    if (lane() == 0)
-        for (int part = 0; part < p.split(); part++) mbarrier_arrive_at(p.met(), cluster_rank() - p.part() + part);
-    mbarrier_wait(p.met(), p.meetings++ % 2);
+    if (lane() == 0) {
+        cluster_fence();
+#pragma unroll 1
+        for (int part = 0; part < p.split(); part++) cluster_arrive(p.met(), cluster_rank() - p.part() + part);
+    }
+    cluster_wait(p.met(), p.meetings++ % 2);
 }
 
 // How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.

@@ -194,13 +194,13 @@ class _Launch:
     def __init__(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, backward: bool
     ) -> None:
-        self.e, self.backward = e.contiguous(), backward
+        self.e, self.backward = aligned(e), backward
         self.loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
         rotary = None
         if spec.position == "rope":
             rotary = rotary_table(e.shape[1], spec, e.device).to(torch.float32).contiguous()
         weight_dtype = _common_dtype(weights)
-        values = {name: w.to(weight_dtype).contiguous() for name, w in weights.items()}
+        values = {name: aligned(w.to(weight_dtype)) for name, w in weights.items()}
         limits = Limits(*_limits(e.device))
         call = sizes(spec, e.shape[0], e.shape[1], e.dtype, options.compute_dtype, limits)
         call.return_all = options.return_all_loops
@@ -211,6 +211,7 @@ class _Launch:
         call.loops, call.lengths, call.rotary = map(_address, (self.loops, lengths, rotary))
         self.call = call
         self._alive = lengths, rotary, values
+        self.packed: Tensor | None = None
         self.plan = _plan(
             _LIBRARY,
             spec,
@@ -225,12 +226,19 @@ class _Launch:
     def run(self) -> None:
         """On e's device and its current stream, with a workspace that is free again behind the launch."""
         assert _LIBRARY is not None, "checked by the backend's choice"
-        align = 256
-        workspace = torch.empty(self.plan.workspace_bytes + align, dtype=torch.uint8, device=self.e.device)
-        self.call.workspace = -(-workspace.data_ptr() // align) * align
+        workspace = self._bytes(self.plan.workspace_bytes)
+        self.call.workspace = _at_256(workspace)
         with on_device_of(self.e):
             stream = torch.cuda.current_stream().cuda_stream if self.e.is_cuda else 0
+            if self.packed is None:
+                self.packed = self._bytes(self.plan.packed_bytes)
+                self.call.packed = _at_256(self.packed)
+                _LIBRARY.pack(self.call, self.plan, stream=stream)
             _LIBRARY.run(self.call, self.plan, backward=self.backward, stream=stream)
+
+    def _bytes(self, n: int) -> Tensor:
+        """On e's device, some more than ``n`` bytes."""
+        return torch.empty(n + 256, dtype=torch.uint8, device=self.e.device)
 
 
 def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
@@ -238,6 +246,20 @@ def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
     found = {w.dtype for w in weights.values()}
     (first, *others) = found
     return torch.float32 if others or first not in DTYPES else first
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 16 bytes as the kernels' widest loads need: a copy where x is not.
+
+    A view such as ``flat[1:].view(...)`` is contiguous, but at any multiple of its numbers' size.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _at_256(memory: Tensor) -> int:
+    """The first multiple of 256 in it."""
+    return -(-memory.data_ptr() // 256) * 256
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -272,7 +294,8 @@ class CudaBackend:
                 f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
                 f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory"
             )
-        return "; ".join(["resident, all loops in one launch", *parts])
+        kernels = "sm_90a" if plan.tiles else "sm_80 and newer"
+        return "; ".join([f"resident, all loops in one launch, kernels for {kernels}", *parts])
 
     def saved_bytes(self, problem: Problem) -> int:
         """Bytes kept for the backward pass, per loop: its boundary."""
@@ -307,8 +330,9 @@ class CudaBackend:
         saved: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of e and of the weights, in the order of ``weights``. The same bits every time."""
-        launch, boundaries, grad_h = _Launch(e, weights, spec, options, True), saved[0], grad_h.contiguous()
+        launch, boundaries, grad_h = _Launch(e, weights, spec, options, True), saved[0], aligned(grad_h)
         call, plan, most = launch.call, launch.plan, len(boundaries)
+        boundaries = aligned(boundaries)
         call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
         call.n_grad_loops = min(options.n_grad_loops or 0, most)  # 0: all
         vectors = torch.zeros(

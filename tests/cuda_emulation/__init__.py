@@ -12,6 +12,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,9 +21,18 @@ import build_native
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-LIBRARY = (HERE / "library.cu", CSRC / "cuda" / "resident_sm90a.cu")  # all that csrc/cuda exports
+LIBRARY = tuple((source, *defined) for source, defined, _ in build_native.cuda_objects([]).values())
 RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
-FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-DSHIFT_EMULATE"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-DSHIFT_EMULATE",
+    '-DSHIFT_ARCHS=""',
+]
 FLAGS += [
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
@@ -39,8 +49,9 @@ class EmulationError(Exception):
     """A launch ended with this message."""
 
 
-def _compile(source: Path, flags: list[str], folder: Path) -> Path:
+def _compile(job: tuple[Path, list[str]], folder: Path) -> Path:
     """An object file, named by all that went into it, so that tests and processes share it."""
+    source, flags = job
     command = ["g++", *flags, str(source)]
     done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=True)
     digest = hashlib.sha256(done.stdout + " ".join(command).encode()).hexdigest()[:24]
@@ -55,21 +66,23 @@ def _compile(source: Path, flags: list[str], folder: Path) -> Path:
 
 
 @functools.cache
-def emulated(*sources: Path, watched: bool = False) -> "Library":
+def emulated(*sources: Path | tuple, watched: bool = False) -> "Library":
     """``sources``, .cu files with extern "C" functions, as a library of the emulated GPU.
 
     Args:
+        sources: each a path, or one with flags of its own.
         watched: see every single access (races, bytes out of bounds), at several times the run time.
     """
     folder = Path(tempfile.gettempdir()) / f"shift-emulation-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    optimised = ["-O3", *FLAGS]
-    objects = [_compile(HERE / f"{name}.cpp", optimised, folder) for name in RUNTIME]
+    jobs = [(HERE / f"{name}.cpp", ["-O3", *FLAGS]) for name in RUNTIME]
     flags = [*FLAGS, *(WATCH if watched else []), "-xc++"]
-    objects += [_compile(source, flags, folder) for source in sources]
+    for path, *own in (source if isinstance(source, tuple) else (source,) for source in sources):
+        jobs.append((path, [*flags, *own]))
     if sources == LIBRARY:  # then it is a module for Python, too
-        module = ["-O1", *FLAGS, *build_native.python_headers()]
-        objects.append(_compile(CSRC / "cuda" / "module.cpp", module, folder))
+        jobs.append((CSRC / "cuda" / "module.cpp", ["-O1", *FLAGS, *build_native.python_headers()]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(functools.partial(_compile, folder=folder), jobs))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
     library = folder / f"{digest}.so"
     if not library.exists():

@@ -109,6 +109,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number t
 // sm_90
 void mbarrier_init(uint64_t* b, int arrivals);
 void mbarrier_arrive(uint64_t* b, int expected_bytes);
+void mbarrier_arrive_relaxed(uint64_t* b);  // tells of what came before the thread's latest cluster_fence alone
+void cluster_fence();
 void mbarrier_wait(uint64_t* b, int parity);
 void bulk_copy(void* shared, const void* device, int bytes, uint64_t* arrives_at, uint16_t ranks);  // 0: only here
 void fence_async_proxy();

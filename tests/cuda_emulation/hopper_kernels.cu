@@ -21,6 +21,7 @@ enum Mistake {
     WRONG_BYTES,      // expected
     NO_SYNC_BEFORE,   // reading another block's memory
     NO_SYNC_AFTER,
+    NO_CLUSTER_FENCE,  // before relaxed arrivals
 };
 
 constexpr int K = 128;  // of the products
@@ -130,6 +131,28 @@ __global__ void neighbour(const float* x, float* y) {
     if (MISTAKE != NO_SYNC_AFTER) sync_cluster();
 }
 
+// The same, but the blocks meet at an mbarrier, each warp by relaxed arrivals behind one fence.
+template <Mistake MISTAKE>
+__global__ void neighbour_by_mbarrier(const float* x, float* y) {
+    float* mine = reinterpret_cast<float*>(shared_memory());
+    uint64_t* met = reinterpret_cast<uint64_t*>(mine + blockDim.x);
+    if (threadIdx.x == 0) {
+        mbarrier_init(met, cluster_size());
+        mbarrier_init_fence();
+    }
+    sync_cluster();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    mine[threadIdx.x] = x[i];
+    sync_warp();
+    if (lane() == 0) {
+        if (MISTAKE != NO_CLUSTER_FENCE) cluster_fence();
+        for (int rank = 0; rank < cluster_size(); rank++) cluster_arrive(met, rank);
+    }
+    cluster_wait(met, 0);
+    y[i] = map_shared(mine, (cluster_rank() + 1) % cluster_size())[threadIdx.x];
+    sync_cluster();
+}
+
 // Threads in turn, by the phases of one mbarrier each: out = the turns in order.
 __global__ void turns(int* out, int rounds) {
     uint64_t* turn = reinterpret_cast<uint64_t*>(shared_memory());
@@ -193,6 +216,10 @@ const char* run_neighbour(int64_t mistake, int64_t grid, int64_t cluster, const 
                         : mistake == NO_SYNC_AFTER ? neighbour<NO_SYNC_AFTER>
                                                    : neighbour<NONE>;
     return launch({unsigned(grid), 32, 128, unsigned(cluster)}, kernel, x, y);
+}
+const char* run_neighbour_by_mbarrier(int64_t mistake, int64_t grid, int64_t cluster, const float* x, float* y) {
+    const auto kernel = mistake == NO_CLUSTER_FENCE ? neighbour_by_mbarrier<NO_CLUSTER_FENCE> : neighbour_by_mbarrier<NONE>;
+    return launch({unsigned(grid), 32, 32 * 4 + 8, unsigned(cluster)}, kernel, x, y);
 }
 const char* run_turns(int* out, int64_t rounds) { return launch({1, 32, 32 * 8 + 4}, turns, out, int(rounds)); }
 }

@@ -39,6 +39,7 @@ struct Thread {
     const char* waits;  // at what, or null
     bool done;
     Clock clock;
+    Clock released;     // at its latest cluster_fence
     uint32_t fenced;  // its writes before this step are visible to asynchronous operations
     std::vector<Copy> uncommitted;
     std::deque<std::vector<Copy>> groups;

@@ -20,6 +20,7 @@ from benchmarks.gpu.cases import KINDS
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain
 from shift_kernels.backends import cuda as cuda_backend
 from shift_kernels.backends import weight_gradients
+from shift_kernels.call import CallOptions
 
 ROOT = Path(__file__).parents[2]
 BF16 = torch.bfloat16
@@ -145,6 +146,46 @@ def test_output_and_gradients_are_right(gpu, options, call):
 def test_splitting_the_loops_over_launches_changes_only_rounding(gpu, monkeypatch):
     monkeypatch.setattr(weight_gradients, "OPERAND_BYTES", 1)
     check(*make(n_layers=2, injection="add"), {"n_loops": 3})
+
+
+def off_alignment(x):
+    """The same numbers, contiguous, at an address that is a multiple of their size alone."""
+    memory = x.new_empty(x.numel() + 8)
+    shift = next(i for i in range(8) if (memory.data_ptr() + i * x.itemsize) % 16 == x.itemsize)
+    moved = memory[shift : shift + x.numel()].view(x.shape)
+    assert moved.is_contiguous()
+    assert moved.data_ptr() % 16
+    return moved.copy_(x)
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+def test_contiguous_tensors_at_odd_addresses_are_taken(gpu, dtype):
+    block, e = make(dtype=dtype)
+    weights = {name: w.detach() for name, w in block.weights().items()}
+    moved = {name: off_alignment(w) for name, w in weights.items()}
+    options = CallOptions(2, BF16 if dtype == torch.float32 else dtype)
+
+    def run(e, weights, move):
+        h, _, saved = cuda_backend.CUDA.forward(e, weights, block.spec, options, for_backward=True)
+        grad_e, grads = cuda_backend.CUDA.backward(
+            move(torch.ones_like(h)), e, weights, block.spec, options, list(map(move, saved))
+        )
+        return [h, grad_e, *grads]
+
+    expected = run(e, weights, lambda x: x)
+    for a, b in zip(run(off_alignment(e), moved, off_alignment), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_emulation
+def test_float16_on_hopper_is_served_by_the_kernels_for_every_gpu(gpu):
+    block, e = make()
+    for dtype, tiles in ((torch.float16, False), (BF16, cuda_backend.HOPPER.sm90a)):
+        call = cuda_backend.sizes(block.spec, *e.shape[:2], dtype, dtype, cuda_backend.HOPPER)
+        assert (cuda_backend._LIBRARY.plan(call, backward=False).tiles > 0) == tiles
+        kernels = "sm_90a" if tiles else "sm_80"
+        assert f"kernels for {kernels}" in explain(block.spec, *e.shape[:2], dtype, backend="cuda")
 
 
 @needs_emulation

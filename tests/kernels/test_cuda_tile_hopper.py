@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 KERNELS = Path(__file__).parents[1] / "cuda_emulation" / "hopper_kernels.cu"
 K = 128
 NONE, NO_FENCE, NO_PROXY_FENCE, NO_WAIT, EARLY_STORE = range(5)
-CHANGED_OPERAND, NO_RELEASE_WAIT, WRONG_BYTES, NO_SYNC_BEFORE, NO_SYNC_AFTER = range(5, 10)
+CHANGED_OPERAND, NO_RELEASE_WAIT, WRONG_BYTES, NO_SYNC_BEFORE, NO_SYNC_AFTER, NO_CLUSTER_FENCE = range(5, 11)
 
 
 def operands(gpu, n, dtype):
@@ -47,11 +47,12 @@ def test_a_ring_of_copied_stages_delivers_every_tile(gpu, grid, cluster):
         torch.testing.assert_close(y, x.sum(0).expand(grid, 128))
 
 
+@pytest.mark.parametrize("kernel", ["run_neighbour", "run_neighbour_by_mbarrier"])
 @pytest.mark.parametrize(("grid", "cluster"), [(2, 2), (6, 3), (8, 8)])
-def test_blocks_read_each_others_shared_memory(gpu, grid, cluster):
+def test_blocks_read_each_others_shared_memory(gpu, grid, cluster, kernel):
     x, y = normal(grid // cluster, cluster, 32), gpu.tensor(torch.zeros(grid // cluster, cluster, 32))
     for seed in SEEDS:
-        gpu.run("run_neighbour", NONE, grid, cluster, gpu.tensor(x), y.zero_(), seed=seed)
+        gpu.run(kernel, NONE, grid, cluster, gpu.tensor(x), y.zero_(), seed=seed)
         assert torch.equal(y, x.roll(-1, 1))
 
 
@@ -104,11 +105,15 @@ def test_a_ring_used_wrongly_is_reported(watched, mistake, message, cluster):
             watched.run("run_ring", mistake, 2, cluster, x, y, 10, seed=seed)
 
 
-def test_unordered_accesses_between_blocks_are_reported(watched):
+@pytest.mark.parametrize(
+    ("kernel", "mistake"),
+    [("run_neighbour", NO_SYNC_BEFORE), ("run_neighbour_by_mbarrier", NO_CLUSTER_FENCE)],
+)
+def test_unordered_accesses_between_blocks_are_reported(watched, kernel, mistake):
     x, y = watched.tensor(normal(2, 32)), watched.tensor(torch.zeros(2, 32))
     for seed in SEEDS:
         with pytest.raises(EmulationError, match="race at byte"):
-            watched.run("run_neighbour", NO_SYNC_BEFORE, 2, 2, x, y, seed=seed)
+            watched.run(kernel, mistake, 2, 2, x, y, seed=seed)
 
 
 def test_reading_a_block_that_has_returned_is_reported(watched):

@@ -50,7 +50,7 @@ __device__ inline void copy_tile(T* to, int ld_to, const T* from, int64_t ld_fro
 
 // See matmul.cuh.
 template <bool ROWS_ALONG_N, class T, class Out>
-__device__ SHIFT_OUT_OF_LINE void multiply(const Program<Sm80, T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k,
+__device__ __forceinline__ void multiply(const Program<Sm80, T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k,
                                            Out out, Ahead<T> ahead = {}) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
     const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;

@@ -1,9 +1,9 @@
 // out = a b with a [rows, k] in shared memory (or streamed) and the weights b streamed from L2, for sm_90a.
 //
 // A warp of its own has the weights of all products of all layers and loops brought through the ring, in the order of
-// use (plan.h, each_product); it never waits for a product, only for room. A stage is 128 n x 64 k, two bricks as they
-// are packed: of rows one below the other for xn W^T, where wgmma reads them along k; side by side for the backward's
-// dy W, where it reads the same bricks along n. The blocks of a cluster are at the same product at about the same time,
+// use (plan.h, each_product); it never waits for a product, only for room. A stage is 64 k x 128 n (or 64 n, plan.h), two
+// bricks as they are packed: of rows one below the other for xn W^T, where wgmma reads them along k; side by side for
+// the backward's dy W, where it reads the same bricks along n. The blocks of a cluster are at the same product at about the same time,
 // so each brings its share of a brick to all of them. Where the ring holds a loop's weights they are brought once.
 //
 // Two warpgroups: of up to 128 rows each takes 64 and all columns of a tile, of up to 64 rows 64 of the columns; what
@@ -60,6 +60,11 @@ __device__ inline bool reads_weights_once(const Program<Sm90a, T>& p) {
 }
 
 // Full: bytes have arrived. Empty: every warp with rows, in every block of the cluster, is done with the stage.
+//
+// Neither needs the cluster's scope, though blocks of a cluster arrive at each other's `empty`. What full hands over
+// lies in the waiting block's own shared memory, brought by copies whose completion the wait acquires. What empty hands
+// over is no data: consumers have only read the stage, and their reads are done, as wgmma_wait has returned before they
+// arrive. A copy that then writes to it is issued after the arrival was seen.
 template <class T>
 __device__ inline void start_ring(const Program<Sm90a, T>& p) {
     for (int s = 0; s < p.p().stages; s++) {
@@ -76,7 +81,7 @@ template <class T>
 __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops) {
     const Call& c = p.c();
     const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(BRICK) / blocks;
-    const int offset = cluster_rank() * share;
+    const int offset = cluster_rank() * share, columns = int(p.p().tile_columns), stage = int(stage_bytes(p.p(), false));
     int s = 0, round = 0;
     const auto bring = [&](unsigned char* to, const unsigned char* from) {
         if (blocks == 1)
@@ -89,10 +94,10 @@ __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops)
         const int below = int(bricks_along(of.k) * BRICK), beside = int(BRICK);
         const int n = int(transposed ? of.k : of.n), to_next_n = transposed ? beside : below;
         const int k = int(transposed ? of.n : of.k), to_next_k = transposed ? below : beside;
-        for (int n0 = 0; n0 < n; n0 += int(TILE_N))
+        for (int n0 = 0; n0 < n; n0 += columns)
             for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
-                const int side = int(BRICK_SIDE), some = n0 + side < n ? 2 : 1;
-                unsigned char* to = p.ring() + s * SWIZZLED_TILE + offset;
+                const int side = int(BRICK_SIDE), some = columns > side && n0 + side < n ? 2 : 1;
+                unsigned char* to = p.ring() + s * stage + offset;
                 const unsigned char* from = bricks + of.brick * BRICK + offset;
                 from += n0 / side * to_next_n + k0 / side * to_next_k;
                 mbarrier_wait(p.empty() + s, round % 2 ^ 1);
@@ -137,9 +142,11 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
     }
 }
 
-// acc[h] += a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose bricks begin at b. Beyond k both are zero.
+// acc[h] = a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose bricks begin at b; or with `add` += a b. Beyond
+// k both are zero. What acc was is dropped by wgmma's own scale-d: zeros would be 64 moves a tile, for which ptxas then
+// waits (C7520).
 template <Major B, class T, int HALVES>
-__device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b) {
+__device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
     constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;
     constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a brick has 64 columns
     wgmma_fence();
@@ -148,7 +155,7 @@ __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
             wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * BRICK + kk * NEXT_16_K, NEXT_8, LEADING),
-                            true);
+                            add || kk > 0);
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -160,41 +167,43 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
                                          Ahead<T> = {}) {
     constexpr Major B = ROWS_ALONG_N ? MN_MAJOR : K_MAJOR;
     const bool once = reads_weights_once(p);
-    const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;
+    const int columns = int(p.p().tile_columns);
     const bool beside = p.rows() <= 64;  // the warpgroups share the columns, 64 each; else the rows
     const int row = (beside ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = beside ? warp() / 4 * 64 : 0;
     uint32_t fa[4][4], next[4][4];
     float acc[2][32] = {};
     p.sync();
     load_a_64(next, p, a, row, 0, k);
-    for (int i = 0; i < tiles; i++) {
-        const int s = p.next_tile, phase = once ? 0 : p.round % 2;
-        const int n0 = i / tiles_k * int(TILE_N);
+#pragma unroll 1
+    for (int n0 = 0; n0 < n; n0 += columns) {
+#pragma unroll 1
+        for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
+            const int s = p.next_tile;
 #pragma unroll
-        for (int j = 0; j < 16; j++) fa[j / 4][j % 4] = next[j / 4][j % 4];
-        if (i + 1 < tiles) load_a_64(next, p, a, row, (i + 1) % tiles_k * int(TILE_K), k);
-        mbarrier_wait(p.full() + s, phase);
-        const unsigned char* b = p.ring() + s * SWIZZLED_TILE + column * 128;
-        if (n0 + 64 < n && !beside)  // two whole paths, so that no register moves while wgmma owns it
-            add_products<B, T, 2>(acc, fa, b);
-        else if (n0 + column < n)
-            add_products<B, T, 1>(acc, fa, b);
-        else
-            sync_warp();  // before one lane says that all are done with what they have waited for
-        if (++p.next_tile == p.p().stages) p.next_tile = 0, p.round++;
-        if (!once && lane() == 0)
-            for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
-        if (i % tiles_k < tiles_k - 1) continue;
+            for (int j = 0; j < 16; j++) fa[j / 4][j % 4] = next[j / 4][j % 4];
+            const bool last_k = k0 + int(TILE_K) >= k;
+            if (!last_k || n0 + columns < n) load_a_64(next, p, a, row, last_k ? 0 : k0 + int(TILE_K), k);
+            mbarrier_wait(p.full() + s, once ? 0 : p.round % 2);
+            const unsigned char* b = p.ring() + s * int(stage_bytes(p.p(), false)) + column * 128;
+            if (columns > 64 && n0 + 64 < n && !beside)  // two whole paths, so that no register moves while wgmma owns it
+                add_products<B, T, 2>(acc, fa, b, k0 > 0);
+            else if (n0 + column < n)
+                add_products<B, T, 1>(acc, fa, b, k0 > 0);
+            else
+                sync_warp();  // before one lane says that all are done with what they have waited for
+            if (++p.next_tile == p.p().stages) p.next_tile = 0, p.round++;
+            if (!once && lane() == 0)
+#pragma unroll 1
+                for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (n0 + column + 16 * j < n && (j < 4 || !beside)) {
+            if (n0 + column + 16 * j < n && 16 * j < columns && (j < 4 || !beside)) {
                 const float* x = acc[j / 4] + j % 4 * 8;
                 const int r = row + lane() / 4, col = n0 + column + 16 * j + lane() % 4 * 2;
                 if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
                 if (p.exists(r + 8)) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
             }
-#pragma unroll
-        for (int j = 0; j < 64; j++) acc[j / 32][j % 32] = 0.0f;
     }
 }
 

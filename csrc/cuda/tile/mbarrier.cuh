@@ -45,21 +45,60 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* b, int bytes) {
 #endif
 }
 
-// Arrives at the barrier that is at the same place in the shared memory of the cluster's block `rank`.
+// Arrives at the barrier that is at the same place in the shared memory of the cluster's block `rank`. Without a scope
+// it orders memory within the block alone: for who says "I have read", not "I have written". See cluster_arrive.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* b, int rank) {
 #if defined(SHIFT_EMULATE)
     emulation::mbarrier_arrive(static_cast<uint64_t*>(emulation::map_shared(b, rank)), 0);
 #else
     asm volatile(
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(b)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(b)),
         "r"(rank)
         : "memory");
 #endif
 }
 
-// What all who arrived did before, anywhere in the cluster, is visible after.
+// What threads of this block did before they arrived, and what asynchronous copies brought from anywhere, is visible
+// after: the default scope, the block.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* b, int parity) {
+#if defined(SHIFT_EMULATE)
+    emulation::mbarrier_wait(b, parity);
+#else
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(shared_address(b)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+// The same among the blocks of a cluster, for what they write to be read by each other. A scope of the cluster costs a
+// fence of the whole device and all of L1, so it is paid once a meeting: one fence by who arrives (it covers what its
+// warp did before a sync_warp), for as many relaxed arrivals as there are blocks; and one acquire by who waits.
+// Section 9.7.13.5 (membar, fence).
+__device__ __forceinline__ void cluster_fence() {
+#if defined(SHIFT_EMULATE)
+    emulation::cluster_fence();
+#else
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive(uint64_t* b, int rank) {
+#if defined(SHIFT_EMULATE)
+    emulation::mbarrier_arrive_relaxed(static_cast<uint64_t*>(emulation::map_shared(b, rank)));
+#else
+    asm volatile(
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(b)),
+        "r"(rank)
+        : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait(uint64_t* b, int parity) {
 #if defined(SHIFT_EMULATE)
     emulation::mbarrier_wait(b, parity);
 #else

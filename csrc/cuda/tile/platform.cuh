@@ -14,10 +14,3 @@
 #else
 #include <cuda_runtime.h>
 #endif
-
-// The inner loops are functions of their own: each has all registers, and nvcc compiles them in half the time.
-#if defined(SHIFT_EMULATE)
-#define SHIFT_OUT_OF_LINE inline
-#else
-#define SHIFT_OUT_OF_LINE __noinline__
-#endif
