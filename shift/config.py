@@ -327,6 +327,8 @@ class TrainConfig(Checked):
     loop_loss: tuple[float, ...] = real((), "floats >= 0, the last one above 0", lambda x: 0 <= x < math.inf)
     """Weights of the losses after loop 1, 2, ..; the last one holds for further loops. Empty: the loss after
     the last loop alone."""
+    parallel: str = word("ddp", ("ddp", "fsdp"))
+    """How ranks share the model: ddp (whole on each) or fsdp (in shards, gathered once a step)."""
     backend: str = "auto"
     """Backend of the loop body; shift_kernels.backends() lists them."""
     device: str = _ruled(
@@ -358,6 +360,17 @@ class TrainConfig(Checked):
                 "TrainConfig", "min_flops", self.min_flops,
                 "0 where the learning rate decays towards the last step, or landscape.every is not 0",
                 "Set optimiser.lr_schedule = 'constant' and landscape.every = 0, or give more steps.",
+            )  # fmt: skip
+
+        if self.parallel == "fsdp" and self.micro_batch == "auto":
+            raise input_error(
+                "TrainConfig", "micro_batch", "auto", "sizes with parallel = 'fsdp'",
+                "Ranks that try sizes would wait for each other: give a number, or numbers by loops.",
+            )  # fmt: skip
+        if self.parallel == "fsdp" and (self.optimiser.kind != "adamw" or self.landscape.every):
+            raise input_error(
+                "TrainConfig", "parallel", self.parallel, "ddp with Muon, or where landscape.every is not 0",
+                "Both read whole matrices: set optimiser.kind = 'adamw' and landscape.every = 0.",
             )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -59,5 +59,9 @@ def processes() -> Any:
     Plain fork would copy a pytest process whose torch may already run threads.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shift.train", "torch._dynamo"])  # an optimiser imports it late
+    late = [
+        "torch._dynamo",
+        "shift.run.fsdp",
+    ]  # otherwise imported in each child, by an optimiser and by shards
+    context.set_forkserver_preload(["shift.train", *late])
     return context

@@ -21,6 +21,11 @@ class WeightAverage:
         self._weights, self._decay = list(pieces), decay
         self._average = [x.clone() for x in pieces]
 
+    @property
+    def pieces(self) -> list[Tensor]:
+        """The average, as the weights' pieces."""
+        return self._average
+
     @torch.no_grad()
     def update(self) -> None:
         """After a step."""

@@ -4,6 +4,7 @@
         model.safetensors   weights
         average.safetensors averaged weights, where the run averages them
         optimizer.pt        the optimiser's state, read with weights_only=True
+        shard-*.safetensors instead of these three, where each rank holds a part (shift.run.shards)
         state.json          all else that is needed to go on as if nothing had happened: step, schedule,
                             generators, file lengths, config
         MANIFEST.json       bytes and sha256 of all of them
@@ -34,16 +35,18 @@ from torch import Tensor, nn
 
 from shift.reading import parse_json, read_regular
 from shift.run.average import WeightAverage
-from shift.run.files import remove, set_aside, sync_directory, write_synced
+from shift.run.files import remove, set_aside, sync_directory, sync_file, write_synced
 from shift.run.optim import RunOptimizer
+from shift.run.ranks import Ranks
 
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.pt"
 STATE, MANIFEST = "state.json", "MANIFEST.json"
 
 
-FILES = (WEIGHTS, OPTIMIZER, STATE)
-"""Those that every checkpoint has."""
+WHOLE = (WEIGHTS, OPTIMIZER)
+"""Those that a checkpoint has unless it is in shards."""
 NAME = re.compile(r"step-([0-9]{1,18})")
+SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 TEMPORARY = re.compile(r"\.tmp-(old-)?step-[0-9]+")
 LARGEST_TEXT = 2**26
 """Bytes of a manifest or state that are read."""
@@ -81,16 +84,40 @@ class Checkpoint:
         Raises:
             DamagedCheckpoint: they are not weights of such a model.
         """
-        self._load(model, AVERAGE if AVERAGE in self.files else WEIGHTS)
+        if not self.sharded:
+            self._load(model, AVERAGE if AVERAGE in self.files else WEIGHTS)
+            return
+        from shift.run import shards
+
+        part = shards.AVERAGE if self.state["config"]["optimiser"].get("ema") else shards.WEIGHTS
+        with damage(self.path):
+            tensors = {f"{part}.{name}": p.detach() for name, p in model.named_parameters()}
+            shards.read(tensors, self.path)
+
+    @property
+    def sharded(self) -> bool:
+        """True if each rank has written a part of it."""
+        return WEIGHTS not in self.files
 
     def restore(
-        self, model: nn.Module, optimizer: RunOptimizer, average: WeightAverage | None = None
+        self,
+        model: nn.Module,
+        optimizer: RunOptimizer,
+        average: WeightAverage | None = None,
     ) -> None:
         """Load weights and optimiser into objects of the same shapes; set torch's generators.
 
         Raises:
             DamagedCheckpoint: they do not fit; the objects may then hold a part of what was saved.
         """
+        if self.sharded:
+            from shift.run import shards
+
+            with damage(self.path):
+                shards.read(shards.tensors_of(model, optimizer, average), self.path)
+                optimizer.load_state_dict(self.state["optimizer"])
+                _set_generators(self.state["generators"])
+            return
         if average is not None:
             self._load(model, AVERAGE)
             average.restart()
@@ -149,34 +176,81 @@ def save(
     files = {
         WEIGHTS: _weights(model),
         OPTIMIZER: optimizer_file.getvalue(),
-        STATE: json.dumps({"step": step, **state, "generators": _generators()}, indent=1).encode(),
+        STATE: state_file(step, state),
     }
     if average is not None:
         with average.in_place():
             files[AVERAGE] = _weights(model)
-    manifest = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-    files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+    with _refusals_named(directory, step, sum(map(len, files.values()))):
+        temporary = begin(directory, step)
+        return commit(temporary, files, keep)
 
-    final = directory / f"step-{step:08d}"
-    temporary = directory / f".tmp-{final.name}"
-    try:
-        directory.mkdir(exist_ok=True)  # its parent is there, or the run directory is gone
-        remove_leftovers(directory)
-        temporary.mkdir()
-        for name, data in files.items():
-            write_synced(temporary / name, data)
-        sync_directory(temporary)
-        if os.path.lexists(final):
-            set_aside(final, "other")
-        os.rename(temporary, final)
-        sync_directory(directory)
-    except OSError as error:
-        needed = sum(map(len, files.values()))
-        shutil.rmtree(temporary, ignore_errors=True)
-        text = f"{error.strerror} (checkpoint of {needed} bytes not written; older ones are untouched)"
-        raise OSError(error.errno, text, str(final)) from error
-    prune(directory, step, keep)
+
+def save_shards(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+    ranks: Ranks,
+) -> None:
+    """As :func:`save`, of sharded tensors; called on all ranks, which see the same file system."""
+    from shift.run import shards
+
+    temporary = _temporary(directory, step)
+    needed = sum(x.numel() * x.element_size() for x in tensors.values())
+    with _refusals_named(directory, step, needed):
+        ranks.from_first(lambda: begin(directory, step))
+        ranks.together(lambda: shards.write(tensors, temporary, ranks.control))
+        ranks.from_first(lambda: commit(temporary, {STATE: state_file(step, state)}, keep))
+
+
+def state_file(step: int, state: Mapping[str, Any]) -> bytes:
+    """The content of ``state.json``."""
+    return json.dumps({"step": step, **state, "generators": _generators()}, indent=1).encode()
+
+
+def begin(directory: Path, step: int) -> Path:
+    """Make the folder that becomes a checkpoint."""
+    directory.mkdir(exist_ok=True)  # its parent is there, or the run directory is gone
+    remove_leftovers(directory)
+    temporary = _temporary(directory, step)
+    temporary.mkdir()
+    return temporary
+
+
+def commit(temporary: Path, files: Mapping[str, bytes], keep: int) -> Path:
+    """Add files and the manifest to what is in a folder of :func:`begin`, and make it a checkpoint."""
+    manifest = {}
+    for path in sorted(temporary.iterdir()):
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+        sync_file(path)
+    manifest |= {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+    for name, data in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
+        write_synced(temporary / name, data)
+    sync_directory(temporary)
+    directory, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".tmp-"))
+    if os.path.lexists(final):
+        set_aside(final, "other")
+    os.rename(temporary, final)
+    sync_directory(directory)
+    prune(directory, int(final.name.removeprefix("step-")), keep)
     return final
+
+
+def _temporary(directory: Path, step: int) -> Path:
+    return directory / f".tmp-step-{step:08d}"
+
+
+@contextlib.contextmanager
+def _refusals_named(directory: Path, step: int, needed: int) -> Iterator[None]:
+    """Say in an OSError what was not written."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(_temporary(directory, step), ignore_errors=True)
+        text = f"{error.strerror} (checkpoint of {needed} bytes not written; older ones are untouched)"
+        raise OSError(error.errno, text, str(directory / f"step-{step:08d}")) from error
 
 
 def _weights(model: nn.Module) -> bytes:
@@ -201,16 +275,19 @@ def read(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path}: not a directory")
     with damage(path / MANIFEST):
         manifest = parse_json(_read_inside(path, MANIFEST, None))
-        names = (*FILES, AVERAGE) if AVERAGE in manifest else FILES
+        parts = [name for name in manifest if SHARD.fullmatch(name)]
+        names = (*(parts or WHOLE), STATE, *((AVERAGE,) if AVERAGE in manifest else ()))
         wanted = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in names}
         if not all(is_count(length) for length, _ in wanted.values()):
             raise ValueError("lengths that are none")
     files = {}
     for name, (length, sha256) in wanted.items():
         with damage(path / name):
-            files[name] = _read_inside(path, name, length)
-            if _sha256(files[name]) != sha256:
+            data = _read_inside(path, name, length)
+            if _sha256(data) != sha256:
                 raise ValueError(f"{length} bytes that are not those saved")
+            if name not in parts:  # each rank reads of these what it needs
+                files[name] = data
     return Checkpoint.of_files(path, files)
 
 
@@ -314,6 +391,14 @@ def _delete(path: Path) -> None:
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _file_sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(2**20):
+            sha256.update(data)
+    return sha256.hexdigest()
 
 
 def _sha256(data: bytes) -> str:

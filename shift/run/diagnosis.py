@@ -46,17 +46,19 @@ def first_not_finite(model: LoopedTransformer, batch: Batch, n_loops: int, confi
     return NOTHING
 
 
-def recipe(config: TrainConfig, step: int, rank: int) -> str:
-    """The call that makes a training batch again.
+def recipe(config: TrainConfig, step: int, streams: range, n_streams: int) -> str:
+    """The call that makes a training batch again, or batches, of a rank.
 
     Args:
         config: of the run.
         step: steps done before it.
-        rank: whose batch.
+        streams: whose batches (:mod:`shift.run.global_batch`), of how many.
     """
     options = "".join(f", {name}={value!r}" for name, value in config.task.options.items())
     task = f"make_task({config.task.name!r}, seed={config.task.seed}{options})"
-    return f"{task}.batch({config.batch_size}, {step}, rank={rank})"
+    dealt = f", n_ranks={n_streams}" if n_streams > 1 else ""
+    calls = (f"{task}.batch({config.batch_size}, {step}, rank={stream}{dealt})" for stream in streams)
+    return " and ".join(calls)
 
 
 def _tensors(

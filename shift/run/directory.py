@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from torch import nn
 
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
-from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage, is_count
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.metrics import RowFile
-from shift.run.optim import RunOptimizer, learning_rate
+from shift.run.optim import learning_rate
 from shift.run.progress import Progress
 from shift.run.snapshots import SNAPSHOTS
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
 CONFIG, METRICS, TIMING, RESULT = "config.toml", "metrics.jsonl", "timing.jsonl", "result.json"
+CHECKPOINTS = "checkpoints"
 
 DIGESTED = {METRICS, SNAPSHOTS}
 """Row files whose content belongs to the checkpoint; clocks do not."""
@@ -58,7 +57,7 @@ class RunDirectory:
     Args:
         path: the directory; created if need be.
         config: of the run.
-        world_size: number of ranks.
+        world_size: ranks that the run began with; where it is resumed its checkpoint says so.
         extend: let a run that is resumed have more steps than it was begun with.
 
     Raises:
@@ -67,7 +66,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: TrainConfig, world_size: int, extend: bool = False) -> None:
         self.path, self.config, self.world_size, self._extend = path, config, world_size, extend
-        self._checkpoints = path / "checkpoints"
+        self._checkpoints = path / CHECKPOINTS
         self._made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
         make_directory(path, "shift.Trainer", "run_dir")
         self._files = {METRICS: RowFile(path / METRICS)}  # which is also the lock: before all else
@@ -105,7 +104,7 @@ class RunDirectory:
             The checkpoint; None: there is none.
 
         Raises:
-            ShiftInputError: another config or world size made the run, its rows were changed since, or no
+            ShiftInputError: another config made the run, its rows were changed since, or no
                 checkpoint that is there can be used.
         """
 
@@ -123,6 +122,7 @@ class RunDirectory:
             if found is None:
                 self._open_fresh()
             else:
+                self.world_size = found.state["world_size"]
                 self._open_at(found.state["lengths"], found.state.get("sha256", {}))
                 checkpoint.remove_leftovers(self._checkpoints)
                 checkpoint.prune(self._checkpoints, found.state["step"], self.config.keep)
@@ -153,26 +153,18 @@ class RunDirectory:
         for row in rows:
             self._files[SNAPSHOTS].append(row)
 
-    def save(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: RunOptimizer,
-        state: dict[str, Any],
-        average: WeightAverage | None = None,
-    ) -> None:
-        """Save a checkpoint whose ``state`` also remembers the config and what the row files hold.
+    def remembered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a checkpoint: it also remembers the config and what the row files hold.
 
         Raises:
             OSError: the disk refused, or the run directory is no longer where it was.
         """
-        run = {
+        return state | {
             "config": self.config.to_dict(),
             "world_size": self.world_size,
             "lengths": {name: file.sync() for name, file in self._files.items()},
             "sha256": {name: self._files[name].sha256() for name in DIGESTED if name in self._files},
         }
-        checkpoint.save(self._checkpoints, step, model, optimizer, state | run, self.config.keep, average)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and close the row files."""
@@ -211,14 +203,9 @@ class RunDirectory:
                 raise ValueError(f"lengths that are not of {', '.join(sorted(ROWS))}")
             if not digests.keys() <= lengths.keys():
                 raise ValueError("digests of other files")
-            if not is_count(state["world_size"]):
+            if not is_count(state["world_size"]) or state["world_size"] == 0:
                 raise ValueError("a world size that is none")
             theirs = TrainConfig.from_dict(state["config"])
-        if state["world_size"] != self.world_size:
-            raise input_error(
-                "shift.Trainer", "world_size", self.world_size, f"{state['world_size']}, as in {found.path}",
-                "The global batch depends on it: start as many processes as before.",
-            )  # fmt: skip
         if self._extend and self.config.steps > theirs.steps:
             theirs = self._extended(theirs, found)
         difference = differing_key(self.config, theirs.to_dict())

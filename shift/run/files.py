@@ -61,6 +61,11 @@ def replace_atomically(path: Path, data: bytes) -> None:
 
 def sync_directory(path: Path) -> None:
     """Wait until the disk has a directory's entries: renames and new files are only then durable."""
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has what others have written to a file."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import torch.distributed as dist
 from shift.config import TrainConfig
 from shift.run.logs import Log, Watchers, open_log
 from shift.run.metrics import Console
+from shift.run.ranks import OtherRankFailed
 from shift.run.shapes import When, calibrate_shapes
 from shift.run.trainer import Trainer
+
+PATIENCE = timedelta(seconds=50)
+"""That a rank waits for another within a step, before it gives the job up."""
 
 
 def run(
@@ -40,13 +45,13 @@ def run(
         TrainingInterrupted: after SIGTERM or Ctrl-C; a checkpoint was saved.
         ShiftInputError, TrainingDiverged, OtherRankFailed, OSError: see there.
     """
-    with _process_group() as leads:
+    with _process_group(config.parallel) as leads:
         watchers = [open_log(log, config, run_dir) for log in dict.fromkeys(logs)] if leads else []
         console = Watchers([Console(config.steps), *watchers]) if leads else None
         try:
             calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
             trainer = Trainer(config, run_dir, resume=resume, extend=True, console=console)
-            with _stopped_by_signals(trainer):
+            with _stopped_by_signals(trainer), _silence_named():
                 trainer.fit()
         finally:
             if console:
@@ -54,18 +59,38 @@ def run(
 
 
 @contextlib.contextmanager
-def _process_group() -> Iterator[bool]:
-    """Join the processes of ``torchrun``, if there are any; yields whether this one is rank 0."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def _process_group(parallel: str) -> Iterator[bool]:
+    """Join the processes of ``torchrun``, if there are any; yields whether this one is rank 0.
+
+    Shards want a group even where one process holds all of them.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and parallel == "ddp":
         yield True
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if alone:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+    else:
+        dist.init_process_group(timeout=PATIENCE)
+    yield dist.get_rank() == 0
+    dist.destroy_process_group()  # not after a failure: it would wait for ranks that are gone
+
+
+@contextlib.contextmanager
+def _silence_named() -> Iterator[None]:
+    """Say in plain words that another rank does not answer."""
     try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OtherRankFailed(
+            f"rank {dist.get_rank()}: another rank has died, or has not answered for "
+            f"{PATIENCE.total_seconds():.0f} s ({reason}); the last checkpoint is good: --resume auto"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from shift_kernels import ShiftInputError
 
 T = TypeVar("T")
+
+LONGEST = timedelta(minutes=30)
+"""That ranks wait for one that works alone. A rank that died is noticed at once all the same."""
 
 
 class OtherRankFailed(Exception):
@@ -29,12 +33,21 @@ class Ranks:
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
+        # Objects go by a group of their own, on the CPU: what one rank does alone, such as a measurement or a
+        # save, may take longer than a step may wait for a rank.
+        self.control = dist.new_group(backend="gloo", timeout=LONGEST) if self.size > 1 else None
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
             x /= self.size
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
         return x
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -51,7 +64,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def together(self, action: Callable[[], T]) -> T:
@@ -73,7 +86,7 @@ class Ranks:
         result, error = _attempt(action) if self.rank == 0 else (None, None)
         if self.size > 1:
             outcome: list[Any] = [(result, None if error is None else _description(0, error))]
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
             result, failure = outcome[0]
             if error is None:
                 _raise_first([failure])

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from shift.build import build_task, find_device
 from shift.config import TrainConfig
 from shift.model import once_spec
 from shift.run.micro_batches import MicroBatches
+from shift.run.ranks import Ranks
 from shift_kernels import dispatch, measured
 from shift_kernels.calibrate import calibrate
 from shift_kernels.call import Problem
@@ -50,13 +50,15 @@ def calibrate_shapes(config: TrainConfig, when: When, say: Callable[[str], objec
     if when == "never" or config.backend != "auto":
         return
     problems = problems_of(config)
-    rows: list[dict[str, measured.Row]] = [{}]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+
+    def measure() -> dict[str, measured.Row]:
         new = [p for p in problems if p.device.type != "cpu" and measured.lookup(p) is None]
         calibrate(problems if when == "always" else new, say=say)
         known = {measured.shape_class(p): measured.lookup(p) for p in problems}
-        rows = [{key: row for key, row in known.items() if row is not None}]
-    if dist.is_initialized():
-        dist.broadcast_object_list(rows, src=0)
-        measured.adopt(rows[0])
+        return {key: row for key, row in known.items() if row is not None}
+
+    ranks = Ranks()
+    rows = ranks.from_first(measure)
+    if ranks.size > 1:
+        measured.adopt(rows)
         dispatch.forget()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast
-from shift.run.flat import FlatAdamW
-from shift.run.muon import FlatMuon
 from shift.run.optim import lr_factors
+from shift.run.parallel import Replicated
 from shift.run.ranks import Ranks
 from shift.tasks.base import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from shift.run.fsdp import Sharded
 
 
 class TrainStep:
@@ -19,15 +23,17 @@ class TrainStep:
 
     Args:
         config: of the run.
-        model, optimizer: on one device; the optimiser's parameters are the model's.
+        model: on one device.
+        parallel: how the ranks share it.
         ranks: that share the global batch.
     """
 
     def __init__(
-        self, config: TrainConfig, model: LoopedTransformer, optimizer: FlatAdamW | FlatMuon, ranks: Ranks
+        self, config: TrainConfig, model: LoopedTransformer, parallel: Replicated | Sharded, ranks: Ranks
     ) -> None:
-        self._config, self._model, self._optimizer, self._ranks = config, model, optimizer, ranks
-        self._lr_factors = lr_factors(model, config.optimiser, optimizer)
+        self._config, self._model, self._parallel, self._ranks = config, model, parallel, ranks
+        self._optimizer = parallel.optimizer
+        self._lr_factors = lr_factors(model, config.optimiser, self._optimizer)
 
     def backward(
         self,
@@ -53,17 +59,18 @@ class TrainStep:
         size = micro_batch or n
         losses = []
         for start in range(0, n, size):
+            self._parallel.begin_micro_batch(last=start + size >= n)
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
             loss = self._summed_loss(part, own, n_grad_loops) / n_read
             loss.backward()
             losses.append(loss.detach())
-        # In one go, and after the backward: the block's gradients, most of all, are there at its end at once.
-        ranks.mean(self._optimizer.gradients)
+        self._parallel.average_gradients()
         return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
     def try_out(self, batch: Batch, loops: int | torch.Tensor) -> None:
-        """Forward and backward of one micro-batch of this rank alone; the next step forgets its gradients."""
+        """Forward and backward of one micro-batch, whose gradients the next step forgets."""
+        self._parallel.begin_micro_batch(last=True)
         self._summed_loss(batch, loops, self._config.n_grad_loops).backward()
 
     def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:

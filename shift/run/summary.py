@@ -13,6 +13,10 @@ from typing import Any
 import numpy
 import torch
 
+from shift.build import find_device
+from shift.config import TrainConfig
+from shift.run.directory import RunDirectory
+from shift.run.progress import Progress
 from shift.run.record import read_timing
 from shift.run.speed import Pace
 from shift.tasks.base import Task
@@ -30,6 +34,45 @@ def batches_sha256(task: Task, batch_size: int, steps: range, world_size: int) -
                 task.batch(batch_size, step, rank=rank, n_ranks=world_size).tokens.numpy().tobytes()
             )
     return sha256.hexdigest()
+
+
+def summarise(
+    config: TrainConfig,
+    task: Task,
+    progress: Progress,
+    run: RunDirectory,
+    n_streams: int,
+    peak: float | None,
+) -> dict[str, Any]:
+    """What ``result.json`` says but for the weights.
+
+    Args:
+        config, task, progress, run: of the run.
+        n_streams: ranks that it began with.
+        peak: FLOP/s of all devices; None: unknown.
+    """
+    c, p = config, progress
+    first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
+    return {
+        "steps": p.step,
+        "switch_step": p.switch_step,
+        "final_eval": p.last_eval,
+        "flops_total": p.flops,
+        "block_applications": p.block_applications,
+        "skipped_steps": p.skipped_steps,
+        "train_s": p.train_s,
+        "wall_s": p.wall_s,
+        "cpu_s": p.cpu_s,
+        "switch_ms": switch_ms(run.path, p.switch_step),
+        **pace(run.path, p.step, p.flops, peak),
+        "initial_weights_sha256": p.initial_weights_sha256,
+        "metrics_sha256": run.metrics_sha256(),
+        "first_batches_sha256": batches_sha256(task, c.batch_size, first, n_streams),
+        "last_batches_sha256": batches_sha256(task, c.batch_size, last, n_streams),
+        "config": c.to_dict(),
+        "world_size": n_streams,
+        **environment(find_device(c.device)),
+    }
 
 
 def switch_ms(run_dir: Path, switch_step: int | None) -> float | None:

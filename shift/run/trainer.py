@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,25 +23,26 @@ import torch
 
 from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig, differing_key
-from shift.flops import train_step_flops
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import NOTHING, first_not_finite, recipe
-from shift.run.directory import RunDirectory
+from shift.run.directory import CHECKPOINTS, RunDirectory
 from shift.run.evaluate import evaluate, loops_of
+from shift.run.global_batch import GlobalBatch
+from shift.run.ledger import enter_step
 from shift.run.logs import Watcher
 from shift.run.metrics import PendingRows, StepTimer
 from shift.run.micro_batches import MicroBatches
-from shift.run.optim import build_optimizer, go_back, learning_rate
+from shift.run.optim import go_back, learning_rate
+from shift.run.parallel import share
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
 from shift.run.snapshots import SnapshotRecorder
 from shift.run.speed import Pace, matmul_peak, memory_bytes
 from shift.run.step import TrainStep
-from shift.run.summary import batches_sha256, environment, pace, switch_ms
+from shift.run.summary import summarise
 from shift.schedules import Signals
-from shift.tasks.base import Batch
 from shift_kernels.errors import ShiftInputError, input_error
 
 MAX_SKIPS = 5
@@ -71,9 +71,9 @@ class Trainer:
         console: who is told of steps and evaluations; None: nobody.
 
     In a process group (``torchrun``) every rank builds one: the global batch is the concatenation of the
-    ranks' batches, whose gradients are averaged as one flat tensor after the backward. Rank 0 alone reads
-    and writes the run directory, and gives all others the checkpoint that it resumes from.
-    Seeds torch's global generator.
+    ranks' batches; another number of ranks that resumes the run shares the same one. Rank 0 alone reads and
+    writes the run directory, and gives all others the checkpoint that it resumes from; with
+    ``parallel = "fsdp"`` all read and write checkpoints. Seeds torch's global generator.
 
     Raises:
         ShiftInputError: an unusable config, a used directory, or a checkpoint of another config.
@@ -92,25 +92,27 @@ class Trainer:
         self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optimiser)
-        self._step = TrainStep(config, self.model, self.optimizer, self.ranks)
-        self.micro_batches = MicroBatches(config.micro_batch, config.batch_size)
+        initial = checkpoint.digest(self.model.state_dict())
+        self.ranks.together(self._check_configs)
+        for x in self.model.state_dict().values():
+            self.ranks.copy_first(x)  # equal by their seed, if the machines are
+        self._parallel = share(self.model, config, self.ranks)
+        self.optimizer = self._parallel.optimizer
+        self._step = TrainStep(config, self.model, self._parallel, self.ranks)
+        self._deal(self.ranks.size)
         pieces, ema = self.optimizer.pieces, config.optimiser.ema
         self._initial = [x.clone() for x in pieces] if self.schedule.keep < 1 else None
         self.average = WeightAverage(pieces, ema) if ema else None
         self._planned_steps, self._extend = config.steps, extend
         self.signals: Signals | None = None
-        self.progress = Progress(initial_weights_sha256=checkpoint.digest(self.model.state_dict()))
+        self.progress = Progress(initial_weights_sha256=initial)
         self.run_dir = Path(run_dir)
         self.run: RunDirectory | None = None  # on rank 0
-        self.ranks.together(self._check_configs)
         saved = self.ranks.from_first(lambda: self._open(resume))
         if saved is not None and self.run is None:
             self.ranks.together(lambda: self._restore(Checkpoint.of_files(*saved)))
         elif saved is not None:
             self.ranks.together(lambda: None)
-        for x in (*self.optimizer.pieces, *(self._initial or ())):
-            self.ranks.copy_first(x)  # equal by their seed, if the machines are
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._flops_seen = self.progress.flops
         self._snapshots = SnapshotRecorder(
@@ -142,11 +144,26 @@ class Trainer:
             if self.run is not None and self.progress.step == 0:
                 self.run.abandon()
             raise
-        return {} if self.run is None else self._finish(self.run)
+        digests = self._parallel.digests(self.model)
+        sweep = {str(n): self._scores(n) for n in dict.fromkeys(self.config.sweep_loops)}
+        if self.run is None:
+            return {}
+        n_streams, peak = self.batches.n_streams, self._peak()
+        result = summarise(self.config, self.task, self.progress, self.run, n_streams, peak)
+        result |= digests | {"schedule_sha256": checkpoint.digest(self.schedule.state_dict())}
+        result |= {"sweep": sweep} if sweep else {}
+        self.run.finish(result)
+        return result
+
+    def _deal(self, n_streams: int) -> None:
+        """Share the global batch of as many streams."""
+        ranks, c = self.ranks, self.config
+        self.batches = GlobalBatch(c.batch_size, n_streams, ranks.rank, ranks.size)
+        self.micro_batches = MicroBatches(c.micro_batch, len(self.batches.own))
 
     def _find_micro_batches(self) -> None:
         """Try sizes on a batch that no step sees, and leave no trace of it."""
-        batch = self.task.batch(self.config.batch_size, 0, split="eval").to(self.device)
+        batch = self.task.batch(len(self.batches.own), 0, split="eval").to(self.device)
 
         def attempt(size: int, n_loops: int) -> None:
             part = batch.rows(0, size)
@@ -217,7 +234,7 @@ class Trainer:
         c, p = self.config, self.progress
         n_grad_loops = min((k for k in (c.n_grad_loops, decided) if k is not None), default=None)
         self._timer.start()
-        batch = self._batch(p.step)
+        batch = self.batches.part(self.task, p.step)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps, p.switch_step)
         micro_batch = self.micro_batches.of(n_loops)
@@ -228,7 +245,9 @@ class Trainer:
         self._timer.stop()
 
         self.signals = Signals(loss, grad_norm)
-        self._count(batch, loops, n_grad_loops)
+        self._tokens = enter_step(
+            p, self.model, batch, loops, n_grad_loops, self.batches, self.ranks, bool(c.loop_loss)
+        )
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
         chosen = {"n_loops": n_loops, "stage": stage, "skipped": skipped}
@@ -236,52 +255,35 @@ class Trainer:
             chosen["n_grad_loops"] = n_grad_loops
         self._rows.add({"kind": "train", "step": p.step, **measured, **chosen, **p.costs()})
 
-    def _batch(self, step: int) -> Batch:
-        """This rank's part of the global batch."""
-        ranks = self.ranks
-        return self.task.batch(self.config.batch_size, step, rank=ranks.rank, n_ranks=ranks.size)
-
-    def _count(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> None:
-        """Enter a step into the ledger. Loops of samples' own are averaged over all ranks."""
-        most = n_grad_loops or math.inf
-        mean_loops: float
-        grad_loops: float
-        if isinstance(loops, int):
-            mean_loops, grad_loops = loops, min(loops, most)
-        else:  # on the CPU, where the processes of torchrun talk by gloo: nothing waits for the device
-            own = loops.double()
-            means = torch.stack([own.mean(), own.clamp(max=most).mean()])
-            mean_loops, grad_loops = self.ranks.mean(means).tolist()
-        batch_size, seq_len = batch.tokens.shape
-        flops = train_step_flops(
-            self.model, batch_size, seq_len, mean_loops, grad_loops, all_loops=bool(self.config.loop_loss)
-        )
-        self.progress.enter(mean_loops, self.ranks.size * flops)
-        self._tokens = self.ranks.size * batch.tokens.numel()
-
     def _evaluate(self, n_loops: int) -> None:
         p = self.progress
+        scores = self._scores(n_loops)
         if self.run is None:
             return
-        scores = self._scores(n_loops)
         p.last_eval = {"kind": "eval", "step": p.step, "n_loops": n_loops, **scores, **p.costs()}
         self._rows.add(p.last_eval)
         if self.console:
             self.console.evaluation(p.last_eval)
 
     def _scores(self, n_loops: int) -> dict[str, Any]:
-        """What an evaluation finds."""
+        """What an evaluation finds: of rank 0 alone, unless it takes all ranks to have the weights."""
         c = self.config
-        with self._averaged():
-            return evaluate(
-                self.model,
-                self.task,
-                n_loops=n_loops,
-                n_samples=c.eval_samples,
-                batch_size=c.batch_size,
-                bf16=c.precision == "bf16",
-                backend=c.backend,
-            )
+
+        def score() -> dict[str, Any]:
+            with self._averaged():
+                scores = evaluate(
+                    self.model,
+                    self.task,
+                    n_loops=n_loops,
+                    n_samples=c.eval_samples,
+                    batch_size=c.batch_size,
+                    bf16=c.precision == "bf16",
+                    backend=c.backend,
+                )
+                self._parallel.release()
+                return scores
+
+        return score() if c.parallel == "fsdp" else self.ranks.from_first(score)
 
     def _peak(self) -> float | None:
         """FLOP/s of all devices together, if they are alike."""
@@ -319,9 +321,11 @@ class Trainer:
     def _divergence(self, row: Mapping[str, Any]) -> TrainingDiverged:
         """The error of a run whose steps were skipped up to a row's, with what one more pass finds."""
         step = row["step"] - 1
-        batch = self._batch(step)
+        batch = self.batches.part(self.task, step)
+        self._parallel.gather()
         own = first_not_finite(self.model, batch, row["n_loops"], self.config)
-        found = self.ranks.gather((own, recipe(self.config, step, self.ranks.rank)))
+        how = recipe(self.config, step, self.batches.streams, self.batches.n_streams)
+        found = self.ranks.gather((own, how))
         what, how = next(((what, how) for what, how in found if what != NOTHING), found[0])
         return TrainingDiverged(
             f"loss or gradient norm was not finite in the {MAX_SKIPS} steps up to {row['step']}, which "
@@ -345,11 +349,10 @@ class Trainer:
             "micro_batches": self.micro_batches.state_dict(),
             "planned_steps": self._planned_steps,
         }
-        self.ranks.from_first(lambda: self._write_checkpoint(state))
-
-    def _write_checkpoint(self, state: dict[str, Any]) -> None:
-        if self.run is not None:
-            self.run.save(self.progress.step, self.model, self.optimizer, state, self.average)
+        run = self.run
+        whole = self.ranks.from_first(lambda: {} if run is None else run.remembered(state))
+        at = self.run_dir / CHECKPOINTS, self.progress.step
+        self._parallel.save(*at, self.model, self.average, whole, self.config.keep)
 
     def _check_configs(self) -> None:
         """Refuse to start where the ranks were told different things."""
@@ -376,6 +379,7 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         saved.restore(self.model, self.optimizer, self.average)
+        self._deal(saved.state["world_size"])
         with damage(saved.path / checkpoint.STATE):
             self.progress = Progress.from_state(saved.state["progress"])
             planned = saved.state.get("planned_steps", saved.state["config"]["steps"])
@@ -388,37 +392,6 @@ class Trainer:
             self.signals = Signals(loss, grad_norm)
             if self.ranks.size == 1:  # a state that it can use; with others it may wait for them
                 copy.deepcopy(self.schedule).step(self.progress.step, self.signals)
-
-    def _finish(self, run: RunDirectory) -> dict[str, Any]:
-        c, p = self.config, self.progress
-        sweep = {str(n): self._scores(n) for n in dict.fromkeys(c.sweep_loops)}
-        first, last = range(min(10, c.steps)), range(max(0, c.steps - 10), c.steps)
-        result = {
-            "steps": p.step,
-            "switch_step": p.switch_step,
-            "final_eval": p.last_eval,
-            **({"sweep": sweep} if sweep else {}),
-            "flops_total": p.flops,
-            "block_applications": p.block_applications,
-            "skipped_steps": p.skipped_steps,
-            "train_s": p.train_s,
-            "wall_s": p.wall_s,
-            "cpu_s": p.cpu_s,
-            "switch_ms": switch_ms(run.path, p.switch_step),
-            **pace(run.path, p.step, p.flops, self._peak()),
-            "initial_weights_sha256": p.initial_weights_sha256,
-            "weights_sha256": checkpoint.digest(self.model.state_dict()),
-            "optimizer_sha256": checkpoint.digest(self.optimizer.state_dict()),
-            "schedule_sha256": checkpoint.digest(self.schedule.state_dict()),
-            "metrics_sha256": run.metrics_sha256(),
-            "first_batches_sha256": batches_sha256(self.task, c.batch_size, first, self.ranks.size),
-            "last_batches_sha256": batches_sha256(self.task, c.batch_size, last, self.ranks.size),
-            "config": c.to_dict(),
-            "world_size": self.ranks.size,
-            **environment(self.device),
-        }
-        run.finish(result)
-        return result
 
 
 def _due(step: int, every: int) -> bool:

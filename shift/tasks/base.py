@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,6 +62,26 @@ class Batch:
             first, last = torch.searchsorted(self.cu_seqlens, torch.tensor([low, high])).tolist()
             parts["cu_seqlens"] = self.cu_seqlens[first : last + 1] - low
         return dataclasses.replace(self, **parts)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of equal sequence lengths, one behind the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    parts = {
+        k: torch.cat([getattr(batch, k) for batch in batches])
+        for k, x in vars(first).items()
+        if x is not None and k != "cu_seqlens"
+    }
+    if first.cu_seqlens is not None:
+        offsets, end = [first.cu_seqlens[:1]], 0
+        for batch in batches:
+            assert batch.cu_seqlens is not None, "all or none are packed"
+            offsets.append(batch.cu_seqlens[1:] + end)
+            end += batch.tokens.numel()
+        parts["cu_seqlens"] = torch.cat(offsets)
+    return dataclasses.replace(first, **parts)
 
 
 class Task(ABC):
