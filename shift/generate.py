@@ -127,4 +127,4 @@ def _id(word: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

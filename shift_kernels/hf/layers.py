@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from shift_kernels.cache import LoopedCache
 from shift_kernels.hf.families import Family, refuse
-from shift_kernels.hf.slots import LoopedSlot, slot
-from shift_kernels.hf.tokens import Seen, read
+from shift_kernels.hf.slots import Step
 from shift_kernels.module import LoopedBlock
 from shift_kernels.spec import BlockSpec
 
@@ -63,42 +60,18 @@ class LoopedLayers(nn.Module):
         if call.get("encoder_hidden_states") is not None:
             refuse("encoder_hidden_states", "given", "None", "Cross attention is not part of a LoopedBlock.")
         self._refuse_dropout()
-        cache = call.get("cache")
-        past = None if cache is None else slot(cache, self.first)
-        seen = Seen() if past is None else past.seen(e.shape[1])
         spec = self.blocks[0].spec
         positions = call.get("position_ids") if spec.position == "rope" else None
-        tokens = read(call.get("attention_mask"), positions, e, seen, spec.window)
-        caches = None if past is None else self._caches(past, seen, e)
-        packed, seq_lens = tokens.pack(e)
-        h = tokens.unpack(self._loops(packed, seq_lens, caches))
-        if past is not None:
-            past.count(tokens, seen, e)
-            tick = e.new_ones(len(e), 1, e.shape[1], 1)
-            for i in range(self.first, self.first + self.n_layers):
-                cache.update(tick, tick, i)
-        return h
+        slots = range(self.first, self.first + self.n_layers)
+        step = Step(call.get("cache"), slots, e, call.get("attention_mask"), positions, spec.window)
+        return step.run(self.calls, e)
 
-    def _caches(self, past: LoopedSlot, seen: Seen, e: Tensor) -> list[LoopedCache] | None:
-        """The caches to append to; None in training, where the cache that Transformers makes is not read."""
-        grad = torch.is_grad_enabled() and (
-            e.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
-        if seen.n and (grad or not past.is_recorded):
-            refuse("cache", "continued with gradients", "one filled and read without", "Use torch.no_grad().")
-        past.is_recorded = not grad
-        return None if grad else past.caches_for(self.blocks, self.n_loops, e)
-
-    def _loops(self, h: Tensor, seq_lens: Tensor | None, caches: list[LoopedCache] | None) -> Tensor:
-        one = len(self.blocks) == 1
-        calls = [
-            (block, self.n_loops if one else 1)
-            for _ in range(1 if one else self.n_loops)
-            for block in self.blocks
-        ]
-        for i, (block, n_loops) in enumerate(calls):
-            h = block(h, n_loops, seq_lens=seq_lens, cache=None if caches is None else caches[i])
-        return h
+    @property
+    def calls(self) -> list[tuple[LoopedBlock, int]]:
+        """The blocks in the order in which they run, and the loops of each."""
+        if len(self.blocks) == 1:
+            return [(self.blocks[0], self.n_loops)]  # type: ignore[list-item]
+        return [(block, 1) for _ in range(self.n_loops) for block in self.blocks]  # type: ignore[misc]
 
     def _refuse_dropout(self) -> None:
         for name in self.family.dropout if self.training else ():

@@ -15,7 +15,7 @@ from transformers import cache_utils
 
 from shift_kernels.cache import LoopedCache
 from shift_kernels.hf.families import refuse
-from shift_kernels.hf.tokens import Seen, Tokens
+from shift_kernels.hf.tokens import Seen, Tokens, read
 from shift_kernels.module import LoopedBlock
 
 CLOCKS = (
@@ -24,6 +24,8 @@ CLOCKS = (
     cache_utils.StaticLayer,
     cache_utils.StaticSlidingWindowLayer,
 )
+Calls = Sequence[tuple[LoopedBlock, int]]
+"""Blocks in the order in which they run, and the loops of each."""
 ROOM = 64
 """Tokens for which there is memory at first; it doubles when more come."""
 
@@ -59,17 +61,13 @@ class LoopedSlot(cache_utils.CacheLayerMixin):
         n = int(self.get_seq_length())
         return Seen(n, int(self.get_mask_sizes(n_new)[1]) if n else 0, self.real, self.start)
 
-    def caches_for(self, blocks: Sequence[LoopedBlock], n_loops: int, e: Tensor) -> list[LoopedCache]:
-        """One cache of one block; of several one a call, in the order of the calls. With room for e."""
+    def caches_for(self, calls: Calls, e: Tensor) -> list[LoopedCache]:
+        """A cache for each of the calls, with room for e."""
         n = int(self.get_seq_length()) + e.shape[1]
         if not self.caches:
-            one = len(blocks) == 1
             self.caches = [
-                LoopedCache(
-                    block.spec, len(e), max(n, ROOM), n_loops if one else 1, dtype=e.dtype, device=e.device
-                )
-                for _ in range(1 if one else n_loops)
-                for block in blocks
+                LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=e.dtype, device=e.device)
+                for block, n_loops in calls
             ]
         for cache in self.caches:
             if cache.max_len < n:
@@ -132,6 +130,58 @@ def _refuse_other_batch() -> NoReturn:
     refuse(
         "cache", "another batch", "the batch that it was filled with", "Call the model with use_cache=False."
     )
+
+
+class Step:
+    """One call of a model with looped blocks: which tokens are new, and what a cache knows of those before.
+
+    Args:
+        cache: Transformers' own; None for none.
+        slots: the numbers of the layers that the blocks stand for.
+        x: what the call is about, [batch, seq_len, ..]: hidden states, or ids with a last dimension.
+        mask, positions, window: see :func:`shift_kernels.hf.tokens.read`.
+
+    Raises:
+        ShiftInputError: a cache, a mask or positions that no looped block can serve.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        slots: range,
+        x: Tensor,
+        mask: Any,
+        positions: Tensor | None,
+        window: int | None = None,
+    ) -> None:
+        self.cache, self.slots = cache, slots
+        self.past = None if cache is None else slot(cache, slots[0])
+        self.seen = Seen() if self.past is None else self.past.seen(x.shape[1])
+        self.tokens = read(mask, positions, x, self.seen, window)
+
+    def run(self, calls: Calls, h: Tensor) -> Tensor:
+        """The blocks' result for h [batch, seq_len, d_model]; pads return 0."""
+        e, caches = h, self._caches(calls, h)
+        h, seq_lens = self.tokens.pack(h)
+        for i, (block, n_loops) in enumerate(calls):
+            h = block(h, n_loops, seq_lens=seq_lens, cache=None if caches is None else caches[i])
+        if self.past is not None:
+            self.past.count(self.tokens, self.seen, e)
+            tick = e.new_ones(len(e), 1, e.shape[1], 1)
+            for i in self.slots:
+                self.cache.update(tick, tick, i)
+        return self.tokens.unpack(h)
+
+    def _caches(self, calls: Calls, e: Tensor) -> list[LoopedCache] | None:
+        """What to append to; None in training, where the cache that Transformers makes is not read."""
+        if self.past is None:
+            return None
+        parameters = (p for block, _ in calls for p in block.parameters())
+        grad = torch.is_grad_enabled() and (e.requires_grad or any(p.requires_grad for p in parameters))
+        if self.seen.n and (grad or not self.past.is_recorded):
+            refuse("cache", "continued with gradients", "one filled and read without", "Use torch.no_grad().")
+        self.past.is_recorded = not grad
+        return None if grad else self.past.caches_for(calls, e)
 
 
 def slot(cache: Any, first: int) -> LoopedSlot:

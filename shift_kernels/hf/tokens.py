@@ -61,21 +61,21 @@ class Tokens(NamedTuple):
         return (~self.real).to(torch.int8).argsort(dim=1, stable=True)[..., None].expand_as(x)
 
 
-def read(mask: Tensor | None, positions: Tensor | None, e: Tensor, seen: Seen, window: int | None) -> Tokens:
+def read(mask: Tensor | None, positions: Tensor | None, x: Tensor, seen: Seen, window: int | None) -> Tokens:
     """The tokens of a call.
 
     Args:
         mask: None; [batch, keys], True or 1 at tokens; or [batch or 1, 1, seq_len, keys], True or 0. where a
             query sees a key.
         positions: int [batch or 1, seq_len]; None where there are no rotary angles.
-        e: [batch, seq_len, d_model].
+        x: [batch, seq_len, ..].
         seen: the tokens before.
         window: of the layer that this mask is for.
 
     Raises:
         ShiftInputError: padded causal sequences have no such mask, or no such positions.
     """
-    batch, n_new, _ = e.shape
+    batch, n_new = x.shape[:2]
     real = None
     if mask is None:
         if seen.real is not None:

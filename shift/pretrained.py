@@ -1,0 +1,178 @@
+"""LoopedTransformer as a model of Hugging Face Transformers; needs the extra ``hf``.
+
+    import shift.pretrained
+    model = AutoModelForCausalLM.from_pretrained("exported")  # a folder of shift-export
+    model.generate(**inputs, n_loops=8)
+
+A folder of it holds a config and safetensors, and no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedModel as HuggingFaceModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from shift.model import Layout, LoopedTransformer
+from shift_kernels import BlockSpec
+from shift_kernels.errors import input_error
+from shift_kernels.hf.slots import Step
+
+MODEL_TYPE = "shift_looped_transformer"
+
+
+class LoopedTransformerConfig(PreTrainedConfig):
+    """What a :class:`LoopedForCausalLM` is.
+
+    Args:
+        block: :meth:`BlockSpec.to_dict` of the loop body.
+        n_loops: T, unless a call gives another.
+        vocab_size, max_position_embeddings, learned_positions, final_norm, layout: those of
+            :class:`LoopedTransformer`, ``layout`` as a dict.
+        num_hidden_layers: slots in a cache of Transformers; the blocks' own caches are in one.
+    """
+
+    model_type = MODEL_TYPE
+
+    block: dict[str, Any] | None = None
+    n_loops: int = 4
+    vocab_size: int = 256
+    max_position_embeddings: int = 256
+    learned_positions: bool = True
+    final_norm: bool = True
+    layout: dict[str, Any] | None = None
+    num_hidden_layers: int = 1
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.block = self.block or BlockSpec(d_model=64, n_heads=4).to_dict()
+        self.layout = self.layout or {}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def of(cls, model: LoopedTransformer, n_loops: int) -> LoopedTransformerConfig:
+        """The config of a model.
+
+        Raises:
+            ShiftInputError: it predicts no next token of its own vocabulary.
+        """
+        spec, n_tokens = model.block.spec, model.tokens.num_embeddings
+        if not spec.causal or model.n_classes != n_tokens or model.contexts is not None:
+            value = f"causal={spec.causal}, {model.n_classes} classes, contexts: {model.contexts is not None}"
+            allowed = f"a causal model whose classes are its {n_tokens} tokens, without contexts"
+            raise input_error(
+                "LoopedTransformerConfig.of", "model", value, allowed, "Export one trained on text."
+            )
+        return cls(
+            block=spec.to_dict(),
+            n_loops=n_loops,
+            vocab_size=n_tokens,
+            max_position_embeddings=model.max_seq_len,
+            learned_positions=model.positions is not None,
+            final_norm=model.norm is not None,
+            layout=dataclasses.asdict(model.layout),
+        )
+
+
+class LoopedForCausalLM(HuggingFaceModel, GenerationMixin):
+    """A :class:`LoopedTransformer` that predicts the next token, as Transformers expects a model to."""
+
+    config_class = LoopedTransformerConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: LoopedTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = LoopedTransformer(
+            BlockSpec.from_dict(config.block),
+            vocab_size=config.vocab_size,
+            n_classes=config.vocab_size,
+            max_seq_len=config.max_position_embeddings,
+            learned_positions=config.learned_positions,
+            final_norm=config.final_norm,
+            layout=Layout(**config.layout),
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The model has initialised them."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.tokens
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        n_loops: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, seq_len, vocab_size], and their loss with ``labels``.
+
+        Args:
+            input_ids: int64 [batch, seq_len].
+            attention_mask: 0 at pads, on either side, [batch, all tokens so far].
+            position_ids: must count the real tokens from 0; left out, they do.
+            cache, use_cache, labels, logits_to_keep: as every causal model of Transformers has them.
+            n_loops: T; default ``config.n_loops``. One cache takes one T.
+
+        Raises:
+            ShiftInputError: another mask, other positions, or a cache that no looped block can serve.
+        """
+        if cache is None and (use_cache if use_cache is not None else self.config.use_cache):
+            cache = DynamicCache(config=self.config)
+        ids, model = input_ids[..., None], self.model
+        step = Step(cache, range(1), ids, attention_mask, position_ids)
+        start = step.tokens.start
+        if start is not None and bool((start > 0).any()):
+            raise input_error(
+                "LoopedForCausalLM",
+                "position_ids",
+                start.tolist(),
+                "positions that begin at 0",
+                "Leave them out.",
+            )
+        loops = self.config.n_loops if n_loops is None else n_loops
+        calls = [(part, loops if part is model.block else 1) for part in model.parts.values()]
+        counts = step.seen.counts(len(ids), ids.device)
+        e = model.embed(step.tokens.pack(ids)[0][..., 0], starts=counts)
+        h = step.run(calls, step.tokens.unpack(e))
+        logits = model.read(
+            h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+
+
+AutoConfig.register(MODEL_TYPE, LoopedTransformerConfig)
+AutoModelForCausalLM.register(LoopedTransformerConfig, LoopedForCausalLM)
+
+
+def pretrained(model: LoopedTransformer, n_loops: int) -> LoopedForCausalLM:
+    """The same model, its very parameters, as one of Transformers.
+
+    Args:
+        n_loops: T, unless a call gives another.
+
+    Raises:
+        ShiftInputError: see :meth:`LoopedTransformerConfig.of`.
+    """
+    config = LoopedTransformerConfig.of(model, n_loops)
+    with torch.device("meta"):
+        theirs = LoopedForCausalLM(config)
+    theirs.model = model
+    return theirs.train(model.training)
