@@ -3,8 +3,9 @@
     shift-eval runs/parity/looped/seed-0 runs/parity/single/seed-0 --out runs/parity-eval
     shift-eval runs/first --lengths 10 20 30 40 --max-loops 60
 
-Writes ``eval.json``, ``eval.md`` and ``heat_map.png``. What is measured, and the rules that say how many
-loops count: :mod:`shift.length.sweep`. Exit codes: 0 done; 2 unusable input.
+Writes ``eval.json``, ``eval.md`` and ``heat_map.png``; of text bits per byte by loops instead of the picture.
+What is measured, and the rules that say how many loops count: :mod:`shift.length.sweep`. Exit codes: 0 done;
+2 unusable input.
 """
 
 from __future__ import annotations

@@ -59,7 +59,6 @@ def summary(
             "reference": reference,
             "text": {**suite.text, **json.loads((out / "text" / INDEX).read_text())["splits"]},
             "rates": {name: factor * shared.optimiser.lr for name, factor in rates.items()},
-            "rates_at_an_end": [n for n, f in rates.items() if f in (min(suite.rates), max(suite.rates))],
             "tuning_seeds": list(suite.tuning_seeds),
             "config": {name: arm.config.to_dict() for name, arm in arms.items()},
             "machine": {"device": device_name(torch.device("cpu")), "python": platform.python_version()},
@@ -111,10 +110,7 @@ def _blocks(suite: Suite, arms: Mapping[str, Arm], found: Mapping[str, Any], pic
         ]
         blocks += [Heading(title), Table(header, rows)]
     rates = [[arm.label, f"{about['rates'][name]:.2g}"] for name, arm in arms.items()]
-    at_an_end = ", ".join(arms[name].label for name in about["rates_at_an_end"])
     blocks += [Heading("Learning rates"), Table(["arm", "rate"], rates)]
-    if at_an_end:
-        blocks.append(Paragraph(f"At an end of those tried: {at_an_end}.", "note"))
     blocks.append(Paragraph(("Made again by ", Code("python -m benchmarks.lm.run"), "."), "note"))
     return blocks
 

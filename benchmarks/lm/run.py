@@ -3,9 +3,10 @@
     python -m benchmarks.lm.run quick --out runs/lm         # under ten minutes on two cores
     python -m benchmarks.lm.run full --out runs/lm-full     # about four core-hours
 
-First every arm's learning rate is chosen on seeds of their own, at the middle budget; then all arms run at
-all budgets, seed by seed, and after each seed the report is written. The same command again goes on where
-an interrupted one stopped. ``out`` gets ``summary.json``, ``report.md`` and ``loss.png``.
+First every arm's learning rate is chosen on seeds of their own, at the middle budget, from a grid that is
+widened while its best is at an end. Then all arms run at all budgets, seed by seed, and after each seed the
+report is written. The same command again goes on where an interrupted one stopped. ``out`` gets
+``summary.json``, ``report.md`` and ``loss.png``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import math
 import signal
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from benchmarks.lm.multiplier import COSTS, Curve, Point
 from benchmarks.lm.report import write_report
 from benchmarks.lm.suite import Suite, arms_of, load_suite, run_config, step_flops, tuning_budget
 from benchmarks.lm.text import make_shards
+from benchmarks.savings.tune import WIDEST
 from shift.compare import INTERRUPTED
 from shift.comparison.pool import default_jobs, train_all
 from shift.comparison.runs import finished
@@ -59,22 +61,22 @@ def run(suite: Suite, out: Path, jobs: int) -> Path:
     def path(kind: str, name: str, key: str, seed: int) -> Path:
         return out / kind / name.replace(":", "-") / key / f"seed-{seed}"
 
-    tuning = {
-        path("tuning", name, f"rate-{factor:g}", seed): run_config(arm, tuned, each[name], factor, seed)
-        for seed in suite.tuning_seeds
-        for factor in suite.rates
-        for name, arm in arms.items()
-    }
-    train(tuning, jobs)
-    rates = {
-        name: best_rate(
-            {
-                factor: [path("tuning", name, f"rate-{factor:g}", seed) for seed in suite.tuning_seeds]
-                for factor in suite.rates
-            }
-        )
-        for name in arms
-    }
+    def tuning(name: str, factor: float) -> dict[Path, TrainConfig]:
+        return {
+            path("tuning", name, f"rate-{factor:g}", seed): run_config(
+                arms[name], tuned, each[name], factor, seed
+            )
+            for seed in suite.tuning_seeds
+        }
+
+    tried = {name: set(suite.rates) for name in arms}
+    missing = [(name, factor) for factor in suite.rates for name in arms]
+    while missing:
+        train({place: config for pair in missing for place, config in tuning(*pair).items()}, jobs)
+        rates = {name: best_rate({f: list(tuning(name, f)) for f in tried[name]}) for name in arms}
+        missing = [(name, wider) for name, f in rates.items() for wider in beyond(f, tried[name])]
+        for name, wider in missing:
+            tried[name].add(wider)
     curves: dict[str, Curve] = {}
     for n in range(1, len(suite.seeds) + 1):
         places = {
@@ -107,6 +109,12 @@ def run(suite: Suite, out: Path, jobs: int) -> Path:
 def train(runs: Mapping[Path, TrainConfig], jobs: int) -> None:
     """Those that are not finished."""
     train_all({path: config for path, config in runs.items() if not finished(path, config)}, jobs)
+
+
+def beyond(best: float, tried: Collection[float]) -> list[float]:
+    """The factor to try next where the best is at an end of those tried; none beyond :data:`WIDEST`."""
+    wider = [best / 2] * (best == min(tried)) + [best * 2] * (best == max(tried))
+    return [factor for factor in wider if WIDEST[0] <= factor <= WIDEST[1]]
 
 
 def best_rate(tried: Mapping[float, list[Path]]) -> float:

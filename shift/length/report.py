@@ -22,16 +22,34 @@ CAPTION = "Exact match. Ring: T(n). Dashed: the longest length and the most loop
 def write(sweeps: Mapping[str, Mapping[str, Any]], out: Path) -> Path:
     """Write sweeps, by name, into the directory ``out``, which is there; returns the path of ``eval.md``."""
     replace_atomically(out / "eval.json", json_bytes(sweeps))
-    rules = Items([f"{rule}: {meaning}" for rule, meaning in RULES.items()])
-    blocks: list[Block] = [Paragraph(WORDS), rules, Picture(heat_map(sweeps, out / "heat_map.png"), CAPTION)]
+    pictured = {name: found for name, found in sweeps.items() if not _is_text(found)}
+    blocks: list[Block] = []
+    if pictured:
+        rules = Items([f"{rule}: {meaning}" for rule, meaning in RULES.items()])
+        blocks += [Paragraph(WORDS), rules, Picture(heat_map(pictured, out / "heat_map.png"), CAPTION)]
     for name, found in sweeps.items():
         length = found["trained_length"]
         trained = f"Step {found['step']}; trained with up to {count(found['trained_loops'], 'loop')}"
         trained += "." if length is None else f" on lengths up to {length}."
-        blocks += [Heading(name), Paragraph(trained), rules_table(found)]
+        table = loops_table(found) if _is_text(found) else rules_table(found)
+        blocks += [Heading(name), Paragraph(trained), table]
     path = out / "eval.md"
     replace_atomically(path, markdown("Accuracy by length and loops", blocks, out).encode())
     return path
+
+
+def _is_text(found: Mapping[str, Any]) -> bool:
+    return "bits_per_byte" in found["rows"][0]
+
+
+def loops_table(found: Mapping[str, Any]) -> Table:
+    """A row a number of loops: how well text is told, and how many tokens are right."""
+    (row,) = found["rows"]
+    scores = zip(row["bits_per_byte"], row["accuracy"], strict=True)
+    rows = [
+        [str(loops), f"{bits:.4f}", percent(right)] for loops, (bits, right) in enumerate(scores, start=1)
+    ]
+    return Table(["loops", "bits per byte", "tokens right"], rows)
 
 
 def rules_table(found: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,8 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
         Plain JSON values: ``step`` of the checkpoint; ``trained_length`` (None for tasks without lengths);
         ``trained_loops``, as allowed when the run was last evaluated; ``max_loops``; and ``rows``, one a
         length: ``length``, ``needed`` (mean T(n)), ``exact`` and ``accuracy`` after each number of loops
-        (lists; what they mean: :func:`shift.run.evaluate.evaluate`), and ``rules``: by the name of the rule
-        ``exact``, ``accuracy`` and ``loops`` (mean).
+        (lists; what they mean: :func:`shift.run.evaluate.evaluate`), of text ``bits_per_byte`` too, and
+        ``rules``: by the name of the rule ``exact``, ``accuracy`` and ``loops`` (mean).
 
     Raises:
         ShiftInputError: no run or checkpoint there, lengths that the task or the model cannot take, or too
@@ -80,7 +81,10 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
         "trained_length": getattr(longest, "max_length", None),
         "trained_loops": loops,
         "max_loops": max_loops,
-        "rows": [{"length": n, **_row(model, batches[n], loops, max_loops, run)} for n in tasks],
+        "rows": [
+            {"length": n, **_row(model, batches[n], loops, max_loops, run, task.bytes_per_token)}
+            for n, task in tasks.items()
+        ],
     }
 
 
@@ -120,29 +124,50 @@ def _max_loops(asked: int | None, batches: Collection[list[Batch]], trained_loop
 @torch.no_grad()
 def _answers(
     model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """After each loop, [max_loops, batch]: read positions that are right, and how sure the answer is.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """After each loop, [max_loops, batch]: read positions that are right, how sure the answer is, the loss.
 
-    The latter is the cross-entropy between the logits and their own argmax, mean over read positions.
+    How sure: the cross-entropy between the logits and their own argmax, mean over read positions. The loss:
+    that between them and the targets, summed.
     """
     device = next(model.parameters()).device
     there = batch.to(device)
     with autocast(device, run.precision == "bf16"):
-        logits = model(
-            there.tokens, max_loops, context=there.context, return_all_loops=True, backend=run.backend
+        states = model.states(
+            there.tokens,
+            max_loops,
+            context=there.context,
+            cu_seqlens=there.cu_seqlens,
+            return_all_loops=True,
+            backend=run.backend,
         )
-    read = there.targets != IGNORE
-    right = (read & (logits.argmax(-1) == there.targets)).sum(-1)
-    surprise = -logits.float().log_softmax(-1).amax(-1)
-    return right.cpu(), ((surprise * read).sum(-1) / read.sum(-1)).cpu()
+        each = [
+            _scored(model.read(after), there) for after in states
+        ]  # logits of all loops might be too much
+    right, surprise, loss = (torch.stack(found).cpu() for found in zip(*each, strict=True))
+    return right, surprise, loss
+
+
+def _scored(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """One row of each of what :func:`_answers` returns."""
+    read = batch.targets != IGNORE
+    right = (read & (logits.argmax(-1) == batch.targets)).sum(-1)
+    log_p = logits.float().log_softmax(-1)
+    loss = -log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
+    return right, (-log_p.amax(-1) * read).sum(-1) / read.sum(-1), (loss * read).sum(-1)
 
 
 def _row(
-    model: LoopedTransformer, batches: list[Batch], trained_loops: int, max_loops: int, run: TrainConfig
+    model: LoopedTransformer,
+    batches: list[Batch],
+    trained_loops: int,
+    max_loops: int,
+    run: TrainConfig,
+    bytes_per_token: float | None,
 ) -> dict[str, Any]:
     """One row of :func:`sweep`, but for its length."""
     found = [_answers(model, batch, max_loops, run) for batch in batches]
-    right, surprise = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    right, surprise, loss = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     read = torch.cat([(batch.targets != IGNORE).sum(-1) for batch in batches])
     own = [batch.n_loops for batch in batches if batch.n_loops is not None]
     loops = {"as trained": torch.full_like(read, trained_loops)}
@@ -158,7 +183,11 @@ def _row(
         exact, accuracy = _scores(right.gather(0, chosen[None] - 1), read)
         rules[rule] = {"exact": exact[0], "accuracy": accuracy[0], "loops": chosen.double().mean().item()}
     exact, accuracy = _scores(right, read)
-    return {"needed": needed, "exact": exact, "accuracy": accuracy, "rules": rules}
+    of_text = {}
+    if bytes_per_token is not None:
+        nats = loss.sum(1).double() / read.sum()
+        of_text["bits_per_byte"] = (nats / math.log(2) / bytes_per_token).tolist()
+    return {"needed": needed, "exact": exact, "accuracy": accuracy, **of_text, "rules": rules}
 
 
 def _scores(right: Tensor, read: Tensor) -> tuple[list[float], list[float]]:

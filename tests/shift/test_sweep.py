@@ -57,7 +57,10 @@ class SureAt(nn.Module):
     def load_state_dict(self, state):
         pass
 
-    def forward(self, tokens, n_loops, *, context, return_all_loops, backend):
+    def read(self, logits):
+        return logits
+
+    def states(self, tokens, n_loops, **_):
         odd = (tokens == 1).sum(1, keepdim=True) % 2
         answer = torch.where(tokens == 2, odd, 3)  # else EOS
         logits = torch.zeros(n_loops, *tokens.shape, 6)

@@ -12,6 +12,7 @@ from tiny_runs import tiny
 from token_data import documents, token_folder
 
 from shift import data
+from shift import eval as evaluation
 from shift.build import build_model, build_task
 from shift.config import ModelConfig, TaskConfig, TrainConfig
 from shift.run.evaluate import evaluate
@@ -310,6 +311,20 @@ def test_training_on_tokens_reports_bits_per_byte(made, packed, tmp_path):
     tokens_per_byte = totals["n_tokens"] / totals["n_bytes"]
     assert scores["bits_per_byte"] == pytest.approx(scores["loss"] / math.log(2) * tokens_per_byte)
     assert 0 < scores["loss"] < math.log(257) + 1
+
+
+def test_a_sweep_over_loops_tells_bits_per_byte_without_the_logits_of_all_loops(made, tmp_path):
+    config = config_of(made, options={"packed": True}, eval_samples=24)
+    trainer = Trainer(config, tmp_path / "lm")
+    trainer.fit()
+    assert evaluation.main([str(tmp_path / "lm"), "--out", str(tmp_path / "eval"), "--samples", "24"]) == 0
+    (found,) = json.loads((tmp_path / "eval/eval.json").read_text()).values()
+    (row,) = found["rows"]
+    for n_loops in (1, 3, 5):
+        scores = evaluate(trainer.model, trainer.task, n_loops=n_loops, n_samples=24, batch_size=8)
+        assert row["bits_per_byte"][n_loops - 1] == pytest.approx(scores["bits_per_byte"])
+        assert row["accuracy"][n_loops - 1] == pytest.approx(scores["accuracy"])
+    assert "| 3 | " in (tmp_path / "eval/eval.md").read_text()
 
 
 def test_a_task_without_text_has_no_bits_per_byte():

@@ -2,10 +2,13 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
+from shift import data, generate, train
+from shift import eval as evaluation
 from shift.tasks import TASKS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -39,3 +42,32 @@ def test_the_example_runs(path, tmp_path, monkeypatch, capsys, tasks_as_they_wer
 
 def test_what_an_example_says_belongs_to_an_example():
     assert set(SAYS) <= {path.stem for path in EXAMPLES}
+
+
+def test_the_four_commands_of_the_language_model_run_in_miniature(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    folder = Path(__file__).parents[2] / "examples" / "lm"
+    block = re.search(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    commands = [line for line in block.splitlines() if line.startswith("shift-")]
+    assert [line.split()[0] for line in commands] == [
+        "shift-data",
+        "shift-train",
+        "shift-eval",
+        "shift-generate",
+    ]
+    (tmp_path / "examples").symlink_to(folder.parent)
+    monkeypatch.chdir(tmp_path)
+    tiny = "--steps 4 --batch-size 2 --eval-samples 2 --task.options seq_len=16 --model.d-model 16"
+    small = {
+        "shift-data": "--vocab-size 300 --validation 0.4",
+        "shift-train": tiny,
+        "shift-eval": "--samples 2",
+        "shift-generate": "--max-new-tokens 5",
+    }
+    main = {"shift-data": data, "shift-train": train, "shift-eval": evaluation, "shift-generate": generate}
+    for line in commands:
+        line = re.sub(r"\$LIB/asyncio .*\$LIB/xml", str(folder.parents[1] / "shift" / "schedules"), line)
+        name, *words = shlex.split(line)
+        assert main[name].main([*words, *small[name].split()]) == 0, capsys.readouterr()
+    assert capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "runs/lm-eval/eval.md").is_file()

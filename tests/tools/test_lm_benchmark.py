@@ -144,6 +144,7 @@ def test_the_whole_in_miniature_resumes_and_reports(mini, shards, tmp_path, monk
     pytest.importorskip("matplotlib")
     shutil.copytree(shards, tmp_path / "text")
     trained = []
+    monkeypatch.setattr(lm, "WIDEST", (1.0, 1.0))
     monkeypatch.setattr(lm, "train_all", lambda runs, jobs: (trained.extend(runs), here(runs, jobs)))
     report = lm.run(mini, tmp_path, 1)
     assert len(trained) == 2 + 3 + 5  # tuning; three budgets, and two more for a fixed number of loops
@@ -162,6 +163,19 @@ def test_the_whole_in_miniature_resumes_and_reports(mini, shards, tmp_path, monk
     assert set(summary["about"]["rates"]) == set(mini.arms)
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert "1 seed;" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "next_ones"),
+    [
+        (1.0, {0.5, 1.0, 2.0}, []),
+        (0.5, {0.5, 1.0}, [0.25]),
+        (4.0, {2.0, 4.0}, [8.0]),
+        (16.0, {8.0, 16.0}, []),
+    ],
+)
+def test_the_grid_of_rates_widens_at_its_ends(best, tried, next_ones):
+    assert lm.beyond(best, tried) == next_ones
 
 
 def test_budgets_reach_beyond_for_fixed_numbers_of_loops():
