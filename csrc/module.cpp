@@ -50,6 +50,7 @@ void run(const PythonCall& given, bool backward, const std::optional<std::string
           "weights are not the block's");
     check(call.e && (call.position != ROPE || call.rotary), "e or rotary is missing");
     const bool loops = call.most_loops > 0;  // torch's empty tensors have no address
+    check(!backward || !call.h0 == !call.grad_h0, "h0 and its gradient go together");
     check(backward ? (call.grad_out || !loops) && call.grad_e && (call.kept || call.boundaries || !loops)
                    : (call.out || (call.return_all && !loops)) && call.used,
           "an address that is read or written is missing");
@@ -92,7 +93,10 @@ PYBIND11_MODULE(_native, m) {
         .number("halting", &PythonCall::halting)
         .number("halt_threshold", &PythonCall::halt_threshold)
         .number("bf16", &PythonCall::bf16)
+        .number("residual_scale", &PythonCall::residual_scale)
+        .pointer("scales", &PythonCall::scales)
         .pointer("e", &PythonCall::e)
+        .pointer("h0", &PythonCall::h0)
         .pointer("loops", &PythonCall::loops)
         .pointer("lengths", &PythonCall::lengths)
         .pointer("rotary", &PythonCall::rotary)
@@ -103,6 +107,7 @@ PYBIND11_MODULE(_native, m) {
         .pointer("used", &PythonCall::used)
         .pointer("grad_out", &PythonCall::grad_out)
         .pointer("grad_e", &PythonCall::grad_e)
+        .pointer("grad_h0", &PythonCall::grad_h0)
         .pointers("grad_weights", &PythonCall::grad_weight_list)
         .made_from<Block>();
     m.def("run", run, py::arg("call"), py::kw_only(), py::arg("backward"), py::arg("isa") = py::none(),

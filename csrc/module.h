@@ -121,17 +121,20 @@ inline void bind_block(py::module_& m) {
         .number("d_ff", &Block::d_ff)
         .choice("activation", &Block::activation, ACTIVATIONS)
         .choice("norm", &Block::norm, NORMS)
-        .choice("placement", &Block::placement, PLACEMENTS)
+        .choice("norm_placement", &Block::placement, PLACEMENTS)
+        .choice("norm_weight", &Block::norm_factor, NORM_FACTORS)
         .choice("position", &Block::position, POSITIONS)
         .choice("injection", &Block::injection, INJECTIONS)
         .number("causal", &Block::causal)
         .number("loop_norm", &Block::loop_norm)
-        .number("eps", &Block::eps)
+        .number("qk_norm", &Block::qk_norm)
+        .number("rotary_pairs", &Block::rotary_pairs)
+        .number("norm_eps", &Block::eps)
         .number("residual_scale", &Block::residual_scale)
         .made_from_keywords();
     m.attr("ACTIVATIONS") = tuple_of(ACTIVATIONS);
     m.attr("LAYER_WEIGHTS") = tuple_of(LAYER_WEIGHTS);
-    m.attr("LOOP_NORM_WEIGHTS") = tuple_of(LOOP_NORM_WEIGHTS);
+    m.attr("LOOP_WEIGHTS") = tuple_of(LOOP_WEIGHTS);
 }
 
 }  // namespace shift_module

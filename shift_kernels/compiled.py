@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import ONE_OVER_T, BlockSpec
 
 PATHS = {"_native": "SHIFT_KERNELS_CPU_LIBRARY"}
 """Environment variables that name another file than the installed one: a build with sanitizers."""
@@ -65,12 +65,10 @@ def _first_error(words: str) -> str:
 @lru_cache(maxsize=256)
 def block(module: ModuleType, spec: BlockSpec) -> Any:
     """``Block`` of csrc/block.h."""
-    same = (
-        *("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff", "activation", "norm"),
-        *("position", "injection", "causal", "loop_norm", "residual_scale"),
-    )
-    fields = {name: getattr(spec, name) for name in same}
-    return module.Block(placement=spec.norm_placement, eps=spec.norm_eps, **fields)
+    fields = {name: getattr(spec, name) or 0 for name in module.Block.FIELDS}
+    if spec.residual_scale == ONE_OVER_T:  # a call says what it is
+        fields["residual_scale"] = 1.0
+    return module.Block(**fields)
 
 
 def addresses(module: ModuleType, tensors: dict[str, Tensor], spec: BlockSpec) -> list[int | None]:
@@ -81,4 +79,4 @@ def addresses(module: ModuleType, tensors: dict[str, Tensor], spec: BlockSpec) -
 @lru_cache(maxsize=256)
 def _weight_names(module: ModuleType, n_layers: int) -> tuple[str, ...]:
     layers = [f"layers.{i}.{name}" for i in range(n_layers) for name in module.LAYER_WEIGHTS]
-    return (*layers, *module.LOOP_NORM_WEIGHTS)
+    return (*layers, *module.LOOP_WEIGHTS)

@@ -7,7 +7,12 @@ from shift_kernels.backends.base import FIRST_OPTIONS
 
 
 @st.composite
-def problems(draw, norm=None, max_batch=6, max_seq_len=20):
+def problems(draw, norm=None, max_batch=6, max_seq_len=20, served=FIRST_OPTIONS):
+    """Options of the block and of a call, batch, seq_len and a seed.
+
+    Args:
+        served: as of :class:`shift_kernels.backends.base.Served`: which values are drawn.
+    """
     batch, seq_len = draw(st.integers(1, max_batch)), draw(st.integers(1, max_seq_len))
     n_kv_heads = draw(st.integers(1, 3))
     norm = norm or draw(st.sampled_from(["layernorm", "rmsnorm", "none"]))
@@ -17,16 +22,21 @@ def problems(draw, norm=None, max_batch=6, max_seq_len=20):
         "n_heads": n_kv_heads * draw(st.integers(1, 2)),
         "head_dim": 2 * draw(st.integers(2, 10)),
         "d_ff": draw(st.sampled_from([0, 7, 16, 33])),
-        "activation": draw(st.sampled_from(FIRST_OPTIONS["activation"])),
+        "activation": draw(st.sampled_from(served["activation"])),
         "norm": norm,
-        "norm_placement": "pre" if norm == "none" else draw(st.sampled_from(["pre", "post", "sandwich"])),
+        "norm_placement": "pre" if norm == "none" else draw(st.sampled_from(served["norm_placement"])),
         "bias": draw(st.booleans()),
         "causal": draw(st.booleans()),
         "position": draw(st.sampled_from(["none", "rope"])),
-        "injection": draw(st.sampled_from(["none", "add"])),
+        "injection": draw(st.sampled_from(served["injection"])),
         "loop_norm": norm != "none" and draw(st.booleans()),
         "n_layers": draw(st.integers(1, 2)),
     }
+    if norm != "none":
+        options["norm_weight"] = draw(st.sampled_from(served.get("norm_weight", ["scale"])))
+    if "qkv_bias" in served:
+        options["qkv_bias"] = draw(st.sampled_from([None, True, False]))
+        options["residual_scale"] = draw(st.sampled_from([1.0, 0.5, "1/T"]))
     per_sample = lambda low, high: torch.tensor([draw(st.integers(low, high)) for _ in range(batch)])  # noqa: E731
     call = {
         "n_loops": draw(st.integers(1, 3)) if draw(st.booleans()) else per_sample(0, 3),

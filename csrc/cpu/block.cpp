@@ -13,7 +13,7 @@
 #include <omp.h>
 #endif
 
-#include "layer.h"
+#include "injection.h"
 #include "team.h"
 
 #define JOIN2(a, b) a##_##b
@@ -28,10 +28,8 @@ void one_loop(const Call& c, const Model<P>& m, Workspace<P>& ws, Lengths seqs, 
               float* out) {
     const Shape& s = m.shape;
     const int64_t n = int64_t(rows) * s.model_cols;
-    if (c.injection)
-        axpy(n, 1.0f, e, h, ws.layers[0].in);
-    else
-        std::memcpy(ws.layers[0].in, h, n * sizeof(float));
+    if (reads_state(c)) std::memcpy(ws.state, h, n * sizeof(float));
+    inject<P>(s, m.injection, rows, h, e, ws.layers[0].in, ws.scratch);
     for (int l = 0; l < c.n_layers; l++) {
         float* next = l + 1 < c.n_layers ? ws.layers[l + 1].in : c.loop_norm ? ws.u : out;
         layer_forward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.scratch);
@@ -49,14 +47,25 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
     return std::sqrt(change) < threshold * std::sqrt(size);
 }
 
+// Before a tile's loops: what they add of the input, and every row's scale.
+template <class P>
+void begin_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws) {
+    const bool concat = c.injection == CONCAT_INPUT;
+    tile.gather(c.e, 0, tile.count, concat ? ws.own_u : ws.e);
+    if (concat) prepare_input<P>(m.shape, m.injection, tile.rows, ws.own_u, ws.e, ws.scratch);
+    for (int i = 0; i < tile.count; i++)
+        std::fill(ws.row_scale + tile.starts[i], ws.row_scale + tile.starts[i + 1],
+                  c.scales ? c.scales[tile.samples[i]] : float(c.residual_scale));
+}
+
 template <class P>
 void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, Team& team) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
-    tile.gather(c.e, 0, tile.count, ws.e);
-    if (c.injection)
-        std::memset(ws.h, 0, all * sizeof(float));
+    begin_tile(c, m, tile, ws);
+    if (c.h0 || !c.injection)
+        tile.gather(c.h0 ? c.h0 : c.e, 0, tile.count, ws.h);
     else
-        std::memcpy(ws.h, ws.e, all * sizeof(float));
+        std::memset(ws.h, 0, all * sizeof(float));
     bool halted = false;
     for (int i = 0; i < tile.count; i++) c.used[tile.samples[i]] = tile.loops(i);
     for (int64_t t = 1; t <= c.most_loops; t++) {
@@ -67,7 +76,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Works
             if (c.boundaries) tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size);
             bind(c, m.shape, tile, t, 0, ws);
             float* after = c.halting ? ws.layers[0].z2 : ws.h;  // z2 is free once its loop is over
-            one_loop(c, m, ws, {running, tile.lengths}, rows, ws.h, ws.e, after);
+            one_loop(c, m, ws, {running, tile.lengths, ws.row_scale}, rows, ws.h, ws.e, after);
             if (c.halting) {  // then a tile is one sequence
                 halted = settled(ws.h, after, int64_t(rows) * tile.dp, c.halt_threshold);
                 if (halted) c.used[tile.samples[0]] = t;
@@ -80,13 +89,13 @@ void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Works
 }
 
 template <class P>
-void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, LayerGrads* grads,
-                   NormGrads loop_norm_grads, Team& team) {
+void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, SliceGrads& grads,
+                   Team& team) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     std::memset(ws.dh, 0, all * sizeof(float));
     std::memset(ws.de, 0, all * sizeof(float));
-    tile.gather(c.e, 0, tile.count, ws.e);
+    begin_tile(c, m, tile, ws);
     // A finished sample repeats its last state, so every later output's gradient is that state's.
     if (!c.return_all) tile.gather_add(c.grad_out, 0, tile.count, ws.dh);
     for (int64_t t = c.return_all ? c.most_loops : tile.count ? tile.loops(0) : 0; t >= 1; t--) {
@@ -96,7 +105,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
         if (begin >= end) continue;
         const int rows = tile.starts[end] - tile.starts[begin];
         const int64_t from = int64_t(tile.starts[begin]) * tile.dp, n = int64_t(rows) * tile.dp;
-        const Lengths seqs = {end - begin, tile.lengths + begin};
+        const Lengths seqs = {end - begin, tile.lengths + begin, ws.row_scale + tile.starts[begin]};
         if (c.kept) {
             bind(c, s, tile, t, tile.starts[begin], ws);
         } else {
@@ -104,18 +113,25 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
             one_loop(c, m, ws, seqs, rows, ws.h + from, ws.e + from, ws.dx);
         }
         if (c.loop_norm)
-            norm_backward(s.norm_kind, rows, s.d_model, ws.u, ws.dh + from, m.loop_norm, s.eps, loop_norm_grads, ws.dx,
+            norm_backward(s.norm_kind, rows, s.d_model, ws.u, ws.dh + from, m.loop_norm, s.eps, grads.loop_norm, ws.dx,
                           false);
         else
             std::memcpy(ws.dx, ws.dh + from, n * sizeof(float));
         for (int l = c.n_layers - 1; l >= 0; l--)
-            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads[l], ws.t, ws.dx, ws.scratch);
-        std::memcpy(ws.dh + from, ws.dx, n * sizeof(float));
-        if (c.injection) axpy(n, 1.0f, ws.dx, ws.de + from, ws.de + from);
+            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads.layers[l], ws.t, ws.dx,
+                              ws.scratch);
+        inject_backward<P>(s, m.injection, rows, ws.state, ws.e + from, ws.dx, grads.injection, ws.dh + from,
+                           ws.de + from, ws.scratch);
     }
-    // Without injection e is h_0: reached where no loop was cut off.
-    const int cut = tile.truncated(1);
-    tile.scatter(c.injection ? ws.de : ws.dh, c.injection ? 0 : cut, tile.count, c.grad_e);
+    if (c.injection == CONCAT_INPUT) {
+        tile.gather(c.e, 0, tile.count, ws.e);
+        prepare_input_backward<P>(s, m.injection, tile.rows, ws.e, ws.de, grads.injection, ws.dx, ws.scratch);
+        tile.scatter(ws.dx, 0, tile.count, c.grad_e);
+    } else if (c.injection) {
+        tile.scatter(ws.de, 0, tile.count, c.grad_e);
+    }
+    // The gradient of h_0: reached where no loop was cut off.
+    if (c.h0 || !c.injection) tile.scatter(ws.dh, tile.truncated(1), tile.count, c.h0 ? c.grad_h0 : c.grad_e);
 }
 
 int team_size() {
@@ -183,7 +199,7 @@ int backward(const Call& c, const Plan* plan, Team& team) {
         for (int64_t slice = 0; slice < slices; slice++) {
             if (ok) std::memset(slice_total, 0, per_slice.floats * sizeof(float));
             for (int64_t i = slice; ok && i < plan->n_tiles; i += slices)
-                backward_tile(c, model, Sequences(c, *plan, i, starts), ws, grads.layers, grads.loop_norm, team);
+                backward_tile(c, model, Sequences(c, *plan, i, starts), ws, grads, team);
             team.begin_turn(slice);
             for (int64_t i = 0; ok && i < per_slice.floats; i += VL)
                 store(total + i, load(total + i) + load(slice_total + i));
@@ -193,11 +209,7 @@ int backward(const Call& c, const Plan* plan, Team& team) {
     }
     if (failed) return 1;
     Cursor cursor{total};
-    const SliceGrads grads(c, s, cursor);
-    for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, grads.layers[l], c.grad_weights + l * WEIGHTS);
-    float* const* last = c.grad_weights + c.n_layers * WEIGHTS;
-    add_padded(grads.loop_norm.gain, 1, s.d_model, s.model_cols, last[0]);
-    add_padded(grads.loop_norm.shift, 1, s.d_model, s.model_cols, last[1]);
+    add_grads(c, s, SliceGrads(c, s, cursor), c.grad_weights);
     return 0;
 }
 

@@ -13,11 +13,13 @@ struct Call : Block {
     int64_t return_all, n_grad_loops, halting;  // n_grad_loops 0: all
     int64_t bf16;  // operands of the products with weights; all else is float32
     double halt_threshold;
+    const float* scales;     // [batch]: factor on a sample's branches; null: residual_scale
     // tensors, float32 and contiguous
     const float* e;          // [batch, seq_len, d_model]
+    const float* h0;         // likewise; null: e without an injection, otherwise 0
     const int64_t* loops;    // [batch]
     const int64_t* lengths;  // [batch]
-    const float* rotary;     // [2, seq_len, head_dim / 2]
+    const float* rotary;     // [2, seq_len, rotary_pairs]
     const float* const* weights;  // weight_count(), see block.h
     float* out;              // [batch, seq_len, d_model], or [most_loops, ...] with return_all
     float* boundaries;       // [most_loops, batch, seq_len, d_model]: h_0 .. h_{T-1}; null if not wanted
@@ -26,7 +28,7 @@ struct Call : Block {
     int64_t* used;           // [batch]
     // backward only
     const float* grad_out;   // as out
-    float* grad_e;           // as e, zeroed
+    float *grad_e, *grad_h0; // as e, zeroed; grad_h0 with h0 alone
     float* const* grad_weights;  // as weights, zeroed
 };
 

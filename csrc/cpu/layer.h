@@ -22,23 +22,22 @@ inline void clear_padding(int rows, int width, int padded_width, int64_t ld, Num
 
 // Epilogues of the layer's products.
 
-// x + scale * (sum + bias)
+// x + scale * (sum + bias), with a scale for each row
 struct Residual {
     float* out;
     int64_t ld;
-    const float *bias, *x;
-    float scale;
+    const float *bias, *x, *scale;
     void prefetch_next(int, int) const {}
     void prefetch_now(int i, int j) const {
         prefetch(x + i * ld + j);
         prefetch_to_write(out + i * ld + j);
     }
     void finish(int i, int j, vf sum) const {
-        store(out + i * ld + j, load(x + i * ld + j) + scale * (sum + load(bias + j)));
+        store(out + i * ld + j, load(x + i * ld + j) + scale[i] * (sum + load(bias + j)));
     }
 };
 
-// u = sum + bias, act = the activation of it (of swiglu, when the values come in: the gate is there by then)
+// u = sum + bias, act = the activation of it (where values are gated, when they come in: the gate is there by then)
 template <Activation A, class Number>
 struct Activate {
     Number *u, *act;
@@ -49,11 +48,11 @@ struct Activate {
     void finish(int i, int j, vf sum) const {
         const vf x = sum + load(bias + j);
         store(u + i * up + j, x);
-        if (A != SWIGLU) {
+        if (!is_gated(A)) {
             store(act + i * fp + j, activation<A>(x).value);
         } else if (j >= fp) {
             const vf gate = load(u + i * up + j - fp);
-            store(act + i * fp + j - fp, gate * sigmoid(gate) * x);
+            store(act + i * fp + j - fp, activation<A>(gate).value * x);
         }
     }
 };
@@ -69,19 +68,19 @@ struct ActivateBackward {
     void prefetch_next(int i, int j) const { prefetch(next + i * fp + j); }
     void prefetch_now(int i, int j) const {
         prefetch(u + i * up + j);
-        if (A == SWIGLU) prefetch(u + i * up + fp + j);
+        if (is_gated(A)) prefetch(u + i * up + fp + j);
     }
     void finish(int i, int j, vf sum) const {
         const vf x = load(u + i * up + j);
-        if (A != SWIGLU) {
-            const ValueSlope f = activation<A>(x);
+        const ValueSlope f = activation<A>(x);
+        if (!is_gated(A)) {
             store(act + i * fp + j, f.value);
             store(du + i * up + j, through<A>(x, f.slope, sum));
         } else {
-            const vf gate = sigmoid(x), value = load(u + i * up + fp + j);
-            store(act + i * fp + j, x * gate * value);
-            store(du + i * up + j, value * gate * (1.0f + x * (1.0f - gate)) * sum);
-            store(du + i * up + fp + j, x * gate * sum);
+            const vf value = load(u + i * up + fp + j);
+            store(act + i * fp + j, f.value * value);
+            store(du + i * up + j, value * f.slope * sum);
+            store(du + i * up + fp + j, f.value * sum);
         }
     }
 };
@@ -94,7 +93,8 @@ inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<
         case RELU2: return gemm<P>(m, n, k, a, b, Epilogue<RELU2, Number>{fields...});
         case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU, Number>{fields...});
         case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH, Number>{fields...});
-        default: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU, Number>{fields...});
+        case SWIGLU: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU, Number>{fields...});
+        default: return gemm<P>(m, n, k, a, b, Epilogue<GEGLU_TANH, Number>{fields...});
     }
 }
 
@@ -106,32 +106,35 @@ inline const float* branch_input(const Shape& s, int rows, const float* x, NormW
 }
 
 // The branch's last product y W^T + bias, and x, added and normed as the placement says. z keeps what the
-// backward needs of it: with post-norm the sum, with sandwich the product, else nothing.
+// backward needs of it: where the sum is normed the sum, with sandwich the product, else nothing.
 template <class P>
-inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, const float* bias, const float* x,
-                         float* z, NormWeights n, NormWeights n_post, float* out) {
+inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, const float* bias, const float* scale,
+                         const float* x, float* z, NormWeights n, NormWeights n_post, float* out) {
+    const int64_t ld = s.model_cols;
     if (s.placement == SANDWICH) {
-        gemm<P>(rows, s.model_cols, k, y, w, Bias{z, s.model_cols, bias});
+        gemm<P>(rows, s.model_cols, k, y, w, Bias{z, ld, bias});
         norm(s.norm_kind, rows, s.d_model, z, n_post, s.eps, out);
-        axpy(int64_t(rows) * s.model_cols, s.scale, out, x, out);
-        clear_padding(rows, s.d_model, s.model_cols, s.model_cols, out);
+        for (int i = 0; i < rows; i++) axpy(ld, scale[i], out + i * ld, x + i * ld, out + i * ld);
+        clear_padding(rows, s.d_model, s.model_cols, ld, out);
         return;
     }
-    float* sum = s.placement == POST ? z : out;
-    gemm<P>(rows, s.model_cols, k, y, w, Residual{sum, s.model_cols, bias, x, s.scale});
-    clear_padding(rows, s.d_model, s.model_cols, s.model_cols, sum);
-    if (s.placement == POST) norm(s.norm_kind, rows, s.d_model, z, n, s.eps, out);
+    float* sum = s.norms_sum() ? z : out;
+    gemm<P>(rows, s.model_cols, k, y, w, Residual{sum, ld, bias, x, scale});
+    clear_padding(rows, s.d_model, s.model_cols, ld, sum);
+    if (s.norms_sum()) norm(s.norm_kind, rows, s.d_model, z, s.placement == POST ? n : n_post, s.eps, out);
 }
 
 // From d_out to the gradient dz of the branch's output; dx becomes what flows past the branch.
-inline void open_branch_backward(const Shape& s, int rows, float* dx, const float* z, NormWeights w,
-                                 NormWeights w_post, NormGrads g, NormGrads g_post, float* dz) {
-    const int64_t n = int64_t(rows) * s.model_cols;
-    if (s.placement == POST) {
-        norm_backward(s.norm_kind, rows, s.d_model, z, dx, w, s.eps, g, dz, false);
-        std::memcpy(dx, dz, n * sizeof(float));
+inline void open_branch_backward(const Shape& s, int rows, const float* scale, float* dx, const float* z,
+                                 NormWeights w, NormWeights w_post, NormGrads g, NormGrads g_post, float* dz) {
+    const int64_t ld = s.model_cols;
+    if (s.norms_sum()) {
+        const bool post = s.placement == POST;
+        norm_backward(s.norm_kind, rows, s.d_model, z, dx, post ? w : w_post, s.eps, post ? g : g_post, dz, false);
+        std::memcpy(dx, dz, rows * ld * sizeof(float));
     }
-    for (int64_t i = 0; i < n; i += VL) store(dz + i, s.scale * load(dx + i));
+    for (int i = 0; i < rows; i++)
+        for (int64_t j = i * ld; j < (i + 1) * ld; j += VL) store(dz + j, scale[i] * load(dx + j));
     if (s.placement == SANDWICH) norm_backward(s.norm_kind, rows, s.d_model, z, dz, w_post, s.eps, g_post, dz, false);
 }
 
@@ -168,15 +171,15 @@ inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float*
     if (k.saved_qkv) rounded(int64_t(rows) * s.qkv_cols, k.qkv, k.saved_qkv);
     float* mid = s.d_ff ? k.mid : out;
     close_branch<P>(s, rows, a, operand<P>(rows, s.query_cols, k.o, k.saved_o), panels<P>(w.out, a), w.out_bias,
-                    k.in, k.z1, w.n1, w.n1_post, mid);
+                    seqs.row_scale, k.in, k.z1, w.n1, w.n1_post, mid);
     if (!s.d_ff) return;
 
     y = branch_input(s, rows, mid, w.n2, k.y2);
     gemm_activated<Activate, P>(s, rows, s.hidden_cols, d, operand<P>(rows, s.model_cols, y, scratch.rows),
                                 panels<P>(w.up, d), k.u, k.act, w.up_bias, s.hidden_cols, s.ff_cols);
     clear_padding(rows, s.d_ff, s.ff_cols, s.ff_cols, k.act);
-    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, mid, k.z2,
-                    w.n2, w.n2_post, out);
+    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, seqs.row_scale, mid,
+                    k.z2, w.n2, w.n2_post, out);
 }
 
 // The sums of VL columns of x.
@@ -211,7 +214,7 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
     const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
     if (s.d_ff) {
         const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
-        open_branch_backward(s, rows, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
+        open_branch_backward(s, rows, seqs.row_scale, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
         gemm_activated<ActivateBackward, P>(s, rows, s.ff_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows),
                                             panels<P>(w.down_t, d), k.u, k.act, t.du, s.hidden_cols, s.ff_cols,
                                             k.saved_qkv);
@@ -223,7 +226,7 @@ inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float
                 Store{t.dy, s.model_cols});
         close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
     }
-    open_branch_backward(s, rows, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
+    open_branch_backward(s, rows, seqs.row_scale, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
     weight_grads<P>(rows, s.model_cols, t.dz, g.out_bias, s.query_cols, k.saved_o, nullptr, g.out, scratch);
     gemm<P>(rows, s.query_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows), panels<P>(w.out_t, d),
             Store{t.d_o, s.query_cols});

@@ -104,6 +104,8 @@ template <class P>
 struct Workspace {
     Saved<P> own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
     float *e, *h, *own_u, *u;                    // u: what the last layer left, before the loop norm
+    float *own_state, *state;                    // h as the loop found it, where the injection's backward reads it
+    float* row_scale;                            // [rows]
     OperandScratch<P> scratch;
     Temporaries t;
     float *dh, *de, *dx;
@@ -112,6 +114,8 @@ struct Workspace {
     Workspace(const Call& c, const Shape& s, int64_t rows, Memory& m, bool backward) {
         for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = place_saved<P>(m, s, rows, backward);
         e = m.place(rows * s.model_cols), h = m.place(rows * s.model_cols), own_u = u = m.place(rows * s.model_cols);
+        own_state = state = reads_state(c) ? m.place(rows * s.model_cols) : nullptr;
+        row_scale = m.place(rows);
         const int64_t n = c.seq_len, np = padded(n);
         const int64_t widest = std::max({s.model_cols, s.qkv_cols, s.query_cols, s.ff_cols, s.hidden_cols});
         scratch.rows = place_numbers<P>(m, rows * widest);
@@ -158,6 +162,7 @@ void bind(const Call& c, const Shape& s, const Sequences& tile, int64_t t, int64
         at += int64_t(tile.rows) * padded((s.qkv_cols + s.query_cols + s.hidden_cols) / P::NUMBERS);
     }
     ws.u = c.loop_norm ? place(s.model_cols) : ws.own_u;
+    if (reads_state(c)) ws.state = place(s.model_cols);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 struct Lengths {  // the sequences of a tile
     int count;
     const int* lengths;
+    const float* row_scale;  // of every row's branches
 };
 
 void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {

@@ -10,22 +10,24 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
     int d_model, qkv, query, d_ff;
     int model_cols, qkv_cols, query_cols, ff_cols;
     int hidden_cols;  // of the first MLP map: with swiglu, gate and values are padded apart
-    int activation, norm_kind, placement, seq_len;
+    int activation, norm_kind, placement, norm_factor, injection, seq_len;
     bool rope;
-    float eps, scale;
+    float eps;
     Heads heads;
+
+    bool norms_sum() const { return placement == POST || placement == SANDWICH_POST; }
 
     explicit Shape(const Call& c)
         : d_model(c.d_model), qkv(qkv_columns(c)), query(query_columns(c)), d_ff(c.d_ff), model_cols(padded(d_model)),
           qkv_cols(padded(qkv)), query_cols(padded(query)), ff_cols(padded(d_ff)),
           hidden_cols(hidden_parts(c) * ff_cols), activation(c.activation), norm_kind(c.norm), placement(c.placement),
-          seq_len(c.seq_len), rope(c.position == ROPE), eps(c.eps), scale(c.residual_scale),
+          norm_factor(c.norm_factor), injection(c.injection), seq_len(c.seq_len), rope(c.position == ROPE), eps(c.eps),
           heads{int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), c.causal != 0, qkv_cols, query_cols} {}
 };
 
 // Rows of the caller's up-projection in ours: gate and values are padded apart.
 inline int up_row(const Shape& s, int i) { return i < s.d_ff ? i : s.ff_cols + i - s.d_ff; }
-inline int up_rows(const Shape& s) { return s.activation == SWIGLU ? 2 * s.d_ff : s.d_ff; }
+inline int up_rows(const Shape& s) { return is_gated(s.activation) ? 2 * s.d_ff : s.d_ff; }
 
 template <class P>
 struct LayerWeights {
@@ -86,8 +88,9 @@ void copy_vector(const float* from, int n, const float* to) {
     if (from) std::memcpy(writable(to), from, n * sizeof(float));
 }
 
-void fill_norm(const float* gain, const float* shift, int d, NormWeights w) {
+void fill_norm(const Shape& s, const float* gain, const float* shift, int d, NormWeights w) {
     copy_vector(gain, d, w.gain), copy_vector(shift, d, w.shift);
+    for (int i = 0; s.norm_factor != WEIGHT_ITSELF && i < d; i++) writable(w.gain)[i] += 1.0f;
 }
 
 template <class P>
@@ -95,7 +98,8 @@ void fill_weights(const Shape& s, const float* const* from, bool backward, Layer
     pack_transposed<P>(from[QKV_W], s.d_model, s.qkv, s.d_model, s.qkv_cols, writable(w.qkv));
     pack_transposed<P>(from[OUT_W], s.query, s.d_model, s.query, s.model_cols, writable(w.out));
     copy_vector(from[QKV_B], s.qkv, w.qkv_bias), copy_vector(from[OUT_B], s.d_model, w.out_bias);
-    fill_norm(from[N1_W], from[N1_B], s.d_model, w.n1), fill_norm(from[N1P_W], from[N1P_B], s.d_model, w.n1_post);
+    fill_norm(s, from[N1_W], from[N1_B], s.d_model, w.n1);
+    fill_norm(s, from[N1P_W], from[N1P_B], s.d_model, w.n1_post);
     if (backward) {
         pack_rows<P>(from[QKV_W], s.d_model, s.qkv, s.d_model, s.model_cols, s.qkv, writable(w.qkv_t));
         pack_rows<P>(from[OUT_W], s.query, s.d_model, s.query, s.query_cols, s.d_model, writable(w.out_t));
@@ -112,8 +116,71 @@ void fill_weights(const Shape& s, const float* const* from, bool backward, Layer
     }
     pack_transposed<P>(from[DOWN_W], s.d_ff, s.d_model, s.d_ff, s.model_cols, writable(w.down));
     copy_vector(from[DOWN_B], s.d_model, w.down_bias);
-    fill_norm(from[N2_W], from[N2_B], s.d_model, w.n2), fill_norm(from[N2P_W], from[N2P_B], s.d_model, w.n2_post);
+    fill_norm(s, from[N2_W], from[N2_B], s.d_model, w.n2);
+    fill_norm(s, from[N2P_W], from[N2P_B], s.d_model, w.n2_post);
     if (backward) pack_rows<P>(from[DOWN_W], s.d_ff, s.d_model, s.d_ff, s.ff_cols, s.d_model, writable(w.down_t));
+}
+
+template <class P>
+struct InjectionWeights {
+    typedef const typename P::cell* Panels;
+    Panels of_state, of_input, of_state_t, of_input_t;  // the two halves of concat's map
+    const float *bias, *state_factor, *input_factor;    // u = state_factor * h + input_factor * e
+    NormWeights norm;
+};
+
+struct InjectionGrads {
+    float *of_state, *of_input;  // [outputs, inputs]
+    float *bias, *state_factor, *input_factor;
+    NormGrads norm;
+};
+
+template <class P, class Memory>
+InjectionWeights<P> place_injection(Memory& m, const Shape& s, bool backward) {
+    const auto panels = [&] {
+        return reinterpret_cast<const typename P::cell*>(m.place(int64_t(cells_of<P>(s.d_model)) * s.model_cols));
+    };
+    InjectionWeights<P> w{};
+    if (s.injection == CONCAT_INPUT) {
+        w.of_state = panels(), w.of_input = panels(), w.bias = m.place(s.model_cols);
+        if (backward) w.of_state_t = panels(), w.of_input_t = panels();
+    }
+    if (s.injection == DIAGONAL || s.injection == NORM_ADD)
+        w.state_factor = m.place(s.model_cols), w.input_factor = m.place(s.model_cols), w.norm = place_norm(m, s);
+    return w;
+}
+
+template <class Memory>
+InjectionGrads place_injection_grads(Memory& m, const Shape& s) {
+    const int64_t n = s.model_cols;
+    InjectionGrads g{};
+    if (s.injection == CONCAT_INPUT) g.of_state = m.place(n * n), g.of_input = m.place(n * n), g.bias = m.place(n);
+    if (s.injection == DIAGONAL || s.injection == NORM_ADD)
+        g.state_factor = m.place(n), g.input_factor = m.place(n), g.norm = {m.place(n), m.place(n)};
+    return g;
+}
+
+template <class P>
+void fill_injection(const Shape& s, const float* const* from, bool backward, InjectionWeights<P> w) {
+    const int d = s.d_model;
+    if (s.injection == CONCAT_INPUT) {
+        const float *state = from[INJECT_W], *input = state + d;
+        pack_transposed<P>(state, 2 * d, d, d, s.model_cols, writable(w.of_state));
+        pack_transposed<P>(input, 2 * d, d, d, s.model_cols, writable(w.of_input));
+        copy_vector(from[INJECT_B], d, w.bias);
+        if (backward) {
+            pack_rows<P>(state, 2 * d, d, d, s.model_cols, d, writable(w.of_state_t));
+            pack_rows<P>(input, 2 * d, d, d, s.model_cols, d, writable(w.of_input_t));
+        }
+    }
+    if (s.injection == DIAGONAL) {
+        for (int i = 0; i < d; i++) writable(w.state_factor)[i] = 1.0f / (1.0f + std::exp(from[INJECT_DECAY][i]));
+        copy_vector(from[INJECT_GAIN], d, w.input_factor);
+    }
+    if (s.injection == NORM_ADD) {
+        copy_vector(from[INJECT_ALPHA], d, w.input_factor);
+        fill_norm(s, from[INJECT_NORM_W], from[INJECT_NORM_B], d, w.norm);
+    }
 }
 
 template <class P>
@@ -121,16 +188,19 @@ struct Model {
     Shape shape;
     LayerWeights<P> layers[MOST_LAYERS];
     NormWeights loop_norm;
+    InjectionWeights<P> injection;
 
     template <class Memory>
     Model(const Call& c, Memory& m, bool backward) : shape(c) {
         for (int l = 0; l < c.n_layers; l++) layers[l] = place_weights<P>(m, shape, backward);
         loop_norm = place_norm(m, shape);
+        injection = place_injection<P>(m, shape, backward);
     }
     void fill(const Call& c, bool backward) {
         for (int l = 0; l < c.n_layers; l++) fill_weights<P>(shape, c.weights + l * WEIGHTS, backward, layers[l]);
-        const float* const* last = c.weights + c.n_layers * WEIGHTS;
-        if (c.loop_norm) fill_norm(last[0], last[1], shape.d_model, loop_norm);
+        const float* const* of_loop = c.weights + c.n_layers * WEIGHTS;
+        if (c.loop_norm) fill_norm(shape, of_loop[LOOP_NORM_W], of_loop[LOOP_NORM_B], shape.d_model, loop_norm);
+        fill_injection<P>(shape, of_loop, backward, injection);
     }
 };
 
@@ -161,14 +231,50 @@ void add_layer_grads(const Shape& s, const LayerGrads& g, float* const* to) {
     }
 }
 
+void add_injection_grads(const Call& c, const Shape& s, const InjectionGrads& g, float* const* to) {
+    const int d = s.d_model;
+    if (s.injection == CONCAT_INPUT) {
+        for (int i = 0; i < d; i++) {
+            add_padded(g.of_state + int64_t(i) * s.model_cols, 1, d, s.model_cols, to[INJECT_W] + int64_t(2 * i) * d);
+            add_padded(g.of_input + int64_t(i) * s.model_cols, 1, d, s.model_cols,
+                       to[INJECT_W] + int64_t(2 * i + 1) * d);
+        }
+        add_padded(g.bias, 1, d, s.model_cols, to[INJECT_B]);
+    }
+    if (s.injection == DIAGONAL) {
+        const float* decay = c.weights[c.n_layers * WEIGHTS + INJECT_DECAY];
+        for (int i = 0; i < d; i++) {
+            const float a = 1.0f / (1.0f + std::exp(decay[i]));
+            to[INJECT_DECAY][i] -= g.state_factor[i] * a * (1.0f - a);
+        }
+        add_padded(g.input_factor, 1, d, s.model_cols, to[INJECT_GAIN]);
+    }
+    if (s.injection == NORM_ADD) {
+        add_padded(g.input_factor, 1, d, s.model_cols, to[INJECT_ALPHA]);
+        add_padded(g.norm.gain, 1, d, s.model_cols, to[INJECT_NORM_W]);
+        add_padded(g.norm.shift, 1, d, s.model_cols, to[INJECT_NORM_B]);
+    }
+}
+
 struct SliceGrads {
     LayerGrads layers[MOST_LAYERS];
     NormGrads loop_norm;
+    InjectionGrads injection;
     template <class Memory>
     SliceGrads(const Call& c, const Shape& s, Memory& m) {
         for (int l = 0; l < c.n_layers; l++) layers[l] = place_grads(m, s);
         loop_norm = {m.place(s.model_cols), m.place(s.model_cols)};
+        injection = place_injection_grads(m, s);
     }
 };
+
+// To the gradients of the call's weights, `to`.
+void add_grads(const Call& c, const Shape& s, const SliceGrads& g, float* const* to) {
+    for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, g.layers[l], to + l * WEIGHTS);
+    float* const* of_loop = to + c.n_layers * WEIGHTS;
+    add_padded(g.loop_norm.gain, 1, s.d_model, s.model_cols, of_loop[LOOP_NORM_W]);
+    add_padded(g.loop_norm.shift, 1, s.d_model, s.model_cols, of_loop[LOOP_NORM_B]);
+    add_injection_grads(c, s, g.injection, of_loop);
+}
 
 }  // namespace

@@ -52,11 +52,11 @@ class Served:
     """The options that a backend serves. What is not listed it refuses by name, and so whatever is new.
 
     Args:
-        block: by field of :class:`BlockSpec`, the values that it serves, or their type: any value of it.
+        block: by field of :class:`BlockSpec`, the values that it serves; a type stands for all of its own.
         call: names of :data:`shift_kernels.call.OWN_OPTIONS`.
     """
 
-    block: Mapping[str, Collection[object] | type]
+    block: Mapping[str, Collection[object]]
     call: Collection[str] = ()
 
     def refusal(self, problem: Problem) -> str | None:
@@ -70,21 +70,21 @@ class Served:
     def serves(self, name: str, value: object) -> bool:
         """Whether a field of the block may have a value other than its default."""
         served = self.block.get(name, ())
-        return isinstance(value, served) if isinstance(served, type) else value in served
+        return value in served or type(value) in served
 
 
-FIRST_OPTIONS: Mapping[str, Collection[object] | type] = {
+FIRST_OPTIONS: Mapping[str, Collection[object]] = {
     "activation": ("relu", "gelu", "gelu_tanh", "swiglu", "relu2"),
     "norm": ("layernorm", "rmsnorm", "none"),
     "norm_placement": ("pre", "post", "sandwich"),
-    "norm_eps": float,
-    "bias": bool,
-    "causal": bool,
+    "norm_eps": (float,),
+    "bias": (bool,),
+    "causal": (bool,),
     "position": ("none", "rope"),
-    "rope_theta": float,
+    "rope_theta": (float,),
     "injection": ("none", "add"),
-    "loop_norm": bool,
-    "residual_scale": float,
+    "loop_norm": (bool,),
+    "residual_scale": (float,),
 }
 """What every backend serves."""
 _SIZES = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff")

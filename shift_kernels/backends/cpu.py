@@ -19,7 +19,14 @@ from shift_kernels import compiled
 from shift_kernels.backends.base import FIRST_OPTIONS, Kind, Served, WhyNot
 from shift_kernels.call import CallOptions, Problem
 from shift_kernels.rotary import rotary_table
-from shift_kernels.spec import BlockSpec, spec_from_key
+from shift_kernels.spec import (
+    ACTIVATIONS,
+    INJECTIONS,
+    NORM_WEIGHTS,
+    PLACEMENTS,
+    BlockSpec,
+    spec_from_key,
+)
 
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
@@ -107,6 +114,10 @@ def _call(
     if spec.position == "rope":
         rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.to(torch.float32).contiguous()
+    h0 = None if options.h0 is None else options.h0.to(torch.float32).contiguous()
+    scale, scales = options.branch_scale(spec), None
+    if isinstance(scale, Tensor):
+        scale, scales = 1.0, scale.to("cpu", torch.float32).contiguous()
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
     call = _NATIVE.Call(
         compiled.block(_NATIVE, spec),
@@ -119,13 +130,20 @@ def _call(
         halting=options.halt_threshold is not None,
         halt_threshold=options.halt_threshold or 0.0,
         bf16=options.compute_dtype == torch.bfloat16,
+        residual_scale=scale,
+        scales=_address(scales),
         e=e.data_ptr(),
+        h0=_address(h0),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
-        rotary=None if rotary is None else rotary.data_ptr(),
+        rotary=_address(rotary),
         weights=compiled.addresses(_NATIVE, values, spec),
     )
-    return call, (e, loops, lengths, rotary, values)
+    return call, (e, h0, loops, lengths, scales, rotary, values)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _allocate(new: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -179,7 +197,18 @@ class CpuBackend:
     """All loops in one C++ call; see the top of this file."""
 
     name, saves = "cpu", True
-    served = Served(FIRST_OPTIONS)
+    served = Served(
+        {
+            **FIRST_OPTIONS,
+            "activation": ACTIVATIONS,
+            "norm_placement": PLACEMENTS,
+            "norm_weight": NORM_WEIGHTS,
+            "injection": INJECTIONS,
+            "residual_scale": (float, str),
+            "qkv_bias": (bool,),
+        },
+        call=("h0", "residual_scale"),
+    )
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         """A library that was not built is a slow path to be told of: every machine with a compiler has it."""
@@ -240,18 +269,21 @@ class CpuBackend:
         saved: list[Tensor],
         isa: str | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of e and of the weights, in the order of ``weights``."""
+        """Gradients of e, of the weights, in the order of ``weights``, and of h0 if it is given."""
         call, keep = _call(e, weights, spec, options)
         call.most_loops = len(saved[0])  # of the forward: more are not there to be read
         grad_h = grad_h.to(torch.float32).contiguous()
         grad_e = torch.zeros(e.shape, **_HERE)
         grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
+        grad_h0 = None if options.h0 is None else torch.zeros(e.shape, **_HERE)
         _set_saved(call, saved)
         call.grad_out, call.grad_e = grad_h.data_ptr(), grad_e.data_ptr()
+        call.grad_h0 = _address(grad_h0)
         call.grad_weights = compiled.addresses(_NATIVE, grads, spec)
         _NATIVE.run(call, backward=True, isa=isa)
         del keep
-        return grad_e.to(e.dtype), [g.to(weights[name].dtype) for name, g in grads.items()]
+        found = [g.to(weights[name].dtype) for name, g in grads.items()]
+        return grad_e.to(e.dtype), found if grad_h0 is None else [*found, grad_h0.to(e.dtype)]
 
 
 CPU = CpuBackend()

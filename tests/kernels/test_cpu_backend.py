@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain, reference
 from shift_kernels.backends import cpu as cpu_backend
-from shift_kernels.backends.base import FIRST_OPTIONS
 from shift_kernels.call import CallOptions
+from shift_kernels.spec import ACTIVATIONS
 
 native = cpu_backend._NATIVE
 available = native is not None
@@ -36,9 +36,7 @@ OPTIONS = {
     "no norm": {"norm": "none"},
     "attention only": {"d_ff": 0},
     "attention only, post": {"d_ff": 0, "norm_placement": "post", "loop_norm": True},
-    **{
-        name: {"activation": name} for name in FIRST_OPTIONS["activation"] if name != "gelu"
-    },  # which all others have
+    **{name: {"activation": name} for name in ACTIVATIONS if name != "gelu"},  # which all others have
     # With this seed nothing lies so close to the kink that a rounding decides between its two slopes.
     "relu": {"activation": "relu", "seed": 1},
     "no bias": {"bias": False},
@@ -50,6 +48,15 @@ OPTIONS = {
     "grouped heads": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 4},
     "head_dim 4": {"n_heads": 5, "head_dim": 4},
     "scaled residual": {"residual_scale": 0.5},
+    "concat": {"injection": "concat", "n_layers": 2},
+    "concat without biases": {"injection": "concat", "bias": False, "qkv_bias": True},
+    "diagonal": {"injection": "diagonal", "loop_norm": True},
+    "norm_add": {"injection": "norm_add"},
+    "norm_add, (1 + w) rmsnorm": {"injection": "norm_add", "norm": "rmsnorm", "norm_weight": "one_plus"},
+    "sandwich_post": {"norm_placement": "sandwich_post", "loop_norm": True},
+    "norms without weights": {"norm_placement": "sandwich", "norm_weight": "none"},
+    "(1 + w) post": {"norm_placement": "post", "norm_weight": "one_plus"},
+    "a scale of 1/T": {"norm_placement": "sandwich", "residual_scale": "1/T"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -64,6 +71,13 @@ CALLS = {
     },
     "truncated": {"n_loops": 4, "n_grad_loops": 2},
     "no loops": {"n_loops": 0},
+    "from a state": {
+        "n_loops": torch.tensor([3, 0, 2, 1]),
+        "seq_lens": torch.tensor([7, 2, 5, 0]),
+        "n_grad_loops": 2,
+        "h0": torch.randn(4, 7, 20, generator=torch.Generator().manual_seed(2)),
+        "residual_scale": torch.tensor([0.5, 1.0, 0.25, 2.0], dtype=torch.float64),
+    },
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -92,8 +106,10 @@ def in_dtypes(block, e, cotangent, call, dtypes):
     e = e.to(dtype).requires_grad_()
     weights = {name: w.detach().to(dtype).requires_grad_() for name, w in block.weights().items()}
     call = {"seq_lens": None, "compute_dtype": compute_dtype, **call}
-    h, _ = reference.looped_block(e, weights, block.spec, call.pop("n_loops"), **call)
-    inputs = [e, *weights.values()]
+    if (h0 := call.get("h0")) is not None:
+        call["h0"] = h0.to(dtype).requires_grad_()
+    h, _ = reference.looped_block(e, weights, block.spec, **call)
+    inputs = [e, *weights.values(), *([] if h0 is None else [call["h0"]])]
     if not h.requires_grad:
         return [h, *map(torch.zeros_like, inputs)]
     grads = torch.autograd.grad(h, inputs, cotangent(h).to(dtype), allow_unused=True, materialize_grads=True)
@@ -103,6 +119,8 @@ def in_dtypes(block, e, cotangent, call, dtypes):
 def on_cpu_backend(block, e, cotangent, call, isa=None, dtypes=FLOAT32):
     weights = {name: w.detach().to(dtypes[0]) for name, w in block.weights().items()}
     e = e.to(dtypes[0])
+    if "h0" in call:
+        call["h0"] = call["h0"].to(dtypes[0])
     call_options = CallOptions(compute_dtype=dtypes[1], **call)
     h, _, saved = cpu_backend.CPU.forward(e, weights, block.spec, call_options, for_backward=True, isa=isa)
     grad_e, grads = cpu_backend.CPU.backward(
@@ -122,7 +140,8 @@ def check(block, e, call, isa=None, cotangent=normal, dtypes=FLOAT32, slack=2e-6
     ours = on_cpu_backend(block, e, cotangent, dict(call), isa, dtypes)
     exact = (torch.float64, torch.float64)
     truth, plain = (in_dtypes(block, e, cotangent, dict(call), which) for which in (exact, dtypes))
-    for name, a, b, c in zip(["h", "e", *block.weights()], ours, plain, truth, strict=True):
+    names = ["h", "e", *block.weights(), *(["h0"] if "h0" in call else [])]
+    for name, a, b, c in zip(names, ours, plain, truth, strict=True):
         assert a.shape == c.shape
         if not a.numel():  # all of no loops
             continue
@@ -222,7 +241,7 @@ def test_batches_of_one_and_of_many_tiles(batch):
 
 @needs_library
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(problems())
+@given(problems(served=cpu_backend.CPU.served.block))
 def test_any_problem(problem):
     options, call, batch, seq_len, seed = problem
     block, e = make(batch, seq_len, seed, **options)
@@ -235,7 +254,7 @@ def test_any_problem(problem):
 
 @needs_library
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(problems(max_batch=3, max_seq_len=12))
+@given(problems(max_batch=3, max_seq_len=12, served=cpu_backend.CPU.served.block))
 def test_any_problem_in_bfloat16(problem):
     options, call, batch, seq_len, seed = problem
     if options["activation"] == "relu":
@@ -450,6 +469,8 @@ def test_operator_passes_opcheck(call):
         seq_lens=call.get("seq_lens"),
         all_loops=call.get("return_all_loops", False),
         n_grad_loops=call.get("n_grad_loops"),
+        h0=call.get("h0"),
+        residual_scale=call.get("residual_scale"),
         compute_dtype=torch.float32,
         backend="cpu",
     )

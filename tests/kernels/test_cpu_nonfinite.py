@@ -22,7 +22,7 @@ from test_cpu_backend import (
 )
 
 from shift_kernels.backends import cpu as cpu_backend
-from shift_kernels.backends.base import FIRST_OPTIONS
+from shift_kernels.spec import ACTIVATIONS
 
 ATTENTION = (
     {"position": "rope", "head_dim": 4},
@@ -34,7 +34,9 @@ NORMS = (
     {"norm": "layernorm", "norm_placement": "sandwich"},
     {"norm": "rmsnorm", "norm_placement": "pre"},
     {"norm": "rmsnorm", "norm_placement": "post"},
-    {"norm": "none"},
+    {"norm": "none", "injection": "diagonal"},
+    {"norm": "layernorm", "norm_placement": "sandwich_post", "injection": "concat"},
+    {"norm": "rmsnorm", "norm_placement": "pre", "norm_weight": "one_plus", "injection": "norm_add"},
 )
 # No whole vectors, and odd: half a pair of bfloat16.
 WIDTHS = ({"d_model": 20, "d_ff": 23}, {"d_model": 21, "d_ff": 16})
@@ -46,11 +48,12 @@ def isas():
 
 
 @needs_library
-@pytest.mark.parametrize("activation", FIRST_OPTIONS["activation"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: "-".join(map(str, n.values())))
 def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here(activation, norm):
-    seed = FIRST_OPTIONS["activation"].index(activation) + NORMS.index(norm)
-    block, e = make(2, 19, seed, activation=activation, **norm, **WIDTHS[seed % 2], **ATTENTION[seed % 3])
+    seed = ACTIVATIONS.index(activation) + NORMS.index(norm)
+    options = {**ATTENTION[seed % 3], **WIDTHS[seed % 2], **norm}
+    block, e = make(2, 19, seed, activation=activation, **options)
     planted = zip(("e", *block.weights()), itertools.cycle((math.nan, math.inf, -math.inf)))
     for (name, value), dtypes in itertools.product(planted, (FLOAT32, AUTOCAST)):
         memory = (e if name == "e" else block.weights()[name]).detach().view(-1)

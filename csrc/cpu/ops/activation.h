@@ -14,9 +14,13 @@ struct ValueSlope {
     vf value, slope;
 };
 
-// The activation and its derivative, which share what is expensive. (SWIGLU's is not of this form.)
+// The activation and its derivative, which share what is expensive; where values are gated, the gate's.
 template <Activation A>
 inline ValueSlope activation(vf x) {
+    if (A == SWIGLU) {
+        const vf s = sigmoid(x);
+        return {x * s, s * (1.0f + x * (1.0f - s))};
+    }
     if (A == RELU) return {max(all(0), x), pick(x <= 0.0f, all(0), all(1))};  // in this order a NaN stays one
     if (A == RELU2) {
         const vf root = max(all(0), x);
