@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
-from transformers import PreTrainedModel as HuggingFaceModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shift.model import Layout, LoopedTransformer
 from shift_kernels import BlockSpec
 from shift_kernels.errors import input_error
+from shift_kernels.hf.causal import LoopedCausalLM
 from shift_kernels.hf.slots import Step
 
 MODEL_TYPE = "shift_looped_transformer"
@@ -82,8 +81,8 @@ class LoopedTransformerConfig(PreTrainedConfig):
         )
 
 
-class LoopedForCausalLM(HuggingFaceModel, GenerationMixin):
-    """A :class:`LoopedTransformer` that predicts the next token, as Transformers expects a model to."""
+class LoopedForCausalLM(LoopedCausalLM):
+    """A :class:`LoopedTransformer` that predicts the next token."""
 
     config_class = LoopedTransformerConfig
     base_model_prefix = "model"
@@ -101,61 +100,29 @@ class LoopedForCausalLM(HuggingFaceModel, GenerationMixin):
         )
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """The model has initialised them."""
-
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.tokens
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        n_loops: int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [batch, seq_len, vocab_size], and their loss with ``labels``.
+    def embed(self, ids: Tensor, starts: Tensor) -> Tensor:
+        return self.model.embed(ids, starts=starts)
 
-        Args:
-            input_ids: int64 [batch, seq_len].
-            attention_mask: 0 at pads, on either side, [batch, all tokens so far].
-            position_ids: must count the real tokens from 0; left out, they do.
-            cache, use_cache, labels, logits_to_keep: as every causal model of Transformers has them.
-            n_loops: T; default ``config.n_loops``. One cache takes one T.
-
-        Raises:
-            ShiftInputError: another mask, other positions, or a cache that no looped block can serve.
-        """
-        if cache is None and (use_cache if use_cache is not None else self.config.use_cache):
-            cache = DynamicCache(config=self.config)
-        ids, model = input_ids[..., None], self.model
-        step = Step(cache, range(1), ids, attention_mask, position_ids)
-        start = step.tokens.start
-        if start is not None and bool((start > 0).any()):
+    def states(self, step: Step, e: Tensor, n_loops: int, all_loops: bool) -> Tensor:
+        model, h = self.model, e
+        if all_loops and model.coda is not None:
             raise input_error(
                 "LoopedForCausalLM",
-                "position_ids",
-                start.tolist(),
-                "positions that begin at 0",
-                "Leave them out.",
+                "exit_threshold",
+                "given",
+                "None for a model with a coda",
+                "Leave it out.",
             )
-        loops = self.config.n_loops if n_loops is None else n_loops
-        calls = [(part, loops if part is model.block else 1) for part in model.parts.values()]
-        counts = step.seen.counts(len(ids), ids.device)
-        e = model.embed(step.tokens.pack(ids)[0][..., 0], starts=counts)
-        h = step.run(calls, step.tokens.unpack(e))
-        logits = model.read(
-            h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
-        )
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        for part in model.parts.values():
+            core = part is model.block
+            h = step(part, h, n_loops if core else 1, return_all_loops=core and all_loops)
+        return h
+
+    def read(self, h: Tensor) -> Tensor:
+        return self.model.read(h)
 
 
 AutoConfig.register(MODEL_TYPE, LoopedTransformerConfig)

@@ -6,6 +6,8 @@
     loop_layers(model, layers=range(4, 8), n_loops=4)  # in place; those four layers are one LoopedBlock now
     model.generate(**inputs)
 
+    model = load_published("Ouro-1.4B")  # or Huginn: a folder with config.json and safetensors
+
 Importing this module makes ``AutoModelForCausalLM.from_pretrained`` load what such a model saved.
 """
 
@@ -22,9 +24,10 @@ require("hf", "shift_kernels.hf")
 from shift_kernels.hf.families import FAMILIES, FUNCTION, refuse  # noqa: E402
 from shift_kernels.hf.layers import LoopedLayers  # noqa: E402
 from shift_kernels.hf.models import LoopedModel, family_of, find, install, looped_class, register  # noqa: E402
+from shift_kernels.hf.published import load_published  # noqa: E402
 from shift_kernels.spec import MAX_LOOPS  # noqa: E402
 
-__all__ = ["FAMILIES", "LoopedLayers", "loop_layers", "unloop"]
+__all__ = ["FAMILIES", "LoopedLayers", "load_published", "loop_layers", "unloop"]
 
 register()
 

@@ -62,13 +62,13 @@ class Family:
                 refuse(f"config.{name}", given, repr(value))
         return BlockSpec(**self.fields(config, index))
 
-    def to_block(self, layer: nn.Module, spec: BlockSpec) -> dict[str, nn.Parameter]:
-        """The weights of one of their layers under our names, without ``layers.0.``.
+    def to_block(self, layer: Mapping[str, Tensor], spec: BlockSpec) -> dict[str, nn.Parameter]:
+        """The weights of one of their layers, by name, under our names, without ``layers.0.``.
 
         Raises:
             ShiftInputError: the layer has weights that have no place, or lacks some, or they are quantised.
         """
-        theirs = dict(layer.named_parameters())
+        theirs = dict(layer)
         for name, weight in theirs.items():
             if not weight.is_floating_point():
                 refuse(name, weight.dtype, "floating weights", "Load the model without quantisation.")
@@ -137,7 +137,7 @@ def _gpt2(config: Any, index: int) -> dict[str, Any]:
     return fields
 
 
-def _llama(config: Any, index: int, **own: Any) -> dict[str, Any]:
+def llama_fields(config: Any, index: int, **own: Any) -> dict[str, Any]:
     """What Llama and those after it share; ``own``: fields of the family."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -184,22 +184,22 @@ def _window(config: Any, index: int) -> dict[str, Any]:
 
 
 def _mistral(config: Any, index: int) -> dict[str, Any]:
-    return _llama(config, index, **_window(config, index))
+    return llama_fields(config, index, **_window(config, index))
 
 
 def _qwen2(config: Any, index: int) -> dict[str, Any]:
-    return _llama(config, index, qkv_bias=True, **_window(config, index))
+    return llama_fields(config, index, qkv_bias=True, **_window(config, index))
 
 
 def _qwen3(config: Any, index: int) -> dict[str, Any]:
-    return _llama(config, index, qk_norm=True, **_window(config, index))
+    return llama_fields(config, index, qk_norm=True, **_window(config, index))
 
 
 def _gemma2(config: Any, index: int) -> dict[str, Any]:
     own = _window(config, index)
     if config.attn_logit_softcapping is not None:
         own["softcap"] = config.attn_logit_softcapping
-    return _llama(
+    return llama_fields(
         config,
         index,
         activation=_word(config, "hidden_activation", GATED),
@@ -210,7 +210,7 @@ def _gemma2(config: Any, index: int) -> dict[str, Any]:
     )
 
 
-def _same(*names: str) -> dict[str, tuple[str, ...]]:
+def same_names(*names: str) -> dict[str, tuple[str, ...]]:
     """``ours=theirs`` pairs for a weight and its bias."""
     pairs = (name.split("=") for name in names)
     return {f"{a}.{leaf}": (f"{b}.{leaf}",) for a, b in pairs for leaf in ("weight", "bias")}
@@ -219,7 +219,7 @@ def _same(*names: str) -> dict[str, tuple[str, ...]]:
 GPT2_WEIGHTS = {
     "self_attn.in_proj_weight": ("attn.c_attn.weight",),
     "self_attn.in_proj_bias": ("attn.c_attn.bias",),
-    **_same(
+    **same_names(
         "self_attn.out_proj=attn.c_proj", "linear1=mlp.c_fc", "linear2=mlp.c_proj", "norm1=ln_1", "norm2=ln_2"
     ),
 }
@@ -229,7 +229,7 @@ LLAMA_WEIGHTS = {
         for leaf in ("weight", "bias")
     },
     **{f"linear1.{leaf}": (f"mlp.gate_proj.{leaf}", f"mlp.up_proj.{leaf}") for leaf in ("weight", "bias")},
-    **_same(
+    **same_names(
         "self_attn.out_proj=self_attn.o_proj",
         "self_attn.q_norm=self_attn.q_norm",
         "self_attn.k_norm=self_attn.k_norm",
@@ -238,7 +238,7 @@ LLAMA_WEIGHTS = {
         "norm2=post_attention_layernorm",
     ),
 }
-GEMMA2_WEIGHTS = LLAMA_WEIGHTS | _same(
+GEMMA2_WEIGHTS = LLAMA_WEIGHTS | same_names(
     "norm1_post=post_attention_layernorm",
     "norm2=pre_feedforward_layernorm",
     "norm2_post=post_feedforward_layernorm",
@@ -253,7 +253,7 @@ FAMILIES = {
         only={"add_cross_attention": False},
         dropout=("attn_pdrop", "resid_pdrop"),
     ),
-    "llama": Family("layers", _llama, LLAMA_WEIGHTS),
+    "llama": Family("layers", llama_fields, LLAMA_WEIGHTS),
     "mistral": Family("layers", _mistral, LLAMA_WEIGHTS),
     "qwen2": Family("layers", _qwen2, LLAMA_WEIGHTS),
     "qwen3": Family("layers", _qwen3, LLAMA_WEIGHTS),

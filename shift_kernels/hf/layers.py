@@ -64,14 +64,13 @@ class LoopedLayers(nn.Module):
         positions = call.get("position_ids") if spec.position == "rope" else None
         slots = range(self.first, self.first + self.n_layers)
         step = Step(call.get("cache"), slots, e, call.get("attention_mask"), positions, spec.window)
-        return step.run(self.calls, e)
-
-    @property
-    def calls(self) -> list[tuple[LoopedBlock, int]]:
-        """The blocks in the order in which they run, and the loops of each."""
+        h = step.begin(e, self)
         if len(self.blocks) == 1:
-            return [(self.blocks[0], self.n_loops)]  # type: ignore[list-item]
-        return [(block, 1) for _ in range(self.n_loops) for block in self.blocks]  # type: ignore[misc]
+            return step.end(step(self.blocks[0], h, self.n_loops))  # type: ignore[arg-type]
+        for _ in range(self.n_loops):
+            for block in self.blocks:
+                h = step(block, h, 1)  # type: ignore[arg-type]
+        return step.end(h)
 
     def _refuse_dropout(self) -> None:
         for name in self.family.dropout if self.training else ():
@@ -114,5 +113,5 @@ def _block(family: Family, spec: BlockSpec, layers: Sequence[nn.Module]) -> Loop
     """One block of layers that are alike, with their weights."""
     block = LoopedBlock(dataclasses.replace(spec, n_layers=len(layers)), device="meta")
     for i, layer in enumerate(layers):
-        assign(block.get_submodule(f"layers.{i}"), family.to_block(layer, spec))
+        assign(block.get_submodule(f"layers.{i}"), family.to_block(dict(layer.named_parameters()), spec))
     return block

@@ -6,11 +6,10 @@ for lengths and masks as everywhere else. Keys and values of the loops are in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import cache_utils
 
 from shift_kernels.cache import LoopedCache
@@ -24,8 +23,6 @@ CLOCKS = (
     cache_utils.StaticLayer,
     cache_utils.StaticSlidingWindowLayer,
 )
-Calls = Sequence[tuple[LoopedBlock, int]]
-"""Blocks in the order in which they run, and the loops of each."""
 ROOM = 64
 """Tokens for which there is memory at first; it doubles when more come."""
 
@@ -61,25 +58,24 @@ class LoopedSlot(cache_utils.CacheLayerMixin):
         n = int(self.get_seq_length())
         return Seen(n, int(self.get_mask_sizes(n_new)[1]) if n else 0, self.real, self.start)
 
-    def caches_for(self, calls: Calls, e: Tensor) -> list[LoopedCache]:
-        """A cache for each of the calls, with room for e."""
+    def cache_for(self, call: int, block: LoopedBlock, n_loops: int, e: Tensor) -> LoopedCache:
+        """The cache of the so-many-th call of a step, from 0 on, with room for e."""
         n = int(self.get_seq_length()) + e.shape[1]
-        if not self.caches:
-            self.caches = [
-                LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=e.dtype, device=e.device)
-                for block, n_loops in calls
-            ]
-        for cache in self.caches:
-            if cache.max_len < n:
-                cache.grow(2 * n)
-        return self.caches
+        if call == len(self.caches):
+            new = LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=e.dtype, device=e.device)
+            self.caches.append(new)
+        cache = self.caches[call]
+        if cache.max_len < n:
+            cache.grow(2 * n)
+        return cache
 
-    def count(self, tokens: Tokens, seen: Seen, e: Tensor) -> None:
-        """The tokens of e were appended to those that had been seen."""
+    def count(self, tokens: Tokens, seen: Seen, h: Tensor) -> None:
+        """The tokens of h [.., batch, seq_len, d_model] were appended to those that had been seen."""
         if tokens.real is not None or self.real is not None:
+            batch, n_new = h.shape[-3:-1]
             old, new = (
-                torch.ones(len(e), n, dtype=torch.bool, device=e.device) if real is None else real
-                for real, n in ((self.real, seen.n), (tokens.real, e.shape[1]))
+                torch.ones(batch, n, dtype=torch.bool, device=h.device) if real is None else real
+                for real, n in ((self.real, seen.n), (tokens.real, n_new))
             )
             self.real = torch.cat([old, new], 1)
         self.start = tokens.start
@@ -135,6 +131,10 @@ def _refuse_other_batch() -> NoReturn:
 class Step:
     """One call of a model with looped blocks: which tokens are new, and what a cache knows of those before.
 
+        h = step.begin(e, model)
+        h = step(block, h, n_loops)  # for each block, always in the same order
+        h = step.end(h)
+
     Args:
         cache: Transformers' own; None for none.
         slots: the numbers of the layers that the blocks stand for.
@@ -158,30 +158,44 @@ class Step:
         self.past = None if cache is None else slot(cache, slots[0])
         self.seen = Seen() if self.past is None else self.past.seen(x.shape[1])
         self.tokens = read(mask, positions, x, self.seen, window)
+        self.calls = 0
 
-    def run(self, calls: Calls, h: Tensor) -> Tensor:
-        """The blocks' result for h [batch, seq_len, d_model]; pads return 0."""
-        e, caches = h, self._caches(calls, h)
-        h, seq_lens = self.tokens.pack(h)
-        for i, (block, n_loops) in enumerate(calls):
-            h = block(h, n_loops, seq_lens=seq_lens, cache=None if caches is None else caches[i])
+    def begin(self, e: Tensor, model: nn.Module) -> Tensor:
+        """e [batch, seq_len, d_model] with each sample's tokens first, for the first block.
+
+        Args:
+            model: whose parameters decide whether there will be gradients. A cache records nothing then: in
+                training Transformers makes one, and nothing reads it.
+        """
+        grad = torch.is_grad_enabled() and (
+            e.requires_grad or any(p.requires_grad for p in model.parameters())
+        )
         if self.past is not None:
-            self.past.count(self.tokens, self.seen, e)
-            tick = e.new_ones(len(e), 1, e.shape[1], 1)
+            if self.seen.n and (grad or not self.past.is_recorded):
+                allowed = "one filled and read without"
+                refuse("cache", "continued with gradients", allowed, "Use torch.no_grad().")
+            self.past.is_recorded = not grad
+        packed, self.seq_lens = self.tokens.pack(e)
+        return packed
+
+    def __call__(self, block: LoopedBlock, h: Tensor, n_loops: int, **options: Any) -> Tensor:
+        """A block's result; ``options`` as for the block."""
+        if self.past is not None and self.past.is_recorded:
+            options["cache"] = self.past.cache_for(self.calls, block, n_loops, h)
+        self.calls += 1
+        return block(h, n_loops, seq_lens=self.seq_lens, **options)  # type: ignore[return-value]
+
+    def end(self, h: Tensor) -> Tensor:
+        """The last block's result [.., batch, seq_len, d_model] with each token in its place; pads are 0."""
+        if self.past is not None:
+            batch, n_new = h.shape[-3:-1]
+            self.past.count(self.tokens, self.seen, h)
+            tick = h.new_ones(batch, 1, n_new, 1)
             for i in self.slots:
                 self.cache.update(tick, tick, i)
+        if h.ndim > 3:
+            return torch.stack([self.tokens.unpack(after) for after in h])
         return self.tokens.unpack(h)
-
-    def _caches(self, calls: Calls, e: Tensor) -> list[LoopedCache] | None:
-        """What to append to; None in training, where the cache that Transformers makes is not read."""
-        if self.past is None:
-            return None
-        parameters = (p for block, _ in calls for p in block.parameters())
-        grad = torch.is_grad_enabled() and (e.requires_grad or any(p.requires_grad for p in parameters))
-        if self.seen.n and (grad or not self.past.is_recorded):
-            refuse("cache", "continued with gradients", "one filled and read without", "Use torch.no_grad().")
-        self.past.is_recorded = not grad
-        return None if grad else self.past.caches_for(calls, e)
 
 
 def slot(cache: Any, first: int) -> LoopedSlot:
