@@ -1,19 +1,33 @@
 """Sharded weights, and runs that go on with another number of ranks: the losses are those of one process."""
 
 import dataclasses
+import itertools
 import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
 
 import pytest
+import tomli_w
 import torch
 import torch.distributed as dist
 from tiny_runs import Replaced, processes, rows, tiny
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
 from shift.build import build_model, build_task
-from shift.config import ModelConfig, OptimiserConfig
+from shift.config import LandscapeConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
+from shift.run import process
 from shift.run.checkpoint import newest_valid
 from shift.run.evaluate import evaluate
+from shift.run.global_batch import GlobalBatch
+from shift.run.step import TrainStep
 from shift.run.trainer import Trainer, TrainingInterrupted
 from shift.tasks.base import IGNORE
+from shift.train import main
+from shift_kernels import ShiftInputError
 
 # Widths that four ranks do not share evenly: 6 tokens, 2 contexts.
 BASE = tiny(
@@ -56,11 +70,11 @@ def on_rank(rank, size, store, jobs):
 def together(size, store, *jobs):
     """Train in ``size`` processes."""
     ranks = [processes().Process(target=on_rank, args=(rank, size, store, jobs)) for rank in range(size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(180)
-    assert [process.exitcode for process in ranks] == [0] * size
+    for child in ranks:
+        child.start()
+    for child in ranks:
+        child.join(180)
+    assert [child.exitcode for child in ranks] == [0] * size
 
 
 def result(run_dir):
@@ -154,3 +168,135 @@ def test_a_damaged_shard_is_found_before_it_is_read(runs, tmp_path):
         shard.write_bytes(content)
     assert found.path != path
     assert [(p, shard.name in reason) for p, reason in damaged] == [(path, True)]
+
+
+# --- what a rank that is gone does to the others -----------------------------------------------------------
+
+
+def fail_at_step(rank, port, how, folder, argv):
+    """Child process: what torchrun starts; rank 1 is gone at its third step. Errors go to a file."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process.PATIENCE = timedelta(seconds=2)
+    real, calls = TrainStep.backward, iter(range(1, 100))
+
+    def backward(*args):
+        if next(calls) == 3 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raises":
+                raise MemoryError("no memory on rank 1")
+            time.sleep(600)
+        return real(*args)
+
+    TrainStep.backward = backward
+    with open(folder / f"{rank}.txt", "w") as sys.stderr:
+        raise SystemExit(main(argv))
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs", "raises"])
+def test_a_rank_that_is_gone_ends_the_others_with_a_message(tmp_path, how):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny(eval_every=0).to_dict()))
+    argv = ["--run-dir", str(tmp_path / "run"), "--config", str(tmp_path / "tiny.toml")]
+    ranks = [
+        processes().Process(target=fail_at_step, args=(rank, port, how, tmp_path, argv)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    ranks[0].join(60)
+    code = ranks[0].exitcode
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert code == 1
+    last = (tmp_path / "0.txt").read_text().splitlines()[-1]
+    assert last.startswith("shift-train: rank 0: another rank has died, or has not answered for 2 s")
+    assert "--resume auto" in last
+
+
+# --- what is gathered -------------------------------------------------------------------------------------
+
+
+def count_gathers(rank, folder, loops):
+    """Child process: the weights that FSDP gathers in each step of a run in bf16 and micro-batches."""
+    store = f"file://{folder}/store of {loops}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    gathered, real = [], group.foreach_all_gather
+
+    def spy(fsdp_params, *args):
+        gathered.append(sum(p.sharded_param.numel() for p in fsdp_params))  # of a DTensor: of all ranks
+        return real(fsdp_params, *args)
+
+    group.foreach_all_gather = spy
+    config = tiny(
+        parallel="fsdp",
+        precision="bf16",
+        micro_batch=3,
+        eval_every=0,
+        schedule=ScheduleConfig("constant", {"n_loops": loops}),
+    )
+    trainer = Trainer(config, folder / f"{loops} loops")
+    marks, dtypes = [], set()
+    trainer.model.block.register_forward_pre_hook(
+        lambda block, _: dtypes.update(str(p.dtype) for p in block.parameters())
+    )
+    trainer.fit(lambda *_: marks.append(len(gathered)))
+    steps = [gathered[a:b] for a, b in itertools.pairwise(marks)]
+    if rank == 0:
+        (folder / "gathered.json").write_text(json.dumps([steps, sorted(dtypes)]))
+    dist.destroy_process_group()
+
+
+def test_all_weights_are_gathered_once_a_step_whatever_the_loops(tmp_path):
+    model = build_model(tiny(), build_task(tiny()))
+    total = sum(p.numel() for p in model.parameters())
+    ranks = [processes().Process(target=count_gathers, args=(rank, tmp_path, 3)) for rank in (0, 1)]
+    for child in ranks:
+        child.start()
+    for child in ranks:
+        child.join(120)
+    steps, dtypes = json.loads((tmp_path / "gathered.json").read_text())
+    assert [sum(step) for step in steps[:-1]] == [total] * 10  # the last one evaluates, too
+    assert dtypes == ["torch.bfloat16"]
+    losses = [row["loss"] for row in rows(tmp_path / "3 loops", "train")]
+    assert losses[-1] < losses[0]
+
+
+# --- the global batch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_streams", "n_ranks"), [(1, 3), (2, 1), (3, 2), (4, 4), (2, 8)])
+def test_ranks_share_the_rows_of_the_streams_in_order(n_streams, n_ranks):
+    task = build_task(tiny())
+    parts = [GlobalBatch(4, n_streams, rank, n_ranks).part(task, 5) for rank in range(n_ranks)]
+    streams = [task.batch(4, 5, rank=stream) for stream in range(n_streams)]
+    for name in ("tokens", "targets", "group", "context"):
+        ours, theirs = (torch.cat([getattr(b, name) for b in batches]) for batches in (parts, streams))
+        assert torch.equal(ours, theirs), name
+
+
+def test_more_ranks_than_sequences_are_refused():
+    with pytest.raises(ShiftInputError, match="at most 4, the sequences of a step"):
+        GlobalBatch(4, 1, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimiser": OptimiserConfig(kind="muon")}, "parallel"),
+        ({"landscape": LandscapeConfig(every=5)}, "parallel"),
+        ({"micro_batch": "auto"}, "micro_batch"),
+    ],
+)
+def test_what_shards_cannot_do_is_said_at_once(changes, named):
+    with pytest.raises(ShiftInputError, match=f"'{named}'"):
+        TrainConfig(parallel="fsdp", **changes)
+
+
+def test_shards_without_a_process_group_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ShiftInputError, match="torchrun"):
+        Trainer(tiny(parallel="fsdp"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
