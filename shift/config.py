@@ -329,6 +329,10 @@ class TrainConfig(Checked):
     the last loop alone."""
     parallel: str = word("ddp", ("ddp", "fsdp"))
     """How ranks share the model: ddp (whole on each) or fsdp (in shards, gathered once a step)."""
+    compile: bool = False
+    """torch.compile around the training forward: what is not the loop body gets fused."""
+    checkpoint_core: bool = False
+    """Apply the core loop by loop, so that its backward holds the activations of one loop alone."""
     backend: str = "auto"
     """Backend of the loop body; shift_kernels.backends() lists them."""
     device: str = _ruled(

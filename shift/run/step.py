@@ -33,6 +33,7 @@ class TrainStep:
     ) -> None:
         self._config, self._model, self._parallel, self._ranks = config, model, parallel, ranks
         self._optimizer = parallel.optimizer
+        self._forward = torch.compile(model) if config.compile else model
         self._lr_factors = lr_factors(model, config.optimiser, self._optimizer)
 
     def backward(
@@ -77,7 +78,7 @@ class TrainStep:
         """The sum of the loss over the read positions of a micro-batch."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
-            return self._model(
+            return self._forward(
                 batch.tokens,
                 loops,
                 context=batch.context,

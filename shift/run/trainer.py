@@ -38,6 +38,7 @@ from shift.run.optim import go_back, learning_rate
 from shift.run.parallel import share
 from shift.run.progress import Progress
 from shift.run.ranks import Ranks
+from shift.run.recompute import loop_by_loop
 from shift.run.snapshots import SnapshotRecorder
 from shift.run.speed import Pace, matmul_peak, memory_bytes
 from shift.run.step import TrainStep
@@ -93,6 +94,8 @@ class Trainer:
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
         initial = checkpoint.digest(self.model.state_dict())
+        if config.checkpoint_core:
+            loop_by_loop(self.model.block)
         self.ranks.together(self._check_configs)
         for x in self.model.state_dict().values():
             self.ranks.copy_first(x)  # equal by their seed, if the machines are

@@ -109,6 +109,7 @@ def runs(tmp_path_factory):
         (sharded(BASE), folder / "fsdp resumed", 6),
         (sharded(BASE), folder / "fsdp resumed"),
         (sharded(PACKED), folder / "fsdp in micro-batches"),
+        (dataclasses.replace(sharded(BASE), checkpoint_core=True), folder / "fsdp with checkpoints"),
         (BASE, folder / "ddp"),
         (sharded(BASE), folder / "fsdp 2 to 1", 6),
         (BASE, folder / "ddp 2 to 1", 6),
@@ -116,8 +117,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_shards_give_the_losses_of_whole_models(runs):
-    assert_same_numbers(runs / "fsdp", runs / "ddp")
+@pytest.mark.parametrize("name", ["fsdp", "fsdp with checkpoints"])
+def test_shards_give_the_losses_of_whole_models(runs, name):
+    assert_same_numbers(runs / name, runs / "ddp")
 
 
 def test_micro_batches_of_shards_give_the_losses_of_whole_batches(runs):
