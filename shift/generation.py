@@ -35,6 +35,8 @@ class TokenModel(Protocol):
         starts: Tensor | None = None,
     ) -> Tensor: ...
 
+    def initial(self, e: Tensor) -> Tensor | None: ...
+
     def read(self, h: Tensor) -> Tensor: ...
 
 
@@ -114,11 +116,10 @@ def next_logits(
     starts = None if caches is None else caches["block"].lengths.to(tokens.device)
     h = model.embed(tokens, context, starts=starts)
     for name, part in model.parts.items():
-        looped = part is model.block
         options: dict[str, Any] = {} if caches is None else {"cache": caches[name]}
-        if looped and halt_threshold is not None:
-            options["halt_threshold"] = halt_threshold
-        h = part(h, n_loops if looped else 1, seq_lens=lengths, backend=backend, **options)
+        if part is model.block:
+            options |= {"h0": model.initial(h), "halt_threshold": halt_threshold}
+        h = part(h, n_loops if part is model.block else 1, seq_lens=lengths, backend=backend, **options)
         h = h[0] if isinstance(h, tuple) else h
     last = (lengths - 1).clamp(min=0)
     return model.read(h[torch.arange(len(h), device=h.device), last])

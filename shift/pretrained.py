@@ -117,8 +117,10 @@ class LoopedForCausalLM(LoopedCausalLM):
                 "Leave it out.",
             )
         for part in model.parts.values():
-            core = part is model.block
-            h = step(part, h, n_loops if core else 1, return_all_loops=core and all_loops)
+            if part is model.block:
+                h = step(part, h, n_loops, h0=model.initial(h), return_all_loops=all_loops)
+            else:
+                h = step(part, h, 1)
         return h
 
     def read(self, h: Tensor) -> Tensor:

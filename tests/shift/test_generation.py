@@ -38,7 +38,9 @@ def one_by_one(model, n_loops, n_new):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(n_prelude=1, n_coda=1, tied=True)], ids=["loop", "around"]
+    "layout",
+    [Layout(), Layout(n_prelude=1, n_coda=1, tied=True, initial_state="learned")],
+    ids=["loop", "around"],
 )
 @pytest.mark.parametrize("positions", [dict(), dict(learned_positions=False, spec=dict(position="rope"))])
 @pytest.mark.parametrize("n_loops", [1, 4, torch.tensor([1, 3, 2])], ids=str)
