@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scaling
 from benchmarks.savings.families import Results, label
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
 from benchmarks.savings.restricted import Choice, best_fixed, named, restricted_mean
@@ -202,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "length": length,
     "landscape": landscape,
+    "scaling": lambda: _markdown(scaling.table(scaling.Assumed())),
 }
 """By the name that stands in a mark."""
 

@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 import torch
@@ -38,6 +38,9 @@ from shift.run.average import WeightAverage
 from shift.run.files import remove, set_aside, sync_directory, sync_file, write_synced
 from shift.run.optim import RunOptimizer
 from shift.run.ranks import Ranks
+
+if TYPE_CHECKING:
+    from shift.run.sharded import ShardedAdamW
 
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.pt"
 STATE, MANIFEST = "state.json", "MANIFEST.json"
@@ -114,7 +117,7 @@ class Checkpoint:
             from shift.run import shards
 
             with damage(self.path):
-                shards.read(shards.tensors_of(model, optimizer, average), self.path)
+                shards.read(shards.tensors_of(model, cast("ShardedAdamW", optimizer), average), self.path)
                 optimizer.load_state_dict(self.state["optimizer"])
                 _set_generators(self.state["generators"])
             return

@@ -121,7 +121,7 @@ def _layers(
         prefix = f"layers.{layer}."
         for name, part in (("attention", half), ("MLP" if spec.d_ff else "last norm", whole)):
             needed = {name: weights[name.replace("layers.0.", prefix, 1)] for name in part.weight_shapes()}
-            options = {"cu_seqlens": packed, "residual_scale": scale, "backend": "torch"}
-            out = cast(Tensor, looped_block(u, needed, part, 1, **options))
+            after = looped_block(u, needed, part, 1, cu_seqlens=packed, residual_scale=scale, backend="torch")
+            out = cast(Tensor, after)
             yield f"activation after the {name} of layer {layer} of {spec.n_layers}", out
         u = out

@@ -38,9 +38,9 @@ class FlatAdamW(torch.optim.AdamW):
         second_moments, seconds = flat_like(self._parameters)
 
         steps = [torch.zeros((), device=self.weights.device) for _ in self.param_groups]
-        flat = (self.weights, self.gradients, first_moments, second_moments)
+        tensors = (self.weights, self.gradients, first_moments, second_moments)
         sizes = [sum(room(p) for p in group["params"]) for group in self.param_groups]
-        self._parts = list(zip(*(x.split(sizes) for x in flat), steps, strict=True))
+        self._parts = list(zip(*(x.split(sizes) for x in tensors), steps, strict=True))
         steps_of = [s for s, g in zip(steps, self.param_groups, strict=True) for _ in g["params"]]
         self._states = [
             {"step": step, "exp_avg": first, "exp_avg_sq": second}

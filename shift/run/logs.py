@@ -68,7 +68,8 @@ class TensorBoard:
         import tensorboard  # noqa: F401 (torch's own import hides which package is missing)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make, self._folder, self._writer = SummaryWriter, run_dir / "tensorboard", None
+        self._make, self._folder = SummaryWriter, run_dir / "tensorboard"
+        self._writer: Any = None
 
     def train(self, row: Mapping[str, Any], pace: Pace) -> None:
         """See :class:`Watcher`."""
@@ -96,7 +97,8 @@ class WeightsAndBiases:
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         import wandb
 
-        self._wandb, self._config, self._run_dir, self._run = wandb, config, run_dir, None
+        self._wandb, self._config, self._run_dir = wandb, config, run_dir
+        self._run: Any = None
 
     def train(self, row: Mapping[str, Any], pace: Pace) -> None:
         """See :class:`Watcher`."""

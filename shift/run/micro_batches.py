@@ -6,6 +6,7 @@ its batch and its memory: 64 sequences at once with one loop, 16 with four.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class MicroBatches:
 
     def find(
         self,
-        attempt: Callable[[int, int], object],
+        attempt: Callable[..., object],
         max_loops: int,
         device: torch.device,
         agree: Callable[[int], int] = lambda size: size,
@@ -51,7 +52,7 @@ class MicroBatches:
         the CPU the fastest.
 
         Args:
-            attempt: runs forward and backward of one micro-batch: (sequences, loops).
+            attempt: runs forward and backward of one micro-batch: (sequences, n_loops=).
             max_loops: T.
             device: of the model.
             agree: makes one size of those that the ranks found.
@@ -59,7 +60,7 @@ class MicroBatches:
         search = _fastest if device.type == "cpu" else _largest
         most = self._batch_size
         for n_loops in sorted(set(doublings(max_loops))):
-            most = agree(search(lambda size, n=n_loops: attempt(size, n), most))
+            most = agree(search(functools.partial(attempt, n_loops=n_loops), most))
             self._sizes[n_loops] = most
 
     def state_dict(self) -> dict[str, Any]:

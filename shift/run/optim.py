@@ -73,15 +73,15 @@ def lr_factors(model: nn.Module, config: OptimiserConfig, optimizer: RunOptimize
 def build_optimizer(model: nn.Module, config: OptimiserConfig) -> FlatAdamW | FlatMuon:
     """The optimiser of a model on its device."""
     groups = parameter_groups(model, config)
-    options = {"lr": config.lr, "betas": config.betas}
     if config.kind == "adamw":
-        return FlatAdamW(groups, **options)
+        return FlatAdamW(groups, lr=config.lr, betas=config.betas)
     kinds, parameters = kinds_of(model), dict(model.named_parameters())
     matrix = {id(parameters[name]) for name, kind in kinds.items() if kind == "matrices"}
-    mine, others = [], []
+    mine: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for group in groups:
         (mine if id(group["params"][0]) in matrix else others).append(group)
-    return FlatMuon(mine, others, config.momentum, **options)
+    return FlatMuon(mine, others, config.momentum, lr=config.lr, betas=config.betas)
 
 
 def learning_rate(

@@ -57,7 +57,7 @@ class ShardedAdamW:
         """The norm of all gradients of all ranks, 0-d."""
         squares = torch.zeros((), device=self._shards[0].device)
         for p, shard in zip(self.parameters, self._shards, strict=True):
-            shard.grad = torch.zeros_like(shard) if p.grad is None else p.grad.to_local()
+            shard.grad = torch.zeros_like(shard) if p.grad is None else _local(p.grad)
             squares += shard.grad.float().square().sum()
         return self._ranks.sum(squares).sqrt()
 
@@ -121,3 +121,9 @@ class ShardedAdamW:
             raise ValueError("the state of other parameters")
         for shard, step in zip(self._shards, steps, strict=True):
             self._adamw.state[shard]["step"].fill_(step)
+
+
+def _local(x: Tensor) -> Tensor:
+    """The part of this rank."""
+    assert isinstance(x, DTensor), "FSDP leaves sharded gradients"
+    return x.to_local()

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shift.run.optim import RunOptimizer
 from shift_kernels.errors import input_error
 
 SNAPSHOTS = "snapshots.bin"
@@ -50,7 +51,7 @@ class SnapshotRecorder:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int, burst: int, total_steps: int
+        self, model: nn.Module, optimizer: RunOptimizer, every: int, burst: int, total_steps: int
     ) -> None:
         self._parameters, self._optimizer = list(model.parameters()), optimizer
         self._every, self._burst, self._last = every, burst, total_steps
