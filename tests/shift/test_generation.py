@@ -11,6 +11,7 @@ from shift.run.trainer import Trainer
 from shift.tasks import Text
 from shift_kernels import BlockSpec, ShiftInputError
 
+pytestmark = pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")
 PROMPTS, LENGTHS = torch.tensor([[3, 1, 4, 1], [5, 2, 0, 0], [6, 0, 0, 0]]), torch.tensor([4, 2, 1])
 
 
@@ -39,7 +40,7 @@ def one_by_one(model, n_loops, n_new):
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(n_prelude=1, n_coda=1, tied=True, initial_state="learned")],
+    [Layout(), Layout(n_prelude=1, n_coda=1, initial_state="learned")],
     ids=["loop", "around"],
 )
 @pytest.mark.parametrize("positions", [dict(), dict(learned_positions=False, spec=dict(position="rope"))])

@@ -19,7 +19,8 @@ from shift.pretrained import LoopedForCausalLM, pretrained  # noqa: E402
 from shift.run.trainer import Trainer  # noqa: E402
 from shift_kernels import ShiftInputError  # noqa: E402
 
-LAYOUTS = [Layout(), Layout(n_prelude=1, n_coda=1, tied=True, logit_softcap=5.0, initial_state="learned")]
+pytestmark = pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")
+LAYOUTS = [Layout(), Layout(n_prelude=1, n_coda=1, logit_softcap=5.0, initial_state="learned")]
 
 
 def left_padded():
