@@ -52,6 +52,8 @@ struct Block {
     int64_t causal, loop_norm, qk_norm;                              // 0 or 1
     int64_t rotary_pairs;                                            // a head's first 2 * rotary_pairs columns rotate
     double eps, residual_scale;
+    int64_t window;              // positions that a query sees, itself included; 0: all
+    double softcap, attn_scale;  // of scores; 0: none, and head_dim to the power of -1/2
 };
 
 // Addresses of a block's weights, null where absent: WEIGHTS a layer in the order of `Weight`, then the loop's.
@@ -69,11 +71,14 @@ constexpr bool reads_state(const Block& b) { return b.injection > ADD_INPUT; }
 constexpr int64_t cpu_padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 // What the CPU forward keeps of a token in a loop for the backward, in floats: each layer's input and the state
-// between its halves, with post-norm and sandwich both branches' results; q k v, o and the hidden units before their
-// activation as operands of products are, two bfloat16 to a float. And what the loop norm and the injection read.
+// between its halves, with post-norm and sandwich both branches' results; o, and of each head's scores the largest and
+// the sum of their weights; q k v and the hidden units before their activation as operands of products are, two
+// bfloat16 to a float. And what the loop norm and the injection read.
 constexpr int64_t kept_floats(const Block& b, bool bf16) {
     const int64_t d = cpu_padded(b.d_model), branches = b.placement == PRE ? 0 : 2 * d;
-    const int64_t operands = cpu_padded(qkv_columns(b)) + cpu_padded(query_columns(b)) + hidden_parts(b) * cpu_padded(b.d_ff);
+    const int64_t attention = cpu_padded(query_columns(b)) + cpu_padded(2 * b.n_heads);
+    const int64_t operands = cpu_padded(qkv_columns(b)) + hidden_parts(b) * cpu_padded(b.d_ff);
+    const int64_t layer = 2 * d + branches + attention + cpu_padded(operands / (bf16 ? 2 : 1));
     const int64_t of_loop = (b.loop_norm ? d : 0) + (reads_state(b) ? d : 0);
-    return b.n_layers * (2 * d + branches + cpu_padded(operands / (bf16 ? 2 : 1))) + of_loop;
+    return b.n_layers * layer + of_loop;
 }

@@ -131,6 +131,9 @@ inline void bind_block(py::module_& m) {
         .number("rotary_pairs", &Block::rotary_pairs)
         .number("norm_eps", &Block::eps)
         .number("residual_scale", &Block::residual_scale)
+        .number("window", &Block::window)
+        .number("softcap", &Block::softcap)
+        .number("attn_scale", &Block::attn_scale)
         .made_from_keywords();
     m.attr("ACTIVATIONS") = tuple_of(ACTIVATIONS);
     m.attr("LAYER_WEIGHTS") = tuple_of(LAYER_WEIGHTS);

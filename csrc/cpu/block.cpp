@@ -1,7 +1,8 @@
 // The looped block, all T loops in one call, for the instruction set that this file is compiled for.
 //
 // A tile is a few sequences whose rows together fill the cache, longest-looping first, so that the rows still
-// running are always the first ones. A thread takes a tile through all its loops before it takes the next:
+// running are always the first ones. A thread takes a tile through all its loops before it takes the next (where
+// tiles are few and long, all threads share each: share.h):
 // the residual stream and everything a loop computes stay in L2 (about 150 d_model bytes a row), the packed
 // weights are read T times from there too. The backward walks the loops down from what the forward kept of
 // each (about 40 d_model bytes a row and loop, in bfloat16 24), or from the boundaries alone, computing each
@@ -21,20 +22,23 @@
 
 namespace {
 
-// One loop on `rows` rows of h (and e): from h_{t-1} to h_t in `out`.
+// One loop on the tile's rows of h (and e): from h_{t-1} to h_t in `out`.
 template <class P>
-void one_loop(const Call& c, const Model<P>& m, Workspace<P>& ws, Lengths seqs, int rows, const float* h,
-              const float* e,
-              float* out) {
+void one_loop(const Call& c, const Model<P>& m, const Workspace<P>& ws, const OperandScratch<P>& scratch,
+              const Rows& rows, const float* h, const float* e, float* out) {
     const Shape& s = m.shape;
-    const int64_t n = int64_t(rows) * s.model_cols;
-    if (reads_state(c)) std::memcpy(ws.state, h, n * sizeof(float));
-    inject<P>(s, m.injection, rows, h, e, ws.layers[0].in, ws.scratch);
+    const Range own = rows.share.part(rows.count, ROWS_PER_CHUNK);
+    const int64_t from = int64_t(own.begin) * s.model_cols, n = int64_t(own.end - own.begin) * s.model_cols;
+    if (reads_state(c)) std::memcpy(ws.state + from, h + from, n * sizeof(float));
+    rows.share.each_chunk(rows.count, [&](int begin, int end) {
+        const int64_t at = int64_t(begin) * s.model_cols;
+        inject<P>(s, m.injection, end - begin, h + at, e + at, ws.layers[0].in + at, scratch);
+    });
     for (int l = 0; l < c.n_layers; l++) {
         float* next = l + 1 < c.n_layers ? ws.layers[l + 1].in : c.loop_norm ? ws.u : out;
-        layer_forward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], next, ws.scratch);
+        layer_forward<P>({s, m.layers[l], c.rotary, ws.t, scratch}, rows, ws.layers[l], next);
     }
-    if (c.loop_norm) norm(s.norm_kind, rows, s.d_model, ws.u, m.loop_norm, s.eps, out);
+    if (c.loop_norm) norm(s.norm_kind, own.end - own.begin, s.d_model, ws.u + from, m.loop_norm, s.eps, out + from);
 }
 
 // Whether rms(new - old) < threshold * rms(old).
@@ -47,100 +51,150 @@ bool settled(const float* before, const float* after, int64_t n, double threshol
     return std::sqrt(change) < threshold * std::sqrt(size);
 }
 
+// Work of the first thread, which is not worth sharing.
+template <class Work>
+void first_alone(const Share& share, Work work) {
+    share.meet();
+    if (share.index == 0) work();
+    share.meet();
+}
+
+constexpr Share ALONE{0, 1};
+
 // Before a tile's loops: what they add of the input, and every row's scale.
 template <class P>
-void begin_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws) {
+void begin_tile(const Call& c, const Model<P>& m, const Sequences& tile, const Workspace<P>& ws,
+                const OperandScratch<P>& scratch) {
     const bool concat = c.injection == CONCAT_INPUT;
     tile.gather(c.e, 0, tile.count, concat ? ws.own_u : ws.e);
-    if (concat) prepare_input<P>(m.shape, m.injection, tile.rows, ws.own_u, ws.e, ws.scratch);
+    if (concat)
+        ALONE.each_chunk(tile.rows, [&](int begin, int end) {
+            const int64_t at = int64_t(begin) * tile.dp;
+            prepare_input<P>(m.shape, m.injection, end - begin, ws.own_u + at, ws.e + at, scratch);
+        });
     for (int i = 0; i < tile.count; i++)
         std::fill(ws.row_scale + tile.starts[i], ws.row_scale + tile.starts[i + 1],
                   c.scales ? c.scales[tile.samples[i]] : float(c.residual_scale));
 }
 
 template <class P>
-void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, Team& team) {
+void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws,
+                  const OperandScratch<P>& scratch, const Share& share, Team& team) {
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
-    begin_tile(c, m, tile, ws);
-    if (c.h0 || !c.injection)
-        tile.gather(c.h0 ? c.h0 : c.e, 0, tile.count, ws.h);
-    else
-        std::memset(ws.h, 0, all * sizeof(float));
+    first_alone(share, [&] {
+        begin_tile(c, m, tile, ws, scratch);
+        if (c.h0 || !c.injection)
+            tile.gather(c.h0 ? c.h0 : c.e, 0, tile.count, ws.h);
+        else
+            std::memset(ws.h, 0, all * sizeof(float));
+        for (int i = 0; i < tile.count; i++) c.used[tile.samples[i]] = tile.loops(i);
+    });
     bool halted = false;
-    for (int i = 0; i < tile.count; i++) c.used[tile.samples[i]] = tile.loops(i);
     for (int64_t t = 1; t <= c.most_loops; t++) {
         const int running = halted ? 0 : tile.running(t), rows = tile.starts[running];
         if (!running && !c.return_all) break;
-        if (team.stopped()) return;
+        if (share.stopped(team)) return;
         if (running) {
-            if (c.boundaries) tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size);
+            if (c.boundaries) first_alone(share, [&] { tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size); });
             bind(c, m.shape, tile, t, 0, ws);
-            float* after = c.halting ? ws.layers[0].z2 : ws.h;  // z2 is free once its loop is over
-            one_loop(c, m, ws, {running, tile.lengths, ws.row_scale}, rows, ws.h, ws.e, after);
-            if (c.halting) {  // then a tile is one sequence
+            float* after = c.halting ? ws.next : ws.h;
+            one_loop(c, m, ws, scratch, {{running, tile.lengths, ws.row_scale}, rows, share}, ws.h, ws.e, after);
+            if (c.halting) {  // then a tile is one sequence, of one thread
                 halted = settled(ws.h, after, int64_t(rows) * tile.dp, c.halt_threshold);
                 if (halted) c.used[tile.samples[0]] = t;
                 std::memcpy(ws.h, after, int64_t(rows) * tile.dp * sizeof(float));
             }
         }
-        if (c.return_all) tile.scatter(ws.h, 0, tile.count, c.out + (t - 1) * size);
+        if (c.return_all) first_alone(share, [&] { tile.scatter(ws.h, 0, tile.count, c.out + (t - 1) * size); });
     }
-    if (!c.return_all) tile.scatter(ws.h, 0, tile.count, c.out);
+    if (!c.return_all) first_alone(share, [&] { tile.scatter(ws.h, 0, tile.count, c.out); });
 }
 
 template <class P>
-void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws, SliceGrads& grads,
-                   Team& team) {
+void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws,
+                   const OperandScratch<P>& scratch, const SliceGrads& grads, const Share& share, Team& team) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
-    std::memset(ws.dh, 0, all * sizeof(float));
-    std::memset(ws.de, 0, all * sizeof(float));
-    begin_tile(c, m, tile, ws);
-    // A finished sample repeats its last state, so every later output's gradient is that state's.
-    if (!c.return_all) tile.gather_add(c.grad_out, 0, tile.count, ws.dh);
+    first_alone(share, [&] {
+        std::memset(ws.dh, 0, all * sizeof(float));
+        std::memset(ws.de, 0, all * sizeof(float));
+        begin_tile(c, m, tile, ws, scratch);
+        // A finished sample repeats its last state, so every later output's gradient is that state's.
+        if (!c.return_all) tile.gather_add(c.grad_out, 0, tile.count, ws.dh);
+    });
     for (int64_t t = c.return_all ? c.most_loops : tile.count ? tile.loops(0) : 0; t >= 1; t--) {
-        if (team.stopped()) return;
-        if (c.return_all) tile.gather_add(c.grad_out + (t - 1) * size, 0, tile.count, ws.dh);
+        if (share.stopped(team)) return;
+        if (c.return_all) first_alone(share, [&] { tile.gather_add(c.grad_out + (t - 1) * size, 0, tile.count, ws.dh); });
         const int begin = tile.truncated(t), end = tile.running(t);
         if (begin >= end) continue;
-        const int rows = tile.starts[end] - tile.starts[begin];
-        const int64_t from = int64_t(tile.starts[begin]) * tile.dp, n = int64_t(rows) * tile.dp;
-        const Lengths seqs = {end - begin, tile.lengths + begin, ws.row_scale + tile.starts[begin]};
+        const int64_t from = int64_t(tile.starts[begin]) * tile.dp;
+        const Rows rows{{end - begin, tile.lengths + begin, ws.row_scale + tile.starts[begin]},
+                        tile.starts[end] - tile.starts[begin], share};
         if (c.kept) {
             bind(c, s, tile, t, tile.starts[begin], ws);
         } else {
-            tile.gather(c.boundaries + (t - 1) * size, begin, end, ws.h);
-            one_loop(c, m, ws, seqs, rows, ws.h + from, ws.e + from, ws.dx);
+            first_alone(share, [&] { tile.gather(c.boundaries + (t - 1) * size, begin, end, ws.h); });
+            one_loop(c, m, ws, scratch, rows, ws.h + from, ws.e + from, ws.next);
         }
-        if (c.loop_norm)
-            norm_backward(s.norm_kind, rows, s.d_model, ws.u, ws.dh + from, m.loop_norm, s.eps, grads.loop_norm, ws.dx,
-                          false);
-        else
-            std::memcpy(ws.dx, ws.dh + from, n * sizeof(float));
+        share.each_chunk(rows.count, [&](int first, int last) {
+            const int64_t at = int64_t(first) * tile.dp;
+            const NormGrads own = norm_grads_of_chunk(s, ws.t, first, 0);
+            std::memset(own.gain, 0, 2 * s.model_cols * sizeof(float));
+            if (c.loop_norm)
+                norm_backward(s.norm_kind, last - first, s.d_model, ws.u + at, ws.dh + from + at, m.loop_norm, s.eps, own,
+                              ws.next + at, false);
+            else
+                std::memcpy(ws.next + at, ws.dh + from + at, int64_t(last - first) * tile.dp * sizeof(float));
+        });
+        if (c.loop_norm) first_alone(share, [&] { add_loop_norm_grads(rows.count, s, ws.t, grads.loop_norm); });
         for (int l = c.n_layers - 1; l >= 0; l--)
-            layer_backward<P>(s, m.layers[l], c.rotary, seqs, rows, ws.layers[l], grads.layers[l], ws.t, ws.dx,
-                              ws.scratch);
-        inject_backward<P>(s, m.injection, rows, ws.state, ws.e + from, ws.dx, grads.injection, ws.dh + from,
-                           ws.de + from, ws.scratch);
+            layer_backward<P>({s, m.layers[l], c.rotary, ws.t, scratch}, rows, ws.layers[l], grads.layers[l], ws.next);
+        const auto through_injection = [&](int first, int last) {
+            const int64_t at = int64_t(first) * tile.dp;
+            inject_backward<P>(s, m.injection, last - first, ws.state + at, ws.e + from + at, ws.next + at, grads.injection,
+                               ws.dh + from + at, ws.de + from + at, scratch);
+        };
+        if (reads_state(c))  // and sums gradients of its weights
+            first_alone(share, [&] { ALONE.each_chunk(rows.count, through_injection); });
+        else
+            share.each_chunk(rows.count, through_injection);
     }
-    if (c.injection == CONCAT_INPUT) {
-        tile.gather(c.e, 0, tile.count, ws.e);
-        prepare_input_backward<P>(s, m.injection, tile.rows, ws.e, ws.de, grads.injection, ws.dx, ws.scratch);
-        tile.scatter(ws.dx, 0, tile.count, c.grad_e);
-    } else if (c.injection) {
-        tile.scatter(ws.de, 0, tile.count, c.grad_e);
-    }
-    // The gradient of h_0: reached where no loop was cut off.
-    if (c.h0 || !c.injection) tile.scatter(ws.dh, tile.truncated(1), tile.count, c.h0 ? c.grad_h0 : c.grad_e);
+    first_alone(share, [&] {
+        if (c.injection == CONCAT_INPUT) {
+            tile.gather(c.e, 0, tile.count, ws.e);
+            ALONE.each_chunk(tile.rows, [&](int begin, int end) {
+                const int64_t at = int64_t(begin) * tile.dp;
+                prepare_input_backward<P>(s, m.injection, end - begin, ws.e + at, ws.de + at, grads.injection, ws.next + at,
+                                          scratch);
+            });
+            tile.scatter(ws.next, 0, tile.count, c.grad_e);
+        } else if (c.injection) {
+            tile.scatter(ws.de, 0, tile.count, c.grad_e);
+        }
+        // The gradient of h_0: reached where no loop was cut off.
+        if (c.h0 || !c.injection) tile.scatter(ws.dh, tile.truncated(1), tile.count, c.h0 ? c.grad_h0 : c.grad_e);
+    });
 }
 
-int team_size() {
+Share whole_team() {
 #if defined(_OPENMP)
-    return omp_get_num_threads();
+    return {omp_get_thread_num(), omp_get_num_threads()};
 #else
-    return 1;
+    return {0, 1};
 #endif
 }
+
+// The memory of the threads' tiles: each its own, or one that all share.
+struct TileMemory {
+    TileMemory(const Plan& plan, float* shared, int64_t floats)
+        : own_(plan.together ? 0 : floats), at_{plan.together ? shared : own_.place(0)} {}
+    bool ok() const { return own_.ok(); }
+    Cursor& cursor() { return at_; }
+
+  private:
+    Arena own_;
+    Cursor at_;
+};
 
 // Both return 0, or 1 where memory ran out.
 template <class P>
@@ -151,20 +205,35 @@ int forward(const Call& c, const Plan* plan, Team& team) {
     if (!weights.ok()) return 1;
     Model<P> model(c, weights, false);
     model.fill(c, false);
-    const int64_t floats = workspace_floats<P>(c, model.shape, plan->most_rows, false);
-    int failed = 0;
-#pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
+    const Shape& s = model.shape;
+    const int64_t of_tile = floats_of<Workspace<P>>(c, s, *plan, false);
+    const int64_t of_thread = floats_of<OperandScratch<P>>(c, s, *plan, false);
+    Arena shared(plan->together ? of_tile : 0);
+    if (!shared.ok()) return 1;
+    float* const of_all = shared.place(0);
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1)
     {
-        Arena memory(floats), integers(2 * plan->most_samples + 1);
-        failed |= !memory.ok() || !integers.ok();
-        if (memory.ok() && integers.ok()) {
-            Workspace<P> ws(c, model.shape, plan->most_rows, memory, false);
+        const Share everyone = whole_team();
+        TileMemory tile(*plan, of_all, of_tile);
+        Arena memory(of_thread), integers(2 * plan->most_samples + 1);
+        if (!tile.ok() || !memory.ok() || !integers.ok()) failed = 1;
+        everyone.meet();
+        if (!failed) {
+            Workspace<P> ws(c, s, *plan, tile.cursor(), false);
+            const OperandScratch<P> scratch(c, s, *plan, memory, false);
             int* starts = reinterpret_cast<int*>(integers.place(0));
+            const auto run = [&](int64_t i, const Share& share) {
+                forward_tile(c, model, Sequences(c, *plan, i, starts), ws, scratch, share, team);
+            };
+            if (plan->together) {
+                for (int64_t i = 0; i < plan->n_tiles; i++) run(i, everyone);
+            } else {
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < plan->n_tiles; i++)
-                forward_tile(c, model, Sequences(c, *plan, i, starts), ws, team);
+                for (int64_t i = 0; i < plan->n_tiles; i++) run(i, ALONE);
+            }
         }
-        team.leave(team_size());
+        team.leave(everyone.count);
     }
     return failed;
 }
@@ -180,32 +249,44 @@ int backward(const Call& c, const Plan* plan, Team& team) {
     const Shape& s = model.shape;
     Counter per_slice;
     SliceGrads(c, s, per_slice);
-    const int64_t slices = plan->n_slices, floats = workspace_floats<P>(c, s, plan->most_rows, true);
-    Arena sums(per_slice.floats);
-    if (!sums.ok()) return 1;
-    float* total = sums.place(0);
-    int failed = 0;
-#pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1) reduction(| : failed)
+    const int64_t slices = plan->n_slices, floats = per_slice.floats;
+    const int64_t of_tile = floats_of<Workspace<P>>(c, s, *plan, true) + floats;
+    const int64_t of_thread = floats_of<OperandScratch<P>>(c, s, *plan, true);
+    Arena sums(floats), shared(plan->together ? of_tile : 0);
+    if (!sums.ok() || !shared.ok()) return 1;
+    float *const total = sums.place(0), *const of_all = shared.place(0);
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1)
     {
-        Arena memory(floats), integers(2 * plan->most_samples + 1), gradients(per_slice.floats, false);
-        const bool ok = memory.ok() && integers.ok() && gradients.ok();
-        failed |= !ok;
-        Workspace<P> ws(c, s, plan->most_rows, memory, true);
-        Cursor cursor{gradients.place(0)};
-        float* const slice_total = cursor.at;
-        SliceGrads grads(c, s, cursor);
-        int* starts = reinterpret_cast<int*>(integers.place(0));
+        const Share everyone = whole_team();
+        TileMemory tile(*plan, of_all, of_tile);
+        Arena memory(of_thread), integers(2 * plan->most_samples + 1);
+        if (!tile.ok() || !memory.ok() || !integers.ok()) failed = 1;
+        everyone.meet();
+        if (!failed) {
+            float* const slice_total = tile.cursor().at;
+            SliceGrads grads(c, s, tile.cursor());
+            Workspace<P> ws(c, s, *plan, tile.cursor(), true);
+            const OperandScratch<P> scratch(c, s, *plan, memory, true);
+            int* starts = reinterpret_cast<int*>(integers.place(0));
+            const auto run = [&](int64_t slice, const Share& share) {
+                const Range own = share.part(floats, VL);
+                std::memset(slice_total + own.begin, 0, (own.end - own.begin) * sizeof(float));
+                for (int64_t i = slice; i < plan->n_tiles; i += slices)
+                    backward_tile(c, model, Sequences(c, *plan, i, starts), ws, scratch, grads, share, team);
+                if (share.alone()) team.begin_turn(slice);
+                for (int64_t i = own.begin; i < own.end; i += VL)
+                    store(total + i, load(total + i) + load(slice_total + i));
+                if (share.alone()) team.end_turn();
+            };
+            if (plan->together) {
+                for (int64_t slice = 0; slice < slices; slice++) run(slice, everyone);
+            } else {
 #pragma omp for schedule(monotonic : dynamic, 1) nowait
-        for (int64_t slice = 0; slice < slices; slice++) {
-            if (ok) std::memset(slice_total, 0, per_slice.floats * sizeof(float));
-            for (int64_t i = slice; ok && i < plan->n_tiles; i += slices)
-                backward_tile(c, model, Sequences(c, *plan, i, starts), ws, grads, team);
-            team.begin_turn(slice);
-            for (int64_t i = 0; ok && i < per_slice.floats; i += VL)
-                store(total + i, load(total + i) + load(slice_total + i));
-            team.end_turn();
+                for (int64_t slice = 0; slice < slices; slice++) run(slice, ALONE);
+            }
         }
-        team.leave(team_size());
+        team.leave(everyone.count);
     }
     if (failed) return 1;
     Cursor cursor{total};

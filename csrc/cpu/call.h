@@ -33,11 +33,12 @@ struct Call : Block {
 };
 
 // Samples in the order in which they run, and where in it tiles begin: the sequences that a thread takes through all
-// loops together. All of it follows from the call, and nothing from the number of threads.
+// loops together. All that decides results follows from the call, and nothing from the number of threads.
 struct Plan {
     const int64_t* order;        // [batch] samples
     const int64_t* tiles;        // [n_tiles + 1] positions in order
     const int64_t* rows_before;  // [n_tiles] rows in earlier tiles
     int64_t n_tiles, most_rows, most_samples;
+    bool together;               // all threads share each tile: few are long
     int64_t n_slices;            // of the tiles, whose weight gradients are summed apart: fixes the order of every sum
 };

@@ -24,6 +24,7 @@ namespace shift_cpu {
 namespace {
 
 constexpr int64_t ROWS_PER_TILE = 64;  // enough for the matrix products, few for L2
+constexpr int64_t LONG_TILE = 256;     // rows of which each thread has some, and that take longer than threads' meetings
 
 // Few slices, for each has to be zeroed and added.
 constexpr int64_t MOST_SLICES = 16, ROW_LOOPS_PER_SLICE = 1024;
@@ -68,7 +69,7 @@ Planned::Planned(const Call& c)
     call.loops = loops.data(), call.lengths = lengths.data();
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return loops[a] > loops[b]; });
-    int64_t rows = 0, total = 0, row_loops = 0;
+    int64_t rows = 0, total = 0, row_loops = 0, work = 0, most_work = 0;
     for (int64_t i = 0; i < c.batch; i++) {
         rows += lengths[order[i]];
         row_loops += lengths[order[i]] * loops[order[i]];
@@ -78,11 +79,13 @@ Planned::Planned(const Call& c)
         plan.most_samples = std::max(plan.most_samples, i + 1 - begins.back());
         begins.push_back(i + 1);
         rows_before.push_back(total);
-        total += rows;
+        total += rows, work += rows * rows, most_work = std::max(most_work, rows * rows);
         rows = 0;
     }
     plan.order = order.data(), plan.tiles = begins.data(), plan.rows_before = rows_before.data();
     plan.n_tiles = rows_before.size();
+    // Otherwise the others would wait for whoever has the longest tile.
+    plan.together = c.n_threads > 1 && !c.halting && plan.most_rows >= LONG_TILE && most_work * c.n_threads * 2 > work;
     plan.n_slices = std::clamp<int64_t>(row_loops / ROW_LOOPS_PER_SLICE, 1, MOST_SLICES);
 }
 

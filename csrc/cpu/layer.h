@@ -1,5 +1,8 @@
 // One transformer layer on the packed rows of a tile: forward, keeping what the backward needs, and backward.
 //
+// Rows go through it in chunks, which attention and the weight gradients look beyond: before these the threads that
+// share a tile meet. Weight gradients are summed chunk by chunk, whoever takes which, so that sums come in one order.
+//
 // All buffers have leading dimensions padded to 16 with zeros in the padding. Rows are the valid tokens of the
 // tile's sequences, one sequence behind the other: pads and finished samples are never computed.
 #pragma once
@@ -98,11 +101,13 @@ inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<
     }
 }
 
-// y = the branch's input: norm(x) in the buffer y, or x itself where no norm comes first
+// The branch's input: norm(x) in the buffer y, or x itself where no norm comes first.
+inline const float* input_of_branch(const Shape& s, const float* x, const float* y) {
+    return s.norm_kind == NO_NORM || s.placement == POST ? x : y;
+}
 inline const float* branch_input(const Shape& s, int rows, const float* x, NormWeights w, float* y) {
-    if (s.norm_kind == NO_NORM || s.placement == POST) return x;
-    norm(s.norm_kind, rows, s.d_model, x, w, s.eps, y);
-    return y;
+    if (input_of_branch(s, x, y) == y) norm(s.norm_kind, rows, s.d_model, x, w, s.eps, y);
+    return input_of_branch(s, x, y);
 }
 
 // The branch's last product y W^T + bias, and x, added and normed as the placement says. z keeps what the
@@ -155,31 +160,101 @@ inline MatA<P> operand(int rows, int width, const float* x, typename P::number* 
     return row_operand<P>(rounded(int64_t(rows) * width, x, scratch), width);
 }
 
-template <class P>
-inline void layer_forward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Lengths seqs, int rows,
-                          Saved<P> k, float* out, OperandScratch<P> scratch) {
-    const int d = cells_of<P>(s.d_model), a = cells_of<P>(s.query), f = cells_of<P>(s.d_ff);
-    const float* y = branch_input(s, rows, k.in, w.n1, k.y1);
-    gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, scratch.rows), panels<P>(w.qkv, d),
-            Bias{k.qkv, s.qkv_cols, w.qkv_bias});
-    int at = 0;
-    for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
-        float* qkv = k.qkv + int64_t(at) * s.qkv_cols;
-        if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, 1.0f, qkv);
-        attend(s.heads, seqs.lengths[b], qkv, k.o + int64_t(at) * s.query_cols, scratch.attention);
-    }
-    if (k.saved_qkv) rounded(int64_t(rows) * s.qkv_cols, k.qkv, k.saved_qkv);
-    float* mid = s.d_ff ? k.mid : out;
-    close_branch<P>(s, rows, a, operand<P>(rows, s.query_cols, k.o, k.saved_o), panels<P>(w.out, a), w.out_bias,
-                    seqs.row_scale, k.in, k.z1, w.n1, w.n1_post, mid);
-    if (!s.d_ff) return;
+// The rows of a tile that run a loop, whose they are, and the threads that share them.
+struct Rows {
+    Lengths seqs;
+    int count;
+    Share share;
 
-    y = branch_input(s, rows, mid, w.n2, k.y2);
-    gemm_activated<Activate, P>(s, rows, s.hidden_cols, d, operand<P>(rows, s.model_cols, y, scratch.rows),
+    // f(first row of a sequence, its length, begin and end of what is its own in rows begin .. end)
+    template <class F>
+    void each_sequence(int begin, int end, F f) const {
+        for (int i = 0, at = 0; i < seqs.count && at < end; at += seqs.lengths[i++]) {
+            const int from = std::max(begin, at) - at, to = std::min(end - at, seqs.lengths[i]);
+            if (from < to) f(at, seqs.lengths[i], from, to);
+        }
+    }
+};
+
+// What a layer of a call reads beside its rows.
+template <class P>
+struct LayerOf {
+    const Shape& s;
+    const LayerWeights<P>& w;
+    const float* rotary;
+    Temporaries t;
+    OperandScratch<P> scratch;
+};
+
+inline void flag(int rows, bool on, float* flags) { std::fill(flags, flags + rows, on ? 1.0f : 0.0f); }
+
+// Whether a sequence has to visit every pair: where it holds an infinity or NaN, and some pairs are masked.
+inline bool visits_every_pair(const Scoring& s, int n, const float* nonfinite) {
+    return (s.causal || s.window) && std::find(nonfinite, nonfinite + n, 1.0f) != nonfinite + n;
+}
+
+// Queries, keys and values of a chunk; the last two also where attention reads them.
+template <class P>
+inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& k) {
+    const Shape& s = layer.s;
+    const int rows = end - begin, d = cells_of<P>(s.d_model);
+    const float* y = branch_input(s, rows, k.in, layer.w.n1, k.y1);
+    gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows), panels<P>(layer.w.qkv, d),
+            Bias{k.qkv, s.qkv_cols, layer.w.qkv_bias});
+    tile.each_sequence(begin, end, [&](int at, int n, int from, int to) {
+        float* qkv = k.qkv + int64_t(at + from - begin) * s.qkv_cols;
+        if (s.rope) rotate(s.heads, from, to, s.seq_len, layer.rotary, 1.0f, qkv);
+        round_numbers<P>(int64_t(to - from) * s.qkv_cols, qkv);  // the backward has only these
+        pack_keys_values(s.heads, n, from, to, qkv, layer.t.kv + int64_t(at) * s.kv_cols);
+        flag(to - from, has_nonfinite(to - from, s.heads.width(), s.qkv_cols, qkv), layer.t.nonfinite + at + from);
+    });
+    if (k.saved_qkv) rounded(int64_t(rows) * s.qkv_cols, k.qkv, k.saved_qkv);
+}
+
+template <class P>
+inline void attend_chunk(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& whole) {
+    const Shape& s = layer.s;
+    tile.each_sequence(begin, end, [&](int at, int n, int from, int to) {
+        attend(s.heads, s.scoring, n, from, to, visits_every_pair(s.scoring, n, layer.t.nonfinite + at),
+               whole.qkv + int64_t(at) * s.qkv_cols, layer.t.kv + int64_t(at) * s.kv_cols,
+               whole.o + int64_t(at) * s.query_cols, whole.scores + int64_t(at) * s.score_cols, s.score_cols,
+               layer.scratch.attention);
+    });
+}
+
+// From what a chunk's heads attended to, to the layer's result.
+template <class P>
+inline void finish_chunk(const LayerOf<P>& layer, int rows, const float* scale, const Saved<P>& k, float* out) {
+    const Shape& s = layer.s;
+    const LayerWeights<P>& w = layer.w;
+    const int d = cells_of<P>(s.d_model), a = cells_of<P>(s.query), f = cells_of<P>(s.d_ff);
+    float* mid = s.d_ff ? k.mid : out;
+    close_branch<P>(s, rows, a, operand<P>(rows, s.query_cols, k.o, layer.scratch.rows), panels<P>(w.out, a),
+                    w.out_bias, scale, k.in, k.z1, w.n1, w.n1_post, mid);
+    if (!s.d_ff) return;
+    const float* y = branch_input(s, rows, mid, w.n2, k.y2);
+    gemm_activated<Activate, P>(s, rows, s.hidden_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows),
                                 panels<P>(w.up, d), k.u, k.act, w.up_bias, s.hidden_cols, s.ff_cols);
     clear_padding(rows, s.d_ff, s.ff_cols, s.ff_cols, k.act);
-    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, seqs.row_scale, mid,
-                    k.z2, w.n2, w.n2_post, out);
+    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, scale, mid, k.z2,
+                    w.n2, w.n2_post, out);
+}
+
+template <class P>
+inline void layer_forward(const LayerOf<P>& layer, const Rows& tile, const Saved<P>& whole, float* out) {
+    const Share& share = tile.share;
+    share.each_chunk(tile.count, [&](int begin, int end) {
+        project(layer, tile, begin, end, from_row(whole, layer.s, begin));
+    });
+    share.meet();
+    // Every so many chunks: with a causal mask the last ones take longest.
+    for (int i = share.index * ROWS_PER_CHUNK; i < tile.count; i += share.count * ROWS_PER_CHUNK)
+        attend_chunk(layer, tile, i, std::min(i + ROWS_PER_CHUNK, tile.count), whole);
+    share.meet();
+    share.each_chunk(tile.count, [&](int begin, int end) {
+        finish_chunk(layer, end - begin, tile.seqs.row_scale + begin, from_row(whole, layer.s, begin),
+                     out + int64_t(begin) * layer.s.model_cols);
+    });
 }
 
 // The sums of VL columns of x.
@@ -191,57 +266,161 @@ inline vf column_sums(int rows, const Number* x, int64_t ld) {
     return i < rows ? even + odd + load(x + i * ld) : even + odd;
 }
 
-// weight[wide, narrow] += x^T y of x[rows, wide], y[rows, narrow]: y in panels stays in L1 while x's columns pass
-// by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is a gradient.
+// weight[wide, narrow] += x^T y of a chunk x[rows, wide], y[rows, narrow], in some columns of x: y in panels stays in
+// L1 while x's columns pass by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is
+// a gradient.
 template <class P, class X, class Y>
-inline void weight_grads(int rows, int wide, const X* x, float* x_sums, int narrow, const Y* y, float* y_sums,
-                         float* weight, OperandScratch<P> scratch) {
+inline void weight_grads(int rows, Range columns, int wide, const X* x, float* x_sums, int narrow, const Y* y,
+                         float* y_sums, float* weight, const OperandScratch<P>& scratch) {
     const int k = cells_of<P>(rows);
     stack<P>(rows, narrow, y, narrow, scratch.panels);
-    for (int i = 0; i < wide; i += VL) {
+    for (int i = columns.begin; i < columns.end; i += VL) {
         gemm<P>(VL, narrow, k, column_operand<P>(rows, x + i, wide, scratch.columns), panels<P>(scratch.panels, k),
                 Add{weight + int64_t(i) * narrow, narrow});
         if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
     }
-    for (int j = 0; y_sums && j < narrow; j += VL)
+    const bool first = columns.begin == 0 && columns.end > 0;
+    for (int j = 0; y_sums && first && j < narrow; j += VL)
         store(y_sums + j, load(y_sums + j) + column_sums(rows, y + j, narrow));
 }
 
+// Gradients of a chunk's rows from the layer's result to the heads' outputs; dx becomes what flows past both branches.
 template <class P>
-inline void layer_backward(const Shape& s, const LayerWeights<P>& w, const float* rotary, Lengths seqs, int rows,
-                           Saved<P> k, LayerGrads g, Temporaries t, float* dx, OperandScratch<P> scratch) {
-    const int d = cells_of<P>(s.d_model), qkv = cells_of<P>(s.qkv), up = cells_of<P>(s.hidden_cols);
-    const float* y1 = branch_input(s, rows, k.in, w.n1, k.y1);
+inline void outputs_backward(const LayerOf<P>& layer, int begin, int rows, const float* scale, const Saved<P>& k,
+                             float* dx) {
+    const Shape& s = layer.s;
+    const LayerWeights<P>& w = layer.w;
+    const Temporaries& t = layer.t;
+    const int d = cells_of<P>(s.d_model), up = cells_of<P>(s.hidden_cols);
+    NormGrads n1 = norm_grads_of_chunk(s, t, begin, 0), n1_post = norm_grads_of_chunk(s, t, begin, 1);
+    NormGrads n2 = norm_grads_of_chunk(s, t, begin, 2), n2_post = norm_grads_of_chunk(s, t, begin, 3);
+    std::memset(n1.gain, 0, NORMS_OF_LAYER * 2 * s.model_cols * sizeof(float));
+    float *dz = t.dz + int64_t(begin) * s.model_cols, *d_o = t.d_o + int64_t(begin) * s.query_cols;
     if (s.d_ff) {
-        const float* y2 = branch_input(s, rows, k.mid, w.n2, k.y2);
-        open_branch_backward(s, rows, seqs.row_scale, dx, k.z2, w.n2, w.n2_post, g.n2, g.n2_post, t.dz);
-        gemm_activated<ActivateBackward, P>(s, rows, s.ff_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows),
-                                            panels<P>(w.down_t, d), k.u, k.act, t.du, s.hidden_cols, s.ff_cols,
+        float *dz_mlp = t.dz_mlp + int64_t(begin) * s.model_cols, *du = t.du + int64_t(begin) * s.hidden_cols;
+        branch_input(s, rows, k.mid, w.n2, k.y2);
+        open_branch_backward(s, rows, scale, dx, k.z2, w.n2, w.n2_post, n2, n2_post, dz_mlp);
+        gemm_activated<ActivateBackward, P>(s, rows, s.ff_cols, d,
+                                            operand<P>(rows, s.model_cols, dz_mlp, layer.scratch.rows),
+                                            panels<P>(w.down_t, d), k.u, k.act, du, s.hidden_cols, s.ff_cols,
                                             k.saved_qkv);
         for (int half = 0; half < s.hidden_cols; half += s.ff_cols)
-            clear_padding(rows, s.d_ff, s.ff_cols, s.hidden_cols, t.du + half);
-        weight_grads<P>(rows, s.ff_cols, k.act, nullptr, s.model_cols, t.dz, g.down_bias, g.down_t, scratch);
-        weight_grads<P>(rows, s.hidden_cols, t.du, g.up_bias, s.model_cols, y2, nullptr, g.up, scratch);
-        gemm<P>(rows, s.model_cols, up, operand<P>(rows, s.hidden_cols, t.du, scratch.rows), panels<P>(w.up_t, up),
-                Store{t.dy, s.model_cols});
-        close_branch_backward(s, rows, k.mid, t.dy, w.n2, g.n2, dx);
+            clear_padding(rows, s.d_ff, s.ff_cols, s.hidden_cols, du + half);
+        gemm<P>(rows, s.model_cols, up, operand<P>(rows, s.hidden_cols, du, layer.scratch.rows), panels<P>(w.up_t, up),
+                Store{layer.scratch.dy, s.model_cols});
+        close_branch_backward(s, rows, k.mid, layer.scratch.dy, w.n2, n2, dx);
     }
-    open_branch_backward(s, rows, seqs.row_scale, dx, k.z1, w.n1, w.n1_post, g.n1, g.n1_post, t.dz);
-    weight_grads<P>(rows, s.model_cols, t.dz, g.out_bias, s.query_cols, k.saved_o, nullptr, g.out, scratch);
-    gemm<P>(rows, s.query_cols, d, operand<P>(rows, s.model_cols, t.dz, scratch.rows), panels<P>(w.out_t, d),
-            Store{t.d_o, s.query_cols});
+    open_branch_backward(s, rows, scale, dx, k.z1, w.n1, w.n1_post, n1, n1_post, dz);
+    gemm<P>(rows, s.query_cols, d, operand<P>(rows, s.model_cols, dz, layer.scratch.rows), panels<P>(w.out_t, d),
+            Store{d_o, s.query_cols});
     widen(int64_t(rows) * s.qkv_cols, k.saved_qkv, k.qkv);
-    int at = 0;
-    for (int b = 0; b < seqs.count; at += seqs.lengths[b++]) {
-        float* d_qkv = t.d_qkv + int64_t(at) * s.qkv_cols;
-        attend_backward(s.heads, seqs.lengths[b], k.qkv + int64_t(at) * s.qkv_cols,
-                        t.d_o + int64_t(at) * s.query_cols, d_qkv, scratch.attention);
-        if (s.rope) rotate(s.heads, seqs.lengths[b], s.seq_len, rotary, -1.0f, d_qkv);
+    flag(rows, has_nonfinite(rows, s.heads.width(), s.qkv_cols, k.qkv) || has_nonfinite(rows, s.query, s.query_cols, d_o),
+         t.nonfinite + begin);
+}
+
+// Weight gradients of the MLP and of the attention's last map, over rows begin .. end.
+template <class P>
+inline void output_grads(const LayerOf<P>& layer, const Share& share, int begin, int end, const Saved<P>& whole,
+                         const LayerGrads& g) {
+    const Shape& s = layer.s;
+    const Temporaries& t = layer.t;
+    const Range of_ff = share.part(s.ff_cols, VL), of_hidden = share.part(s.hidden_cols, VL);
+    const Range of_model = share.part(s.model_cols, VL);
+    for (int i = begin; i < end; i += ROWS_PER_CHUNK) {
+        const int rows = std::min(ROWS_PER_CHUNK, end - i);
+        const Saved<P> k = from_row(whole, s, i);
+        const float *dz = t.dz + int64_t(i) * s.model_cols, *dz_mlp = t.dz_mlp + int64_t(i) * s.model_cols;
+        if (s.d_ff) {
+            weight_grads<P>(rows, of_ff, s.ff_cols, k.act, nullptr, s.model_cols, dz_mlp, g.down_bias, g.down_t,
+                            layer.scratch);
+            weight_grads<P>(rows, of_hidden, s.hidden_cols, t.du + int64_t(i) * s.hidden_cols, g.up_bias, s.model_cols,
+                            input_of_branch(s, k.mid, k.y2), nullptr, g.up, layer.scratch);
+        }
+        weight_grads<P>(rows, of_model, s.model_cols, dz, g.out_bias, s.query_cols, k.o, nullptr, g.out, layer.scratch);
     }
-    weight_grads<P>(rows, s.qkv_cols, t.d_qkv, g.qkv_bias, s.model_cols, y1, nullptr, g.qkv, scratch);
-    gemm<P>(rows, s.model_cols, qkv, operand<P>(rows, s.qkv_cols, t.d_qkv, scratch.rows), panels<P>(w.qkv_t, qkv),
-            Store{t.dy, s.model_cols});
-    close_branch_backward(s, rows, k.in, t.dy, w.n1, g.n1, dx);
+}
+
+// From the gradients of a chunk's q, k and v to that of the layer's input.
+template <class P>
+inline void inputs_backward(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& k, float* dx) {
+    const Shape& s = layer.s;
+    const int rows = end - begin, qkv = cells_of<P>(s.qkv);
+    float* d_qkv = layer.t.d_qkv + int64_t(begin) * s.qkv_cols;
+    if (s.rope)
+        tile.each_sequence(begin, end, [&](int at, int, int from, int to) {
+            rotate(s.heads, from, to, s.seq_len, layer.rotary, -1.0f, d_qkv + int64_t(at + from - begin) * s.qkv_cols);
+        });
+    branch_input(s, rows, k.in, layer.w.n1, k.y1);
+    gemm<P>(rows, s.model_cols, qkv, operand<P>(rows, s.qkv_cols, d_qkv, layer.scratch.rows),
+            panels<P>(layer.w.qkv_t, qkv), Store{layer.scratch.dy, s.model_cols});
+    close_branch_backward(s, rows, k.in, layer.scratch.dy, layer.w.n1, norm_grads_of_chunk(s, layer.t, begin, 0), dx);
+}
+
+template <class P>
+inline void input_grads(const LayerOf<P>& layer, const Share& share, int begin, int end, const Saved<P>& whole,
+                        const LayerGrads& g) {
+    const Shape& s = layer.s;
+    for (int i = begin; i < end; i += ROWS_PER_CHUNK) {
+        const Saved<P> k = from_row(whole, s, i);
+        weight_grads<P>(std::min(ROWS_PER_CHUNK, end - i), share.part(s.qkv_cols, VL), s.qkv_cols,
+                        layer.t.d_qkv + int64_t(i) * s.qkv_cols, g.qkv_bias, s.model_cols,
+                        input_of_branch(s, k.in, k.y1), nullptr, g.qkv, layer.scratch);
+    }
+}
+
+inline void add_norm_grads(int rows, const Shape& s, const Temporaries& t, const LayerGrads& g) {
+    const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post};
+    for (int i = 0; i < rows; i += ROWS_PER_CHUNK)
+        for (int which = 0; which < NORMS_OF_LAYER; which++) {
+            const NormGrads from = norm_grads_of_chunk(s, t, i, which), to = norms[which];
+            axpy(s.model_cols, 1.0f, from.gain, to.gain, to.gain), axpy(s.model_cols, 1.0f, from.shift, to.shift, to.shift);
+        }
+}
+
+inline void add_loop_norm_grads(int rows, const Shape& s, const Temporaries& t, NormGrads to) {
+    for (int i = 0; i < rows; i += ROWS_PER_CHUNK) {
+        const NormGrads from = norm_grads_of_chunk(s, t, i, 0);
+        axpy(s.model_cols, 1.0f, from.gain, to.gain, to.gain), axpy(s.model_cols, 1.0f, from.shift, to.shift, to.shift);
+    }
+}
+
+template <class P>
+inline void attention_backward(const LayerOf<P>& layer, const Rows& tile, const Saved<P>& k) {
+    const Shape& s = layer.s;
+    tile.each_sequence(0, tile.count, [&](int at, int n, int, int) {
+        const bool every_pair = visits_every_pair(s.scoring, n, layer.t.nonfinite + at);
+        for (int g = tile.share.index; g < s.heads.n_kv_heads; g += tile.share.count)
+            attend_backward(s.heads, s.scoring, g, n, every_pair, k.qkv + int64_t(at) * s.qkv_cols,
+                            k.o + int64_t(at) * s.query_cols, k.scores + int64_t(at) * s.score_cols, s.score_cols,
+                            layer.t.d_o + int64_t(at) * s.query_cols, layer.t.d_qkv + int64_t(at) * s.qkv_cols,
+                            layer.scratch.attention);
+    });
+}
+
+// Alone a thread takes a chunk's weight gradients while the chunk is in its cache; a team takes columns of the weights
+// each, over all rows.
+template <class P>
+inline void layer_backward(const LayerOf<P>& layer, const Rows& tile, const Saved<P>& whole, const LayerGrads& g,
+                           float* dx) {
+    const Shape& s = layer.s;
+    const Share& share = tile.share;
+    share.each_chunk(tile.count, [&](int begin, int end) {
+        outputs_backward(layer, begin, end - begin, tile.seqs.row_scale + begin, from_row(whole, s, begin),
+                         dx + int64_t(begin) * s.model_cols);
+        if (share.alone()) output_grads(layer, share, begin, end, whole, g);
+    });
+    share.meet();
+    if (!share.alone()) output_grads(layer, share, 0, tile.count, whole, g);
+    attention_backward(layer, tile, whole);
+    share.meet();
+    share.each_chunk(tile.count, [&](int begin, int end) {
+        inputs_backward(layer, tile, begin, end, from_row(whole, s, begin), dx + int64_t(begin) * s.model_cols);
+        if (share.alone()) input_grads(layer, share, begin, end, whole, g);
+    });
+    share.meet();
+    if (!share.alone()) input_grads(layer, share, 0, tile.count, whole, g);
+    if (share.index == 0) add_norm_grads(tile.count, s, layer.t, g);
+    share.meet();
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// Memory: one allocation a thread, cut into the buffers of its largest tile; and what is kept for the backward.
+// Memory: of the largest tile, and of a thread; and what is kept for the backward.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
 
 #include "sequences.h"
+#include "share.h"
 #include "weights.h"
 
 namespace {
@@ -50,24 +51,44 @@ struct Counter {  // as Arena, but only adds up what would be taken
 
 // Of one layer, [rows, width]: y1, y2 normed inputs, z1, z2 branch outputs (with post-norm: the sums). The
 // backward computes y1, y2 and act again, for they are cheap. What only products read again is rounded as their
-// operands are; attention works on qkv and o as they are: in single precision the same memory as what is kept.
+// operands are; attention works on qkv as they are: in single precision the same memory as what is kept.
 template <class P>
 struct Saved {
     typedef typename P::number Number;
-    float *in, *y1, *qkv, *o, *z1, *mid, *y2, *z2;
-    Number *saved_qkv, *saved_o, *u, *act;
+    float *in, *y1, *qkv, *o, *scores, *z1, *mid, *y2, *z2;
+    Number *saved_qkv, *u, *act;
+    // Whether y1, y2 and act, and z1, mid, z2 and u, have room for all rows, or for a chunk's alone.
+    bool whole_inputs, whole_results;
 };
 
-// OperandScratch for products' operands and for attention, of one thread.
+// Of one thread, for a chunk: products' operands; and for attention.
 template <class P>
 struct OperandScratch {
     typename P::number* rows;
     typename P::cell *columns, *panels;
-    float* attention;
+    float *attention, *dy;
+
+    template <class Memory>
+    OperandScratch(const Call& c, const Shape& s, const Plan& plan, Memory& m, bool backward) {
+        const int64_t widest = std::max({s.model_cols, s.qkv_cols, s.query_cols, s.ff_cols, s.hidden_cols});
+        const auto cells = [&](int64_t n) {
+            return reinterpret_cast<typename P::cell*>(m.place(cells_of<P>(ROWS_PER_CHUNK) * n));
+        };
+        rows = reinterpret_cast<typename P::number*>(m.place(ROWS_PER_CHUNK * widest / P::NUMBERS));
+        const int64_t longest = std::min(plan.most_rows, c.seq_len);
+        const int64_t gradients = backward ? attend_backward_scratch(longest, c.head_dim) : 0;
+        attention = m.place(std::max(attend_scratch(c.head_dim), gradients));
+        columns = panels = nullptr, dy = nullptr;
+        if (!backward) return;
+        columns = cells(VL), panels = cells(std::max(s.model_cols, s.query_cols));
+        dy = m.place(ROWS_PER_CHUNK * s.model_cols);
+    }
 };
 
-struct Temporaries {  // [rows, width] each
-    float *dz, *dy, *d_o, *d_qkv, *du;
+// [rows, width] each. kv: keys and values as attention reads them. nonfinite: of a row 1 where its qkv (in the backward
+// or d_o) hold an infinity or NaN. dz, dz_mlp: of the branches' outputs. norms: [chunks][NORMS_OF_LAYER][2][d_model].
+struct Temporaries {
+    float *kv, *nonfinite, *dz, *dz_mlp, *d_o, *d_qkv, *du, *norms;
 };
 
 // Memory for n numbers as the operands of products are.
@@ -77,65 +98,82 @@ typename P::number* place_numbers(Memory& m, int64_t n) {
 }
 
 template <class P, class Memory>
-Saved<P> place_saved(Memory& m, const Shape& s, int64_t rows, bool backward) {
+Saved<P> place_saved(Memory& m, const Shape& s, const Plan& plan, bool backward) {
+    const int64_t rows = plan.most_rows;
     Saved<P> k{};
-    k.in = m.place(rows * s.model_cols), k.y1 = m.place(rows * s.model_cols), k.qkv = m.place(rows * s.qkv_cols);
-    k.o = m.place(rows * s.query_cols);
-    k.z1 = m.place(rows * s.model_cols), k.mid = m.place(rows * s.model_cols), k.y2 = m.place(rows * s.model_cols);
-    k.z2 = m.place(rows * s.model_cols);
-    k.u = place_numbers<P>(m, rows * s.hidden_cols), k.act = place_numbers<P>(m, rows * s.ff_cols);
-    if constexpr (P::NUMBERS == 1) {
-        k.saved_qkv = k.qkv, k.saved_o = k.o;
-    } else {
-        if (backward) k.saved_qkv = place_numbers<P>(m, rows * s.qkv_cols);
-        k.saved_o = place_numbers<P>(m, rows * s.query_cols);
+    k.in = m.place(rows * s.model_cols), k.qkv = m.place(rows * s.qkv_cols);
+    k.o = m.place(rows * s.query_cols), k.scores = m.place(rows * s.score_cols);
+    k.whole_inputs = k.whole_results = backward || plan.together;  // chunks of several threads are under way
+    const int64_t some = k.whole_inputs ? rows : std::min<int64_t>(rows, ROWS_PER_CHUNK);
+    k.y1 = m.place(some * s.model_cols), k.y2 = m.place(some * s.model_cols), k.mid = m.place(some * s.model_cols);
+    k.z1 = m.place(some * s.model_cols), k.z2 = m.place(some * s.model_cols);
+    k.u = place_numbers<P>(m, some * s.hidden_cols), k.act = place_numbers<P>(m, some * s.ff_cols);
+    if constexpr (P::NUMBERS == 1)
+        k.saved_qkv = k.qkv;
+    else if (backward)
+        k.saved_qkv = place_numbers<P>(m, rows * s.qkv_cols);
+    return k;
+}
+
+// From a row on.
+template <class P>
+Saved<P> from_row(Saved<P> k, const Shape& s, int64_t row) {
+    k.in += row * s.model_cols, k.qkv += row * s.qkv_cols, k.o += row * s.query_cols, k.scores += row * s.score_cols;
+    if (k.saved_qkv) k.saved_qkv += row * s.qkv_cols;
+    if (k.whole_inputs) k.y1 += row * s.model_cols, k.y2 += row * s.model_cols, k.act += row * s.ff_cols;
+    if (k.whole_results) {
+        k.z1 += row * s.model_cols, k.mid += row * s.model_cols, k.z2 += row * s.model_cols;
+        k.u += row * s.hidden_cols;
     }
     return k;
 }
 
+constexpr int NORMS_OF_LAYER = 4;
+
 template <class Memory>
-Temporaries place_temporaries(Memory& m, const Shape& s, int64_t rows) {
-    return {m.place(rows * s.model_cols), m.place(rows * s.model_cols), m.place(rows * s.query_cols),
-            m.place(rows * s.qkv_cols), m.place(rows * s.hidden_cols)};
+Temporaries place_temporaries(Memory& m, const Shape& s, int64_t rows, bool backward) {
+    Temporaries t{};
+    t.kv = m.place(rows * s.kv_cols), t.nonfinite = m.place(rows);
+    if (!backward) return t;
+    t.dz = m.place(rows * s.model_cols), t.dz_mlp = m.place(rows * s.model_cols), t.d_o = m.place(rows * s.query_cols);
+    t.d_qkv = m.place(rows * s.qkv_cols), t.du = m.place(rows * s.hidden_cols);
+    t.norms = m.place((rows / ROWS_PER_CHUNK + 1) * NORMS_OF_LAYER * 2 * s.model_cols);
+    return t;
 }
 
-// What one thread needs for the largest tile.
+// A chunk's own sums of a norm's gradients.
+inline NormGrads norm_grads_of_chunk(const Shape& s, const Temporaries& t, int row, int which) {
+    float* at = t.norms + (int64_t(row / ROWS_PER_CHUNK) * NORMS_OF_LAYER + which) * 2 * s.model_cols;
+    return {at, at + s.model_cols};
+}
+
+// What a tile needs.
 template <class P>
 struct Workspace {
     Saved<P> own[MOST_LAYERS], layers[MOST_LAYERS];  // layers: where the current loop's are
-    float *e, *h, *own_u, *u;                    // u: what the last layer left, before the loop norm
-    float *own_state, *state;                    // h as the loop found it, where the injection's backward reads it
-    float* row_scale;                            // [rows]
-    OperandScratch<P> scratch;
+    float *e, *h, *own_u, *u;                        // u: what the last layer left, before the loop norm
+    float *own_state, *state;                        // h as the loop found it, where the injection's backward reads it
+    float* row_scale;                                // [rows]
+    float *next, *dh, *de;                           // next: of h in the forward, of dh in the backward
     Temporaries t;
-    float *dh, *de, *dx;
 
     template <class Memory>
-    Workspace(const Call& c, const Shape& s, int64_t rows, Memory& m, bool backward) {
-        for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = place_saved<P>(m, s, rows, backward);
+    Workspace(const Call& c, const Shape& s, const Plan& plan, Memory& m, bool backward) {
+        const int64_t rows = plan.most_rows;
+        for (int l = 0; l < c.n_layers; l++) own[l] = layers[l] = place_saved<P>(m, s, plan, backward);
         e = m.place(rows * s.model_cols), h = m.place(rows * s.model_cols), own_u = u = m.place(rows * s.model_cols);
         own_state = state = reads_state(c) ? m.place(rows * s.model_cols) : nullptr;
-        row_scale = m.place(rows);
-        const int64_t n = c.seq_len, np = padded(n);
-        const int64_t widest = std::max({s.model_cols, s.qkv_cols, s.query_cols, s.ff_cols, s.hidden_cols});
-        scratch.rows = place_numbers<P>(m, rows * widest);
-        if (backward) {
-            const auto place = [&](int64_t n) { return reinterpret_cast<typename P::cell*>(m.place(n)); };
-            const int64_t k = cells_of<P>(rows);
-            scratch.columns = place(k * VL), scratch.panels = place(k * std::max(s.model_cols, s.query_cols));
-        }
-        scratch.attention = m.place(16 * (c.head_dim + n) + (backward ? 2 * n * np : 0));  // 16: the widest vector
-        if (backward) {
-            t = place_temporaries(m, s, rows);
-            dh = m.place(rows * s.model_cols), de = m.place(rows * s.model_cols), dx = m.place(rows * s.model_cols);
-        }
+        row_scale = m.place(rows), next = m.place(rows * s.model_cols);
+        t = place_temporaries(m, s, rows, backward);
+        if (backward) dh = m.place(rows * s.model_cols), de = m.place(rows * s.model_cols);
     }
 };
 
-template <class P>
-int64_t workspace_floats(const Call& c, const Shape& s, int64_t rows, bool backward) {
+// Floats that a structure takes of memory.
+template <class Placed>
+int64_t floats_of(const Call& c, const Shape& s, const Plan& plan, bool backward) {
     Counter count;
-    Workspace<P>(c, s, rows, count, backward);
+    Placed(c, s, plan, count, backward);
     return count.floats;
 }
 
@@ -151,15 +189,15 @@ void bind(const Call& c, const Shape& s, const Sequences& tile, int64_t t, int64
     };
     for (int l = 0; l < c.n_layers; l++) {
         Saved<P>& k = ws.layers[l];
-        k = ws.own[l];
+        k = ws.own[l], k.whole_results = true;
         k.in = place(s.model_cols), k.mid = place(s.model_cols);
+        k.o = place(s.query_cols), k.scores = place(s.score_cols);
         if (s.placement != PRE) k.z1 = place(s.model_cols), k.z2 = place(s.model_cols);
         auto* numbers = reinterpret_cast<typename P::number*>(at);
         k.saved_qkv = numbers + from * s.qkv_cols, numbers += int64_t(tile.rows) * s.qkv_cols;
-        k.saved_o = numbers + from * s.query_cols, numbers += int64_t(tile.rows) * s.query_cols;
         k.u = numbers + from * s.hidden_cols;
-        if constexpr (P::NUMBERS == 1) k.qkv = k.saved_qkv, k.o = k.saved_o;
-        at += int64_t(tile.rows) * padded((s.qkv_cols + s.query_cols + s.hidden_cols) / P::NUMBERS);
+        if constexpr (P::NUMBERS == 1) k.qkv = k.saved_qkv;
+        at += int64_t(tile.rows) * padded((s.qkv_cols + s.hidden_cols) / P::NUMBERS);
     }
     ws.u = c.loop_norm ? place(s.model_cols) : ws.own_u;
     if (reads_state(c)) ws.state = place(s.model_cols);

@@ -17,6 +17,8 @@ class Team {
     void end_turn();
     // A thread has no more to do; the one that called waits for the n - 1 others.
     void leave(int n);
+    // Whether a call of stopped() said so.
+    bool is_stopped() const { return stop_.load(std::memory_order_relaxed); }
 
   private:
     template <class Ready>

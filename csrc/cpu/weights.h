@@ -13,7 +13,9 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
     int activation, norm_kind, placement, norm_factor, injection, seq_len;
     bool rope;
     float eps;
+    int score_cols, kv_cols;  // what is kept of the heads' scores; keys and values with each head padded
     Heads heads;
+    Scoring scoring;
 
     bool norms_sum() const { return placement == POST || placement == SANDWICH_POST; }
 
@@ -22,7 +24,10 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
           qkv_cols(padded(qkv)), query_cols(padded(query)), ff_cols(padded(d_ff)),
           hidden_cols(hidden_parts(c) * ff_cols), activation(c.activation), norm_kind(c.norm), placement(c.placement),
           norm_factor(c.norm_factor), injection(c.injection), seq_len(c.seq_len), rope(c.position == ROPE), eps(c.eps),
-          heads{int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), c.causal != 0, qkv_cols, query_cols} {}
+          score_cols(padded(KEPT_OF_SCORES * c.n_heads)), kv_cols(2 * c.n_kv_heads * padded(c.head_dim)),
+          heads{int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), qkv_cols, query_cols},
+          scoring{c.attn_scale ? float(c.attn_scale) : 1.0f / std::sqrt(float(c.head_dim)), float(c.softcap),
+                  int(c.window), c.causal != 0} {}
 };
 
 // Rows of the caller's up-projection in ours: gate and values are padded apart.

@@ -31,7 +31,6 @@ from shift_kernels.spec import (
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
-MAX_SEQ_LEN = 1024
 LINE = 64
 """Bytes of a cache line."""
 DTYPES = (
@@ -69,8 +68,6 @@ def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     if (refusal := CpuBackend.served.refusal(problem)) is not None:
         return refusal
-    if problem.seq_len > MAX_SEQ_LEN:
-        return f"seq_len = {problem.seq_len} > {MAX_SEQ_LEN}: a head's scores would leave the cache"
     if problem.spec.n_layers > _MOST_LAYERS:
         return f"n_layers = {problem.spec.n_layers} > {_MOST_LAYERS}"
     return None

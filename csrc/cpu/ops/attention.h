@@ -1,21 +1,29 @@
-// Softmax attention of one sequence whose queries, keys and values lie side by side in the rows of qkv.
+// Softmax attention in blocks: no score outlives the block of keys that it was computed for, so that memory grows
+// with the number of tokens and not with its square.
 //
-// Scores are kept with the queries side by side, [keys][queries], and computed for one vector of queries at a
-// time: maximum and sum over the keys then need no step across a vector, and with a causal mask the keys beyond
-// the last of these queries are never touched. Always in single precision: the products are small.
+// Scores are kept with the queries side by side, [keys][queries], and computed for one vector of queries, a panel, at
+// a time: maximum and sum over the keys then need no step across a vector. From block to block a panel keeps its
+// largest score, the sum of e^(score - largest) and the values summed by these weights, and scales the last two
+// where the largest score grows. The backward computes the weights again, from the largest score and the sum, which
+// the forward keeps of each query and head. Always in single precision: the products are small.
 //
-// A masked pair's score is -infinity, so that it has weight 0 beside any other score. But 0 times an infinity or
-// NaN is NaN: in a sequence that holds one all pairs are visited (`every_pair`), and it spreads as in plain PyTorch.
+// Keys that no query of a panel may see are not visited. A masked pair's score is -infinity, so that it has weight 0
+// beside any other score. But 0 times an infinity or NaN is NaN: in a sequence that holds one all pairs are visited
+// (`every_pair`), and it spreads as in plain PyTorch.
 #pragma once
+#include <algorithm>
+
 #include "gemm.h"
 
 namespace {
 
+constexpr int KEYS_PER_BLOCK = 128;                       // of the forward, in L1 beside a panel's scores
+constexpr int BACKWARD_BLOCK = 64;                        // queries and keys: two squares of it in L1
+constexpr int PANELS = BACKWARD_BLOCK / VL;
+
 struct Heads {
     int n_heads, n_kv_heads, head_dim;
-    bool causal;
     int ld_qkv, ld_o;
-    float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
     int group() const { return n_heads / n_kv_heads; }
     int width() const { return (n_heads + 2 * n_kv_heads) * head_dim; }
     // columns of a query head, and of a group's keys and values, in qkv
@@ -24,32 +32,53 @@ struct Heads {
     int v(int g) const { return (n_heads + n_kv_heads + g) * head_dim; }
 };
 
-// Epilogue: a head's columns within a wider matrix, whose neighbours are left alone.
-struct Head {
+// Which keys a query sees, and how a score comes about.
+struct Scoring {
+    float scale, softcap;  // softcap 0: none
+    int window;            // of positions, 0: none
+    bool causal;
+};
+
+// Keys and values of a head: rows in order of their positions, with zeros from head_dim to padded(head_dim).
+struct KeysValues {
+    const float *k, *v;
+    int64_t ld;
+    int count;
+};
+
+// Epilogues: a head's columns within a wider matrix, whose neighbours are left alone.
+struct Fold {  // sums that are scaled, row by row, before more is added; without `keep` the first
     float* c;
     int64_t ld;
-    int width;
-    bool add;
+    const float* keep;
     void prefetch_next(int, int) const {}
     void prefetch_now(int, int) const {}
     void finish(int i, int j, vf sum) const {
         float* to = c + i * ld + j;
-        store_first(to, add ? load(to) + sum : sum, width - j);
+        store(to, keep ? load(to) * keep[i] + sum : sum);
     }
 };
 
-struct Queries {  // VL of a sequence's n queries, or what is left of them
-    int begin, count, keys;  // keys: how many are visited, as a rule those that the last of them may see
-    bool causal;
-    vi position;
-    Queries(const Heads& heads, int n, int i0, bool every_pair)
-        : begin(i0), count(n - i0 < VL ? n - i0 : VL), keys(heads.causal && !every_pair ? i0 + count : n),
-          causal(heads.causal) {
-        for (int i = 0; i < VL; i++) position[i] = i0 + i;
+// Up to VL queries at neighbouring positions, and the keys they see.
+struct Panel {
+    int count;
+    int begin, end;          // keys that some of them may see, or all (every_pair)
+    int all_begin, all_end;  // keys that all of them may see
+    vi first, last;          // of each
+
+    Panel(const Scoring& s, int n_keys, int position, int n, bool every_pair) : count(n) {
+        const int behind = s.window ? s.window - 1 : n_keys + position + n;  // how far a query looks back,
+        const int ahead = s.causal ? 0 : behind;                             // and how far ahead
+        const int end_position = position + n - 1;
+        const auto within = [&](int key) { return std::min(std::max(key, 0), n_keys); };
+        begin = every_pair ? 0 : within(position - behind), end = every_pair ? n_keys : within(end_position + ahead + 1);
+        all_begin = within(end_position - behind), all_end = within(position + ahead + 1);
+        for (int i = 0; i < VL; i++) first[i] = position + i - behind, last[i] = position + i + ahead;
     }
-    // x in the queries that may see key j, `masked` in the others
-    vf where_seen(int j, vf x, float masked) const {
-        return causal && j > begin ? pick(position < j, all(masked), x) : x;
+    bool all_see(int key) const { return key >= all_begin && key < all_end; }
+    // x in the queries that may see the key, `masked` in the others
+    vf where_seen(int key, vf x, float masked) const {
+        return all_see(key) ? x : pick((first <= key) & (last >= key), x, all(masked));
     }
 };
 
@@ -63,96 +92,223 @@ inline bool has_nonfinite(int64_t rows, int width, int64_t ld, const float* x) {
     return false;
 }
 
-// VL rows of x, side by side and scaled: [head_dim][VL]; missing rows are zero.
-inline void transpose_scaled(const Heads& heads, Queries queries, const float* x, int64_t ld, float scale, float* out) {
-    pack_transposed<F32>(x + queries.begin * ld, ld, queries.count, heads.head_dim, VL, out);
-    for (int t = 0; t < heads.head_dim; t++) store(out + t * VL, load(out + t * VL) * scale);
+// A head's columns of n rows, side by side in rows of padded(head_dim), with zeros beyond.
+inline void pack_head(int n, int head_dim, const float* x, int64_t ld, float* out) {
+    const int width = padded(head_dim);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < width; j += VL) store(out + int64_t(i) * width + j, load_first(x + i * ld + j, head_dim - j));
+}
+inline void unpack_head(int n, int head_dim, const float* x, float* out, int64_t ld) {
+    const int width = padded(head_dim);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < head_dim; j += VL) store_first(out + i * ld + j, load(x + int64_t(i) * width + j), head_dim - j);
 }
 
-// Probabilities p[keys][ld] of some queries (transposed, and scaled), zero where a query may not look.
-inline void probabilities(const Heads& heads, const Queries& queries, const float* queries_t, const float* k, float* p,
-                          int64_t ld) {
-    gemm<F32>(queries.keys, VL, heads.head_dim, {k, heads.ld_qkv, 1}, panels<F32>(queries_t, heads.head_dim),
-              Store{p, ld});
-    vf largest = load(p), total = all(0);
-    for (int j = 1; j < queries.keys; j++) {
-        const vf score = queries.where_seen(j, load(p + j * ld), -INFINITY);
-        store(p + j * ld, score);
-        largest = max(largest, score);
-    }
-    for (int j = 0; j < queries.keys; j++) {
-        vf x = exp(load(p + j * ld) - largest);
-        x = pick(x < 1e-37f, all(0), x);  // products of smaller numbers take some processors long
-        store(p + j * ld, x);
-        total += x;
-    }
-    const vf inverse = 1.0f / total;
-    for (int j = 0; j < queries.keys; j++) store(p + j * ld, load(p + j * ld) * inverse);
+// Up to VL rows of x, side by side and scaled: [head_dim][VL]; missing rows are zero.
+inline void transpose_scaled(int rows, int head_dim, const float* x, int64_t ld, float scale, float* out) {
+    pack_transposed<F32>(x, ld, rows, head_dim, VL, out);
+    for (int t = 0; t < head_dim; t++) store(out + t * VL, load(out + t * VL) * scale);
 }
 
-// scratch: VL * (head_dim + n) floats
-inline void attend(const Heads& heads, int n, const float* qkv, float* o, float* scratch) {
-    const int hd = heads.head_dim;
-    float *transposed = scratch, *p = transposed + VL * hd;
-    const bool every_pair = heads.causal && has_nonfinite(n, heads.width(), heads.ld_qkv, qkv);
+// softcap * tanh(score / softcap), and its slope
+struct Capped {
+    vf score, slope;
+};
+inline Capped cap(vf score, float softcap) {
+    if (softcap == 0) return {score, all(1)};
+    const vf x = score / softcap, square = x * x, e = exp(-2.0f * max(x, -x));  // in this order a NaN stays one
+    const vf far = (1.0f - e) / (1.0f + e), near = ((-17.0f / 315 * square + 2.0f / 15) * square - 1.0f / 3) * square + 1.0f;
+    const vf tanh = pick(square < 0.04f, x * near, pick(x < 0.0f, -far, far));
+    return {tanh * softcap, 1.0f - tanh * tanh};
+}
+
+inline vf without_tiny(vf x) { return pick(x < 1e-37f, all(0), x); }  // their products take some processors long
+
+// What is kept of a query and head, beside each other: the largest score, and 1 / the sum of weights.
+constexpr int KEPT_OF_SCORES = 2;
+
+// A panel of queries (transposed and scaled) over a head's keys. o [count][ld_o], kept [count][ld_kept].
+// scratch: VL * (KEYS_PER_BLOCK + padded(head_dim)) floats
+inline void attend_panel(const Scoring& s, const Panel& panel, int head_dim, const float* queries_t, KeysValues keys,
+                         float* o, int64_t ld_o, float* kept, int64_t ld_kept, float* scratch) {
+    const int width = padded(head_dim);
+    float *scores = scratch, *sums = scores + VL * KEYS_PER_BLOCK, row_scale[VL], row_largest[VL];
+    vf largest = all(-INFINITY), total = all(0), base = all(0);
+    for (int begin = panel.begin; begin < panel.end; begin += KEYS_PER_BLOCK) {
+        const int n = std::min(KEYS_PER_BLOCK, panel.end - begin);
+        gemm<F32>(n, VL, head_dim, {keys.k + begin * keys.ld, keys.ld, 1}, panels<F32>(queries_t, head_dim),
+                  Store{scores, VL});
+        vf most = largest;
+        for (int j = 0; j < n; j++) {
+            vf score = load(scores + j * VL);
+            if (s.softcap != 0) score = cap(score, s.softcap).score;
+            score = panel.where_seen(begin + j, score, -INFINITY);
+            store(scores + j * VL, score);
+            most = max(most, score);
+        }
+        base = pick(most == -INFINITY, all(0), most);  // nothing seen yet
+        const vf keep = exp(largest - base);
+        vf sum = all(0);
+        for (int j = 0; j < n; j++) {
+            const vf weight = without_tiny(exp(load(scores + j * VL) - base));
+            store(scores + j * VL, weight);
+            sum += weight;
+        }
+        total = total * keep + sum, largest = most;
+        store(row_scale, keep);
+        gemm<F32>(panel.count, width, n, {scores, 1, VL}, row_major(keys.v + begin * keys.ld, keys.ld),
+                  Fold{sums, width, begin == panel.begin ? nullptr : row_scale});
+    }
+    store(row_scale, 1.0f / total), store(row_largest, base);
+    for (int i = 0; i < panel.count; i++) {
+        for (int j = 0; j < head_dim; j += VL)
+            store_first(o + i * ld_o + j, load(sums + i * width + j) * row_scale[i], head_dim - j);
+        kept[i * ld_kept] = row_largest[i], kept[i * ld_kept + 1] = row_scale[i];
+    }
+}
+
+constexpr int64_t attend_scratch(int64_t head_dim) {
+    return 16 * (KEYS_PER_BLOCK + padded(head_dim) + head_dim);  // 16: the widest vector
+}
+
+// Queries begin .. end of a sequence whose queries, keys and values lie side by side in the rows of qkv, over its
+// keys and values in kv: of each kv head both, [n][padded(head_dim)]. kept [n][ld_kept]. scratch: attend_scratch()
+inline void attend(const Heads& heads, const Scoring& s, int n, int begin, int end, bool every_pair, const float* qkv,
+                   const float* kv, float* o, float* kept, int64_t ld_kept, float* scratch) {
+    const int hd = heads.head_dim, width = padded(hd);
+    float *transposed = scratch, *rest = transposed + VL * hd;
     for (int h = 0; h < heads.n_heads; h++) {
-        const int g = h / heads.group();
-        for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries queries(heads, n, i0, every_pair);
-            transpose_scaled(heads, queries, qkv + heads.q(h), heads.ld_qkv, heads.scale(), transposed);
-            probabilities(heads, queries, transposed, qkv + heads.k(g), p, VL);
-            gemm<F32>(queries.count, padded(hd), queries.keys, {p, 1, VL}, row_major(qkv + heads.v(g), heads.ld_qkv),
-                      Head{o + int64_t(i0) * heads.ld_o + h * hd, heads.ld_o, hd, false});
+        const float* keys = kv + int64_t(h / heads.group()) * 2 * n * width;
+        for (int i = begin; i < end; i += VL) {
+            const Panel panel(s, n, i, std::min(VL, end - i), every_pair);
+            transpose_scaled(panel.count, hd, qkv + int64_t(i) * heads.ld_qkv + heads.q(h), heads.ld_qkv, s.scale,
+                             transposed);
+            attend_panel(s, panel, hd, transposed, {keys, keys + int64_t(n) * width, width, n},
+                         o + int64_t(i) * heads.ld_o + h * hd, heads.ld_o,
+                         kept + i * ld_kept + h * KEPT_OF_SCORES, ld_kept, rest);
         }
     }
 }
 
-// d_qkv from d_o. scratch: VL * head_dim + 2 * n * padded(n) floats
-inline void attend_backward(const Heads& heads, int n, const float* qkv, const float* d_o, float* d_qkv,
+// Rows begin .. end (which qkv begins with) of a sequence's keys and values to kv, as attend() reads them.
+inline void pack_keys_values(const Heads& heads, int n, int begin, int end, const float* qkv, float* kv) {
+    const int hd = heads.head_dim, width = padded(hd);
+    for (int g = 0; g < heads.n_kv_heads; g++)
+        for (int column : {heads.k(g), heads.v(g)}) {
+            pack_head(end - begin, hd, qkv + column, heads.ld_qkv, kv + int64_t(begin) * width);
+            kv += int64_t(n) * width;
+        }
+}
+
+// Some queries of a head, with what their gradients need.
+struct QueryBlock {
+    int begin, count;
+    float *q, *d_o, *dq;      // [count][padded(head_dim)]
+    float *q_t, *d_o_t;       // by panels, [head_dim][VL]; q_t scaled
+    float *weights, *d_scores;  // [keys][BACKWARD_BLOCK]
+    vf largest[PANELS], inverse[PANELS], along[PANELS];  // along: <o, d_o>
+};
+
+// One block of queries over keys begin .. end of its head: adds to dq, dk and dv.
+inline void attend_block_backward(const Scoring& s, int hd, QueryBlock& b, KeysValues keys, int begin, int end,
+                                  bool every_pair, float* dk, float* dv) {
+    const int width = padded(hd), n = end - begin;
+    int seen_from[PANELS], seen_to[PANELS];  // by each panel, whole vectors of keys, within this block
+    for (int a = 0; a * VL < b.count; a++) {
+        const Panel panel(s, keys.count, b.begin + a * VL, std::min(VL, b.count - a * VL), every_pair);
+        const int from = std::max(panel.begin - begin, 0) / VL * VL;
+        const int to = std::min((std::max(panel.end - begin, 0) + VL - 1) / VL * VL, n);
+        seen_from[a] = from, seen_to[a] = std::max(from, to);
+        if (from >= to) continue;
+        float *weights = b.weights + a * VL, *d_scores = b.d_scores + a * VL;
+        const int64_t ld = BACKWARD_BLOCK, first = begin + from;
+        gemm<F32>(to - from, VL, hd, {keys.k + first * keys.ld, keys.ld, 1}, panels<F32>(b.q_t + a * VL * hd, hd),
+                  Store{weights + from * ld, ld});
+        gemm<F32>(to - from, VL, hd, {keys.v + first * keys.ld, keys.ld, 1}, panels<F32>(b.d_o_t + a * VL * hd, hd),
+                  Store{d_scores + from * ld, ld});
+        for (int j = from; j < to; j++) {
+            const Capped capped = cap(load(weights + j * ld), s.softcap);
+            const vf score = panel.where_seen(begin + j, capped.score, -INFINITY);
+            const vf weight = without_tiny(exp(score - b.largest[a])) * b.inverse[a];
+            vf step = weight * (load(d_scores + j * ld) - b.along[a]) * s.scale;
+            if (s.softcap != 0) step *= capped.slope;
+            store(weights + j * ld, weight);
+            store(d_scores + j * ld, panel.where_seen(begin + j, step, 0));
+        }
+        gemm<F32>(panel.count, width, to - from, {d_scores + from * ld, 1, ld},
+                  row_major(keys.k + first * keys.ld, keys.ld), Add{b.dq + int64_t(a) * VL * width, width});
+    }
+    for (int j = 0; j < n; j += VL) {
+        int from = 0, to = (b.count + VL - 1) / VL;  // panels that see these keys
+        while (from < to && !(seen_from[from] <= j && j < seen_to[from])) from++;
+        while (to > from && !(seen_from[to - 1] <= j && j < seen_to[to - 1])) to--;
+        const int first = from * VL, count = std::min(to * VL, b.count) - first, m = std::min(VL, n - j);
+        if (from == to) continue;
+        const int64_t corner = j * BACKWARD_BLOCK + first, row = (begin + j) * int64_t(width);
+        gemm<F32>(m, width, count, {b.d_scores + corner, BACKWARD_BLOCK, 1}, row_major(b.q + first * width, width),
+                  Add{dk + row, width});
+        gemm<F32>(m, width, count, {b.weights + corner, BACKWARD_BLOCK, 1}, row_major(b.d_o + first * width, width),
+                  Add{dv + row, width});
+    }
+}
+
+// What the backward of kv heads' groups takes: their keys, values and the gradients of these, and a block's.
+constexpr int64_t attend_backward_scratch(int64_t n, int64_t head_dim) {
+    return 4 * n * padded(head_dim) + BACKWARD_BLOCK * (3 * padded(head_dim) + 2 * head_dim + 2 * BACKWARD_BLOCK);
+}
+
+// d_qkv of the group of kv head g, from d_o. scratch: attend_backward_scratch()
+inline void attend_backward(const Heads& heads, const Scoring& s, int g, int n, bool every_pair, const float* qkv,
+                            const float* o, const float* kept, int64_t ld_kept, const float* d_o, float* d_qkv,
                             float* scratch) {
-    const int hd = heads.head_dim, hp = padded(hd), np = padded(n), ld = heads.ld_qkv, ldo = heads.ld_o;
-    float *transposed = scratch, *p = transposed + VL * hd, *ds = p + int64_t(n) * np;  // p and ds: [keys][queries]
-    const bool every_pair = heads.causal && (has_nonfinite(n, heads.width(), ld, qkv) ||
-                                             has_nonfinite(n, heads.n_heads * hd, ldo, d_o));
-    for (int h = 0; h < heads.n_heads; h++) {
-        const int g = h / heads.group();
-        const float *q = qkv + heads.q(h), *k = qkv + heads.k(g), *v = qkv + heads.v(g), *d_oh = d_o + h * hd;
-        for (int i0 = 0; i0 < n; i0 += VL) {
-            const Queries queries(heads, n, i0, every_pair);
-            float *pi = p + i0, *dsi = ds + i0;
-            transpose_scaled(heads, queries, q, ld, heads.scale(), transposed);
-            probabilities(heads, queries, transposed, k, pi, np);
-            transpose_scaled(heads, queries, d_oh, ldo, 1.0f, transposed);
-            gemm<F32>(queries.keys, VL, hd, {v, ld, 1}, panels<F32>(transposed, hd), Store{dsi, np});
-            vf mean = all(0);
-            for (int j = 0; j < queries.keys; j++) mean += load(pi + j * np) * load(dsi + j * np);
-            for (int j = 0; j < queries.keys; j++) {  // ds = p * (dp - <p, dp>) / sqrt(head_dim)
-                const vf step = load(pi + j * np) * (load(dsi + j * np) - mean) * heads.scale();
-                store(dsi + j * np, queries.where_seen(j, step, 0));
+    const int hd = heads.head_dim, width = padded(hd);
+    const int64_t size = int64_t(n) * width, ld = heads.ld_qkv, ldo = heads.ld_o;
+    float *k = scratch, *v = k + size, *dk = v + size, *dv = dk + size, *at = dv + size;
+    const auto place = [&](int64_t floats) { return at += floats, at - floats; };
+    QueryBlock b;
+    b.q = place(BACKWARD_BLOCK * width), b.d_o = place(BACKWARD_BLOCK * width), b.dq = place(BACKWARD_BLOCK * width);
+    b.q_t = place(BACKWARD_BLOCK * hd), b.d_o_t = place(BACKWARD_BLOCK * hd);
+    b.weights = place(BACKWARD_BLOCK * BACKWARD_BLOCK), b.d_scores = place(BACKWARD_BLOCK * BACKWARD_BLOCK);
+    pack_head(n, hd, qkv + heads.k(g), ld, k), pack_head(n, hd, qkv + heads.v(g), ld, v);
+    std::memset(dk, 0, 2 * size * sizeof(float));
+    for (int h = g * heads.group(); h < (g + 1) * heads.group(); h++)
+        for (b.begin = 0; b.begin < n; b.begin += BACKWARD_BLOCK) {
+            b.count = std::min(BACKWARD_BLOCK, n - b.begin);
+            pack_head(b.count, hd, qkv + b.begin * ld + heads.q(h), ld, b.q);
+            pack_head(b.count, hd, d_o + b.begin * ldo + h * hd, ldo, b.d_o);
+            std::memset(b.dq, 0, int64_t(b.count) * width * sizeof(float));
+            for (int a = 0; a * VL < b.count; a++) {
+                const int rows = std::min(VL, b.count - a * VL);
+                const float* d_oa = b.d_o + int64_t(a) * VL * width;
+                transpose_scaled(rows, hd, b.q + int64_t(a) * VL * width, width, s.scale, b.q_t + a * VL * hd);
+                pack_transposed<F32>(d_oa, width, rows, hd, VL, b.d_o_t + a * VL * hd);
+                vf products[VL] = {};
+                b.largest[a] = b.inverse[a] = all(0);
+                for (int i = 0; i < rows; i++) {
+                    const int64_t row = b.begin + a * VL + i;
+                    const float* of_scores = kept + row * ld_kept + h * KEPT_OF_SCORES;
+                    b.largest[a][i] = of_scores[0], b.inverse[a][i] = of_scores[1];
+                    for (int j = 0; j < hd; j += VL)
+                        products[i] += load_first(o + row * ldo + h * hd + j, hd - j) * load(d_oa + i * width + j);
+                }
+                b.along[a] = sums(products);
             }
-            gemm<F32>(queries.count, hp, queries.keys, {dsi, 1, np}, row_major(k, ld),
-                      Head{d_qkv + int64_t(i0) * ld + heads.q(h), ld, hd, false});
+            const Panel all_of_them(s, n, b.begin, b.count, every_pair);
+            for (int j = all_of_them.begin / VL * VL; j < all_of_them.end; j += BACKWARD_BLOCK)
+                attend_block_backward(s, hd, b, {k, v, width, n}, j, std::min(j + BACKWARD_BLOCK, n), every_pair, dk, dv);
+            unpack_head(b.count, hd, b.dq, d_qkv + b.begin * ld + heads.q(h), ld);
         }
-        const bool add = h % heads.group() != 0;  // a group's queries share its keys and values
-        for (int j0 = 0; j0 < n; j0 += VL) {
-            // the first query to see them
-            const int m = n - j0 < VL ? n - j0 : VL, i0 = heads.causal && !every_pair ? j0 : 0;
-            const int64_t corner = int64_t(j0) * np + i0, rows = int64_t(j0) * ld;
-            gemm<F32>(m, hp, n - i0, {ds + corner, np, 1}, row_major(q + int64_t(i0) * ld, ld),
-                      Head{d_qkv + rows + heads.k(g), ld, hd, add});
-            gemm<F32>(m, hp, n - i0, {p + corner, np, 1}, row_major(d_oh + int64_t(i0) * ldo, ldo),
-                      Head{d_qkv + rows + heads.v(g), ld, hd, add});
-        }
-    }
+    unpack_head(n, hd, dk, d_qkv + heads.k(g), ld), unpack_head(n, hd, dv, d_qkv + heads.v(g), ld);
 }
 
-// Rotate the halves of every query and key head by their position's angle; direction -1 undoes it.
-inline void rotate(const Heads& heads, int n, int seq_len, const float* table, float direction, float* qkv) {
+// Rotate the halves of every query and key head of rows at positions begin .. end by their position's angle; direction
+// -1 undoes it.
+inline void rotate(const Heads& heads, int begin, int end, int seq_len, const float* table, float direction, float* qkv) {
     const int half = heads.head_dim / 2;
     const float* sines = table + static_cast<int64_t>(seq_len) * half;
-    for (int i = 0; i < n; i++)
+    for (int i = begin; i < end; i++)
         for (int h = 0; h < heads.n_heads + heads.n_kv_heads; h++) {
-            float* x = qkv + static_cast<int64_t>(i) * heads.ld_qkv + h * heads.head_dim;
+            float* x = qkv + static_cast<int64_t>(i - begin) * heads.ld_qkv + h * heads.head_dim;
             for (int c = 0; c < half; c++) {
                 const float cosine = table[i * half + c], sine = direction * sines[i * half + c];
                 const float a = x[c], b = x[c + half];

@@ -133,6 +133,16 @@ inline const uint16_t* rounded(int64_t n, const float* x, uint16_t* scratch) {
     return scratch;
 }
 
+// x becomes what its numbers are as operands.
+template <class P>
+inline void round_numbers(int64_t n, float* x) {
+    if constexpr (P::NUMBERS == 1) return;
+    for (int64_t i = 0; i < n; i += VL) {
+        const vu bits = rounded_bits(load(x + i)) & 0xffff0000u;
+        std::memcpy(x + i, &bits, sizeof bits);
+    }
+}
+
 // Back to single precision; in single precision the two are one.
 inline void widen(int64_t, const float*, float*) {}
 inline void widen(int64_t n, const uint16_t* x, float* out) {
