@@ -43,11 +43,19 @@ def test_forward_and_all_gradients(options, isa):
 @every_attention
 def test_in_bfloat16(options):
     block, e = make(batch=2, seq_len=200, **{"d_ff": 24, **options})
-    check(block, e, {"n_loops": 2, "seq_lens": torch.tensor([200, 130])}, dtypes=AUTOCAST, slack=torch.finfo(torch.bfloat16).eps)
+    check(
+        block,
+        e,
+        {"n_loops": 2, "seq_lens": torch.tensor([200, 130])},
+        dtypes=AUTOCAST,
+        slack=torch.finfo(torch.bfloat16).eps,
+    )
 
 
 @needs_library
-@pytest.mark.parametrize("options", [{}, {"causal": False, "n_layers": 2}, {"norm_placement": "post"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False, "n_layers": 2}, {"norm_placement": "post"}], ids=str
+)
 def test_same_bits_for_any_number_of_threads(options):
     """One sequence, too: its rows are then shared out."""
     block, e = make(batch=1, seq_len=700, n_heads=4, n_kv_heads=2, head_dim=6, **options)

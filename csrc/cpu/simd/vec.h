@@ -95,7 +95,7 @@ inline vf sums(const vf* x) {
         std::memcpy(&high, reinterpret_cast<const char*>(&x[i]) + sizeof low, sizeof high);
         low += high;
         result[i] = low[0] + low[1];
-        if constexpr (VL == 8) result[i] += low[2] + low[3];
+        for (int lane = 2; lane < VL / 2; lane++) result[i] += low[lane];
     }
     return result;
 #endif
