@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,14 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A preset, and how long to measure it: steps of each runner in a round, rounds, rounds before them."""
+    """What to measure and for how long: steps of each runner in a round, rounds, rounds before them.
+
+    Args:
+        preset: or a TOML file.
+        title: of its rows.
+        precision: of all runners.
+        model: changes of the preset's.
+    """
 
     preset: str
     title: str
@@ -56,6 +63,7 @@ class Case:
     rounds: int
     warm_up: int
     precision: str = "fp32"
+    model: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 DEMO = "demo: hop, d_model 64, seq_len 16, batch 64, T=4"
@@ -77,6 +85,7 @@ def config_of(case: Case) -> TrainConfig:
     return dataclasses.replace(
         preset,
         task=task,
+        model=dataclasses.replace(preset.model, **case.model),
         optimiser=dataclasses.replace(preset.optimiser, warmup=0),
         schedule=ScheduleConfig("constant"),
         precision=case.precision,
@@ -93,9 +102,10 @@ def plain_loop(
 ) -> Callable[[int], torch.Tensor]:
     """A step of training written in library calls; it returns the loss."""
     model = copy.deepcopy(model)
-    block = PlainBlock(model.block)
+    parts = {name: PlainBlock(block) for name, block in model.parts.items()}
     if compiled:
-        block.compile()
+        for part in parts.values():
+            part.compile()
     c = config.optimiser
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
@@ -106,7 +116,9 @@ def plain_loop(
     def step(index: int) -> torch.Tensor:
         batch = task.batch(config.batch_size, index)
         with autocast(batch.tokens.device, config.precision == "bf16"):
-            h = block(model.embed(batch.tokens, batch.context), loops_of(batch, config.model.n_loops))
+            h, loops = model.embed(batch.tokens, batch.context), loops_of(batch, config.model.n_loops)
+            for name, part in parts.items():
+                h = part(h, loops if name == "block" else 1)
             loss = F.cross_entropy(model.read(h).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
@@ -193,35 +205,40 @@ def speedup(seconds: dict[str, list[float]], other: str) -> float:
     return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def report(rows: list[dict[str, Any]], out: Path) -> None:
+def report(rows: list[dict[str, Any]], cases: Sequence[Case], module: str, out: Path) -> None:
     """Write the rows of all cases."""
     what = "steps a round, rounds, rounds of warm-up"
-    settings = {f"{c.preset} {c.precision}: {what}": f"{c.steps}, {c.rounds}, {c.warm_up}" for c in CASES}
-    text = heading("python -m benchmarks.training.throughput", settings) + table(rows) + "\n"
+    settings = {f"{c.title}, {c.precision}: {what}": f"{c.steps}, {c.rounds}, {c.warm_up}" for c in cases}
+    text = heading(f"python -m {module}", settings) + table(rows) + "\n"
     write(out / "throughput", text, {"rows": rows})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training"))
+def run(cases: Sequence[Case], module: str, words: str | None, out: Path) -> None:
+    """The command line of a module that measures cases, each in a process of its own.
+
+    Args:
+        cases: of this module.
+        module: its name, for the processes.
+        words: what it says of itself.
+        out: where its results go by default.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--one", nargs=2, type=int, metavar=("CASE", "THREADS"), help="print as JSON")
     args = parser.parse_args()
     if args.one:
         case, threads = args.one
-        print(json.dumps(measure(CASES[case], threads)))
+        print(json.dumps(measure(cases[case], threads)))
         return
     rows = []
-    for case in range(len(CASES)):
+    for case in range(len(cases)):
         for threads in THREADS:
-            command = [sys.executable, "-m", "benchmarks.training.throughput"]
-            command += ["--one", str(case), str(threads)]
+            command = [sys.executable, "-m", module, "--one", str(case), str(threads)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    report(rows, args.out)
+    report(rows, cases, module, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(CASES, "benchmarks.training.throughput", __doc__, Path("benchmarks/results/training"))
