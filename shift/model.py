@@ -157,7 +157,7 @@ class LoopedTransformer(nn.Module):
         for block in self.parts.values():
             for name, p in block.named_parameters():
                 if name.endswith(("out_proj.weight", "linear2.weight")):
-                    p /= math.sqrt(2 * layers)
+                    p.div_(math.sqrt(2 * layers))
 
     def embed(
         self,

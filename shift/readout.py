@@ -97,7 +97,7 @@ class _ChunkedLoss(torch.autograd.Function):
             z = _full(F.linear(h[part], weight, bias))
             if softcap is not None:
                 z.div_(softcap).tanh_()
-                slope = 1 - z.square() if grad else None
+                slope = 1 - z.square()
                 z.mul_(softcap)
             read = targets[part] != IGNORE
             scale = read.to(sums) if of_rows is None else read * of_rows[part]

@@ -118,7 +118,7 @@ class Shard:
         Raises:
             ValueError: they are not those written.
         """
-        if hashlib.sha256(self.tokens).hexdigest() != self.header.sha256:
+        if hashlib.sha256(self.tokens.data).hexdigest() != self.header.sha256:
             raise ValueError("tokens that do not have the sha256 of its header")
 
 

@@ -138,10 +138,16 @@ class ShardWriter:
         if not self._parts:
             return
         tokens = np.concatenate(self._parts)
-        t = self._tokenizer
-        digest = hashlib.sha256(tokens).hexdigest()
+        digest = hashlib.sha256(tokens.data).hexdigest()
         header = Header(
-            self.split, tokens.dtype.str, t.vocab_size, t.separator, **self._counts, sha256=digest
+            split=self.split,
+            dtype=tokens.dtype.str,
+            vocab_size=self._tokenizer.vocab_size,
+            separator=self._tokenizer.separator,
+            n_documents=self._counts["n_documents"],
+            n_tokens=self._counts["n_tokens"],
+            n_bytes=self._counts["n_bytes"],
+            sha256=digest,
         )
         name = f"{self.split}-{len(self.written):05d}.bin"
         replace_atomically(self._out / name, header.to_bytes() + tokens.tobytes())

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from tiny_runs import tiny
 
+from benchmarks.lm import throughput as lm
 from benchmarks.training import profile, throughput
 from shift.config import OptimiserConfig, ScheduleConfig, TaskConfig
 
@@ -42,11 +43,20 @@ def without_compiler(monkeypatch):
 
 @pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("task", [tiny().task, OWN_LOOPS], ids=lambda task: task.name)
-def test_the_plain_loop_learns_as_ours(monkeypatch, task):
-    config = dataclasses.replace(LOOPED, task=task)
+@pytest.mark.parametrize("around", [0, 1])
+def test_the_plain_loop_learns_as_ours(monkeypatch, task, around):
+    model = dataclasses.replace(LOOPED.model, n_prelude=around, n_coda=around)
+    config = dataclasses.replace(LOOPED, task=task, model=model)
     monkeypatch.setattr(throughput, "config_of", lambda case: config)
     row = throughput.measure(CASE, threads=1)  # raises if losses differ
     assert {len(rounds) for kind in ("clock_s", "cpu_s") for rounds in row[kind].values()} == {CASE.rounds}
+
+
+def test_cases_of_language_models_are_those_of_their_titles():
+    for case in lm.CASES:
+        model = throughput.config_of(case).model
+        assert f"d_model {model.d_model}," in case.title
+        assert ("no loop" in case.title) == (model.n_loops == 1)
 
 
 @pytest.mark.usefixtures("without_compiler")
