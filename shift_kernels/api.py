@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
 
-from shift_kernels import dispatch, reference
+from shift_kernels import dispatch
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
+from shift_kernels.backends.torch import TORCH
 from shift_kernels.cache import check_step
 from shift_kernels.call import (
     AttentionProblem,
@@ -23,10 +24,10 @@ from shift_kernels.call import (
     named_again,
 )
 from shift_kernels.call_checks import check_call, check_initial_state, own_per_sample
-from shift_kernels.checks import check_bool, check_floating
+from shift_kernels.checks import check_bool, check_floating, check_int, check_positive
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.layouts import Packed, rolled
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import MAX_TOKENS, BlockSpec
 from shift_kernels.torch_internals import must_be_observed, transforms_are_active
 
 _FUNCTION = "shift_kernels.looped_block"
@@ -120,7 +121,7 @@ def looped_block(
         elif torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
             h, used = _as_operator(e, ordered, spec, options, grad, chosen.backend)
         elif chosen.backend == "torch":
-            h, used = reference.looped_block(e, ordered, spec, **vars(options))
+            h, used = TORCH.looped_block(e, ordered, spec, options)
         elif grad:
             inputs = tuple(x.resolve_neg() for x in inputs)
             plain = options if options.h0 is None else dataclasses.replace(options, h0=None)
@@ -227,15 +228,27 @@ def attention(
     *,
     causal: bool = True,
     seq_lens: Tensor | None = None,
+    k_seq_lens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, for any head_dim, ragged lengths and grouped heads.
 
+    Queries and keys may differ in number, as in decoding and across sequences: positions are aligned to the
+    end, a sample's last query being at the position of its last key. Queries that see no key return 0.
+
     Args:
         q: [batch, n_heads, seq_len, head_dim].
-        k, v: [batch, n_kv_heads, seq_len, head_dim]; n_kv_heads divides n_heads.
+        k, v: [batch, n_kv_heads, k_len, head_dim]; n_kv_heads divides n_heads.
         causal: position i sees positions <= i.
-        seq_lens: int [batch]; pads may hold anything and return 0. A sample of length 0 is all pads.
+        seq_lens: int [batch], queries of a sample (and its keys, where k_len = seq_len and k_seq_lens is not
+            given); pads may hold anything and return 0. A sample of length 0 is all pads.
+        k_seq_lens: int [batch], keys of a sample.
+        window: position i sees positions j with i - j < window (not causal: |i - j| < window).
+        softcap: scores s become softcap * tanh(s / softcap), before the mask.
+        scale: instead of 1 / sqrt(head_dim).
         backend: ``auto``, or a name; :func:`shift_kernels.explain_attention` says which serves this, and why.
 
     Returns:
@@ -262,12 +275,13 @@ def attention(
     if k.shape != v.shape:
         raise input_error(function, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
     batch, n_heads, seq_len, head_dim = q.shape
-    if (k.shape[0], *k.shape[2:]) != (batch, seq_len, head_dim):
+    k_len = k.shape[2]
+    if (k.shape[0], k.shape[3]) != (batch, head_dim):
         raise input_error(
             function,
             "k",
             list(k.shape),
-            f"[{batch}, n_kv_heads, {seq_len}, {head_dim}], as q",
+            f"[{batch}, n_kv_heads, k_len, {head_dim}], as q",
             "Match q's shape.",
         )
     if n_heads % k.shape[1]:
@@ -280,8 +294,20 @@ def attention(
         )
     if seq_lens is not None:
         seq_lens = own_per_sample(function, "seq_lens", seq_lens, q, 0, seq_len)
+    if k_seq_lens is not None:
+        k_seq_lens = own_per_sample(function, "k_seq_lens", k_seq_lens, q, 0, k_len)
     check_bool(function, "causal", causal)
+    if window is not None:
+        window = check_int(function, "window", window, 1, MAX_TOKENS)
+    if softcap is not None:
+        softcap = check_positive(function, "softcap", softcap, "None or a finite float > 0")
+    if scale is not None:
+        scale = check_positive(function, "scale", scale, "None or a finite float > 0")
+    own = dict(k_seq_lens=k_seq_lens, window=window, softcap=softcap, scale=scale)
+    own = {name: value for name, value in own.items() if value is not None}
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    problem = AttentionProblem(batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad)
+    problem = AttentionProblem(
+        batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad, k_len, tuple(own)
+    )
     chosen = dispatch.plan_attention(problem, backend)
-    return ATTENTION.get(chosen.backend).attention(q, k, v, causal=causal, seq_lens=seq_lens)
+    return ATTENTION.get(chosen.backend).attention(q, k, v, causal=causal, seq_lens=seq_lens, **own)

@@ -72,6 +72,8 @@ class AttentionProblem:
         dtype: of q, k and v.
         device: where they live.
         grad: whether a backward pass will follow.
+        k_len: length of k and v; None: as ``seq_len``.
+        options: names of the keywords given of those in :data:`OWN_ATTENTION_OPTIONS`.
     """
 
     batch: int
@@ -82,6 +84,12 @@ class AttentionProblem:
     dtype: torch.dtype
     device: torch.device
     grad: bool
+    k_len: int | None = None
+    options: tuple[str, ...] = ()
+
+
+OWN_ATTENTION_OPTIONS = ("k_seq_lens", "window", "softcap", "scale")
+"""Keywords of :func:`shift_kernels.attention` that a backend must know to serve a call that gives them."""
 
 
 OWN_OPTIONS = ("h0", "residual_scale")

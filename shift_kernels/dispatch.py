@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shift_kernels import measured
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.base import Backend, Kind, Registry, WhyNot
 from shift_kernels.cache import LoopedCache
-from shift_kernels.call import AttentionProblem, Problem
+from shift_kernels.call import OWN_ATTENTION_OPTIONS, AttentionProblem, Problem
 from shift_kernels.checks import check_bool, check_choice, check_device, check_dtype, check_int
 from shift_kernels.errors import BackendFallbackWarning, input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
@@ -262,6 +263,8 @@ def explain_attention(
     head_dim: int,
     *,
     n_kv_heads: int | None = None,
+    k_len: int | None = None,
+    options: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     grad: bool = True,
@@ -272,6 +275,9 @@ def explain_attention(
     Args:
         batch, n_heads, seq_len, head_dim: shape of q.
         n_kv_heads: heads of k and v; default ``n_heads``.
+        k_len: length of k and v; default ``seq_len``.
+        options: names of the keywords that the call gives, of ``k_seq_lens``, ``window``, ``softcap`` and
+            ``scale``.
         dtype, device: of q, k and v; the device need not exist on this machine.
         grad: whether a backward pass follows.
         backend: as for ``attention``.
@@ -282,6 +288,9 @@ def explain_attention(
     function = "shift_kernels.explain_attention"
     shape = dict(batch=batch, n_heads=n_heads, seq_len=seq_len, head_dim=head_dim)
     shape |= {"n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads}
+    shape |= {"k_len": seq_len if k_len is None else k_len}
+    for name in options:
+        check_choice(function, "options", name, OWN_ATTENTION_OPTIONS)
     sizes = {name: check_int(function, name, size, 1, MAX_TOKENS) for name, size in shape.items()}
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         raise input_error(
@@ -289,13 +298,13 @@ def explain_attention(
         )
     check_dtype(function, "dtype", dtype)
     check_bool(function, "grad", grad)
-    problem = AttentionProblem(
-        **sizes, dtype=dtype, device=check_device(function, "device", device), grad=grad
-    )
+    place = check_device(function, "device", device)
+    problem = AttentionProblem(**sizes, dtype=dtype, device=place, grad=grad, options=tuple(options))
     chosen = plan_attention(problem, backend)
     how = ATTENTION.get(chosen.backend).describe(problem)
     shown = f"{str(dtype).removeprefix('torch.')} on {device}"
-    head = f"attention [{batch}, {n_heads}, {seq_len}, {head_dim}] {shown}"
+    keys = "" if problem.k_len == seq_len else f" over {k_len} keys"
+    head = f"attention [{batch}, {n_heads}, {seq_len}, {head_dim}]{keys} {shown}"
     return "\n".join([head, *_choice_lines(chosen, how)])
 
 

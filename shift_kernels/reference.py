@@ -33,8 +33,8 @@ class Mask(NamedTuple):
     whose row would be NaN; it is a pad, so what it holds reaches nothing."""
 
 
-Attend = Callable[[int, int, Tensor, Tensor, Tensor, "Mask | None"], Tensor]
-"""(loop from 1, layer, q, k, v, mask) -> o: how heads attend, q and o [batch, n_heads, seq_len, head_dim]."""
+Heads = Callable[[int, int, Tensor, Tensor, Tensor], Tensor]
+"""(loop from 1, layer, q, k, v) -> o: how heads attend, q and o [batch, n_heads, seq_len, head_dim]."""
 
 
 def looped_block(
@@ -43,7 +43,7 @@ def looped_block(
     spec: BlockSpec,
     n_loops: int | Tensor,
     *,
-    attend: Attend | None = None,
+    heads: Heads | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Apply the block ``n_loops`` times. Arguments are trusted: ``shift_kernels.looped_block`` checks them.
@@ -53,7 +53,7 @@ def looped_block(
         weights: see :meth:`BlockSpec.weight_shapes`; those of linear maps are cast to ``compute_dtype``, all
             others to e's dtype.
         n_loops: T, or an int tensor [batch] with one T per sample.
-        attend: how heads attend; default :func:`attend`, the scores in memory.
+        heads: how heads attend; default :func:`explicit_heads`.
         options: fields of :class:`CallOptions`; ``compute_dtype`` is e's where it is left out.
 
     Returns:
@@ -69,7 +69,8 @@ def looped_block(
         e = _zero_where_not(valid[..., None], e)
         h0 = None if h0 is None else _zero_where_not(valid[..., None], h0)
     w = _cast(weights, spec, e.dtype, call.compute_dtype or e.dtype)
-    mask = attention_mask(seq_len, spec.causal, valid, e.device, spec.window)
+    if heads is None:
+        heads = explicit_heads(spec, attention_mask(seq_len, spec.causal, valid, e.device, spec.window))
     rotary = None
     if spec.position == "rope":
         rotary = rotary_table(seq_len, spec, e.device, call.position_offset)
@@ -95,7 +96,7 @@ def looped_block(
             u = inject(h, e, w, spec)
             if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
                 u = _zero_where_not(_column(active), u)
-            u = loop_body(u, w, spec, scale, mask, rotary, attend and functools.partial(attend, t))
+            u = loop_body(u, w, spec, scale, rotary, functools.partial(heads, t))
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
         if per_sample or halt_threshold is not None:
@@ -140,22 +141,24 @@ def loop_body(
     w: Mapping[str, Tensor],
     spec: BlockSpec,
     scale: float | Tensor,
-    mask: Mask | None,
     rotary: Tensor | None,
-    attend_in_layer: Callable[..., Tensor] | None = None,
+    heads: Callable[[int, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """One application of the block: ``n_layers`` layers, then the loop's own norm if it has one.
 
     Args:
         scale: of the branches; a number, or [batch, 1, 1].
-        attend_in_layer: ``attend`` of :func:`looped_block` from its second argument on.
+        heads: as of :func:`looped_block`, from the layer on.
     """
-    explicit = functools.partial(attend, scale=spec.score_scale, softcap=spec.softcap)
     for i in range(spec.n_layers):
         p = f"layers.{i}."
-        heads = functools.partial(attend_in_layer, i) if attend_in_layer else explicit
         attention_branch = functools.partial(
-            self_attention, w=w, spec=spec, prefix=p + "self_attn.", mask=mask, rotary=rotary, heads=heads
+            self_attention,
+            w=w,
+            spec=spec,
+            prefix=p + "self_attn.",
+            rotary=rotary,
+            heads=functools.partial(heads, i),
         )
         x = residual(x, attention_branch, w, spec, scale, p + "norm1")
         if spec.d_ff:
@@ -196,9 +199,8 @@ def self_attention(
     w: Mapping[str, Tensor],
     spec: BlockSpec,
     prefix: str,
-    mask: Mask | None,
     rotary: Tensor | None,
-    heads: Callable[[Tensor, Tensor, Tensor, Mask | None], Tensor],
+    heads: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Project to heads, let them attend, project back. x: [batch, seq_len, d_model]."""
     qkv = _linear(x, w, prefix + "in_proj_weight", prefix + "in_proj_bias")
@@ -214,20 +216,67 @@ def self_attention(
         k = norm(k.to(x.dtype), w, spec, prefix + "k_norm").to(k.dtype)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    o = heads(q, k, v, mask).transpose(1, 2).flatten(-2)
+    o = heads(q, k, v).transpose(1, 2).flatten(-2)
     return _linear(o, w, prefix + "out_proj.weight", prefix + "out_proj.bias").to(x.dtype)
 
 
+def explicit_heads(spec: BlockSpec, mask: Mask | None) -> Heads:
+    """Heads with their scores in memory."""
+
+    def heads(loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, mask, spec.score_scale, spec.softcap)
+
+    return heads
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seq_lens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    seq_lens: Tensor | None = None,
+    k_seq_lens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    heads: Callable[[Tensor, Tensor, Tensor, Callable[[], Mask | None]], Tensor] | None = None,
 ) -> Tensor:
-    """Attention over padded batches; q [batch, n_heads, seq_len, head_dim], k and v may have fewer heads."""
-    valid = None
-    if seq_lens is not None:
-        valid = torch.arange(q.shape[2], device=q.device) < seq_lens.to(q.device)[:, None]
-        q, k, v = (_zero_where_not(valid[:, None, :, None], x) for x in (q, k, v))
-    o = attend(q, k, v, attention_mask(q.shape[2], causal, valid, q.device))
-    return o if valid is None else _zero_where_not(valid[:, None, :, None], o)
+    """Attention over padded batches; q [batch, n_heads, q_len, head_dim], k and v may have fewer heads.
+
+    Positions are aligned to the end: a sample's last query is at the position of its last key. Queries that
+    see no key return 0, as pads do.
+
+    Args:
+        seq_lens, k_seq_lens: [batch], queries and keys of a sample; None: all. Where there are as many keys
+            as queries, ``seq_lens`` alone speaks of both.
+        window, softcap, scale: as ``window``, ``softcap`` and ``attn_scale`` of :class:`BlockSpec`.
+        heads: (q, k, v, mask, when it is called) -> o; default :func:`attend`.
+    """
+    q_len, k_len, device = q.shape[2], k.shape[2], q.device
+    if k_seq_lens is None and q_len == k_len:
+        k_seq_lens = seq_lens
+    n_queries, n_keys = (
+        torch.as_tensor(most if lens is None else lens, device=device).reshape(-1, 1)
+        for most, lens in ((q_len, seq_lens), (k_len, k_seq_lens))
+    )
+    query, key = torch.arange(q_len, device=device), torch.arange(k_len, device=device)
+    position = query + n_keys - n_queries  # [batch or 1, q_len]
+    ahead = 0 if causal else k_len + q_len if window is None else window - 1
+    sees = (query < n_queries) & (n_keys > 0) & (position + ahead >= 0)
+    q = _zero_where_not((query < n_queries)[:, None, :, None], q)
+    k, v = (_zero_where_not((key < n_keys)[:, None, :, None], x) for x in (k, v))
+
+    def mask() -> Mask | None:
+        if not causal and window is None and k_seq_lens is None:
+            return None
+        allowed = in_reach(position[..., None] - key, causal, window) & (key < n_keys)[:, None, :]
+        allowed = allowed[:, None]
+        otherwise = torch.full((), -torch.inf, device=device)
+        return Mask(allowed, torch.where(allowed.any(-1, keepdim=True), otherwise, 0))
+
+    o = heads(q, k, v, mask) if heads else attend(q, k, v, mask(), scale, softcap)
+    return _zero_where_not(sees[:, None, :, None], o)
 
 
 def attend(

@@ -203,6 +203,9 @@ class CpuBackend:
             "injection": INJECTIONS,
             "residual_scale": (float, str),
             "qkv_bias": (bool,),
+            "window": (int,),
+            "softcap": (float,),
+            "attn_scale": (float,),
         },
         call=("h0", "residual_scale"),
     )

@@ -23,6 +23,8 @@ ATTENTION = {
     "causal": {"position": "rope", "head_dim": 16},
     "full": {"causal": False, "head_dim": 5, "n_heads": 3},
     "grouped": {"n_heads": 4, "n_kv_heads": 2, "head_dim": 20, "injection": "add", "n_layers": 2},
+    "window": {"window": 70, "position": "rope", "head_dim": 8},
+    "window, full": {"window": 3, "causal": False, "softcap": 1.5, "attn_scale": 0.4},
     "one kv head": {"n_heads": 3, "n_kv_heads": 1, "head_dim": 4, "norm_placement": "sandwich"},
 }
 LENGTHS = torch.tensor([300, 129, 1, 0, 64, 65])

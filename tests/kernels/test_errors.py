@@ -238,7 +238,7 @@ CASES = [
     ("q of rank 3", attend(q=Q[0]), "q", False),
     ("q of ints", attend(q=Q.long()), "q", True),
     ("k of other dtype", attend(k=Q.double()), "k", True),
-    ("k of other length", attend(k=Q[:, :, :5], v=Q[:, :, :5]), "k", False),
+    ("k of other head_dim", attend(k=Q[..., :5], v=Q[..., :5]), "k", False),
     ("v of other shape", attend(v=Q[:, :2]), "v", False),
     ("kv heads that do not divide q's", attend(k=Q[:, :3], v=Q[:, :3]), "k", False),
     ("attention length too long", attend(seq_lens=torch.tensor([7, 1])), "seq_lens", False),

@@ -273,6 +273,10 @@ def unserved(problem: AttentionProblem) -> str | None:
         return f"dtype {problem.dtype} (float32, float16 and bfloat16 are served)"
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head_dim {problem.head_dim} (up to {MAX_HEAD_DIM} is served)"
+    if problem.options:
+        return f"{problem.options[0]}= is not served"
+    if problem.k_len not in (None, problem.seq_len):
+        return f"{problem.k_len} keys of {problem.seq_len} queries (as many are served)"
     return None
 
 
