@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shift.tasks.base import IGNORE, Batch, Task
+
+LOGITS = 2**26
+"""Of a batch in evaluation, which needs them all: 256 MiB. A training loss goes by smaller chunks."""
 
 
 def loops_of(batch: Batch, n_loops: int) -> int | Tensor:
@@ -49,8 +53,7 @@ def evaluate(
     right = torch.zeros_like(seen)
     was_training = model.training
     model.eval()
-    for index, start in enumerate(range(0, n_samples, batch_size)):
-        batch = task.batch(min(batch_size, n_samples - start), index, split=split)
+    for batch in _batches(task, n_samples, batch_size, split):
         loops = loops_of(batch, n_loops)
         batch = batch.to(device)
         with autocast(device, bf16):
@@ -79,6 +82,15 @@ def evaluate(
         "exact": exact.item() / n_samples,
         "groups": {name: h / n for name, h, n in zip(task.group_names, hits, counts, strict=True) if n},
     }
+
+
+def _batches(task: Task, n_samples: int, batch_size: int, split: str) -> Iterator[Batch]:
+    """The held-out sequences, in batches of no more than :data:`LOGITS`."""
+    for index, start in enumerate(range(0, n_samples, batch_size)):
+        batch = task.batch(min(batch_size, n_samples - start), index, split=split)
+        n, seq_len = batch.tokens.shape
+        at_once = max(1, LOGITS // (seq_len * task.n_classes))
+        yield from (batch.rows(i, i + at_once) for i in range(0, n, at_once)) if at_once < n else [batch]
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:

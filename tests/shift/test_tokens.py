@@ -313,6 +313,22 @@ def test_training_on_tokens_reports_bits_per_byte(made, packed, tmp_path):
     assert 0 < scores["loss"] < math.log(257) + 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_evaluation_cut_to_size_scores_the_same(made, packed, monkeypatch):
+    config = config_of(made, options={"packed": packed})
+    task = build_task(config)
+    model, how = build_model(config, task), dict(n_loops=2, n_samples=20, batch_size=8)
+    whole = evaluate(model, task, **how)
+    monkeypatch.setattr("shift.run.evaluate.LOGITS", 3 * 64 * 257)
+    sizes = []
+    model.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    cut = evaluate(model, task, **how)
+    assert sizes == [3, 3, 2, 3, 3, 2, 3, 1]
+    assert cut.keys() == whole.keys()
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert cut["accuracy"] == whole["accuracy"]
+
+
 def test_a_sweep_over_loops_tells_bits_per_byte_without_the_logits_of_all_loops(made, tmp_path):
     config = config_of(made, options={"packed": True}, eval_samples=24)
     trainer = Trainer(config, tmp_path / "lm")
