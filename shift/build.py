@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from shift.config import TrainConfig
+from shift.flops import forward_flops
 from shift.model import LoopedTransformer
 from shift.schedules import LoopSchedule, make_schedule
 from shift.tasks import make_task
@@ -43,14 +45,26 @@ def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
 
 
 def build_schedule(config: TrainConfig) -> LoopSchedule:
-    """The schedule at step 0."""
+    """The schedule at step 0. One that draws by FLOPs is told what they are, unless the config says it."""
+    options: dict[str, Any] = dict(config.schedule.options)
+    if options.get("distribution") == "inverse_flops":
+        options = {"rest": _rest(config), **options}
     return make_schedule(
         config.schedule.kind,
         max_loops=config.model.n_loops,
         total_steps=config.steps,
         seed=config.seed,
-        **config.schedule.options,
+        **options,
     )
+
+
+def _rest(config: TrainConfig) -> float:
+    """FLOPs of all that is not looped over those of one loop."""
+    task = build_task(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # no weight is needed, and no draw
+        model = build_model(config, task)
+    one, two = (forward_flops(model, 1, task.max_seq_len, n_loops) for n_loops in (1, 2))
+    return (2 * one - two) / (two - one)
 
 
 def find_device(name: str) -> torch.device:

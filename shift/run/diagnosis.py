@@ -6,8 +6,8 @@ The pass goes layer by layer, loop by loop, through public calls alone, so that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,36 @@ from torch import Tensor
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast, loops_of
+from shift.run.global_batch import GlobalBatch
+from shift.run.ranks import Ranks
 from shift.tasks.base import IGNORE, Batch
 from shift_kernels import LoopedBlock, looped_block
 from shift_kernels.reference import inject
 from shift_kernels.spec import ONE_OVER_T
 
 NOTHING = "nothing in a pass of the torch backend with the weights of now"
+
+
+def culprit(
+    model: LoopedTransformer,
+    batch: Batch,
+    row: Mapping[str, Any],
+    config: TrainConfig,
+    batches: GlobalBatch,
+    ranks: Ranks,
+) -> str:
+    """What went bad first, and how to make its batch again, in a sentence; called on all ranks.
+
+    Args:
+        model: with the weights to look at.
+        batch: of this rank.
+        row: the metrics of the step.
+        config, batches, ranks: of the run.
+    """
+    own = first_not_finite(model, batch, row["n_loops"], config)
+    found = ranks.gather((own, recipe(config, row["step"] - 1, batches.streams, batches.n_streams)))
+    what, how = next(((what, how) for what, how in found if what != NOTHING), found[0])
+    return f"First not finite: {what} ({row['n_loops']} loops; the batch: {how})."
 
 
 def first_not_finite(model: LoopedTransformer, batch: Batch, n_loops: int, config: TrainConfig) -> str:

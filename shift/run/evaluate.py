@@ -33,11 +33,21 @@ def evaluate(
     n_loops: int,
     n_samples: int,
     batch_size: int,
+    micro_batch: int | None = None,
     bf16: bool = False,
     backend: str = "auto",
     split: str = "eval",
 ) -> dict[str, Any]:
     """Loss and accuracy over the read positions of ``n_samples`` held-out sequences, always the same ones.
+
+    Args:
+        model, task: to evaluate.
+        n_loops: allowed; see :func:`loops_of`.
+        n_samples: sequences.
+        batch_size: sequences of a batch of the task, which decides which they are.
+        micro_batch: of them, as many at once; None: all.
+        bf16, backend: of the forward.
+        split: of the task's data.
 
     Returns:
         ``loss`` (mean cross-entropy, nats; None if not finite), ``accuracy`` (share of read positions right),
@@ -53,7 +63,7 @@ def evaluate(
     right = torch.zeros_like(seen)
     was_training = model.training
     model.eval()
-    for batch in _batches(task, n_samples, batch_size, split):
+    for batch in _batches(task, n_samples, batch_size, micro_batch or batch_size, split):
         loops = loops_of(batch, n_loops)
         batch = batch.to(device)
         with autocast(device, bf16):
@@ -84,12 +94,12 @@ def evaluate(
     }
 
 
-def _batches(task: Task, n_samples: int, batch_size: int, split: str) -> Iterator[Batch]:
-    """The held-out sequences, in batches of no more than :data:`LOGITS`."""
+def _batches(task: Task, n_samples: int, batch_size: int, most: int, split: str) -> Iterator[Batch]:
+    """The held-out sequences, in batches of no more than ``most``, nor of more logits than :data:`LOGITS`."""
     for index, start in enumerate(range(0, n_samples, batch_size)):
         batch = task.batch(min(batch_size, n_samples - start), index, split=split)
         n, seq_len = batch.tokens.shape
-        at_once = max(1, LOGITS // (seq_len * task.n_classes))
+        at_once = min(most, max(1, LOGITS // (seq_len * task.n_classes)))
         yield from (batch.rows(i, i + at_once) for i in range(0, n, at_once)) if at_once < n else [batch]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
-from shift.run.evaluate import autocast
+from shift.run.evaluate import autocast, loops_of
 from shift.run.optim import lr_factors
 from shift.run.parallel import Replicated
 from shift.run.ranks import Ranks
@@ -69,10 +69,11 @@ class TrainStep:
         self._parallel.average_gradients()
         return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
-    def try_out(self, batch: Batch, loops: int | torch.Tensor) -> None:
-        """Forward and backward of one micro-batch, whose gradients the next step forgets."""
+    def try_out(self, batch: Batch, size: int, n_loops: int) -> None:
+        """Forward and backward of the first ``size`` sequences; the next step forgets their gradients."""
+        part = batch.rows(0, size)
         self._parallel.begin_micro_batch(last=True)
-        self._summed_loss(batch, loops, self._config.n_grad_loops).backward()
+        self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops).backward()
 
     def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:
         """The sum of the loss over the read positions of a micro-batch."""

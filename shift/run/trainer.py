@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
 from shift.run.checkpoint import Checkpoint, damage
-from shift.run.diagnosis import NOTHING, first_not_finite, recipe
+from shift.run.diagnosis import culprit
 from shift.run.directory import CHECKPOINTS, RunDirectory
 from shift.run.evaluate import evaluate, loops_of
 from shift.run.global_batch import GlobalBatch
@@ -139,9 +140,9 @@ class Trainer:
             TrainingInterrupted: after :meth:`stop`.
             TrainingDiverged: the loss stays non-finite.
         """
-        if not self.micro_batches.known:
-            self._find_micro_batches()
         try:
+            if not self.micro_batches.known:
+                self._find_micro_batches()
             self._train(progress)
         except ShiftInputError:
             if self.run is not None and self.progress.step == 0:
@@ -167,17 +168,10 @@ class Trainer:
     def _find_micro_batches(self) -> None:
         """Try sizes on a batch that no step sees, and leave no trace of it."""
         batch = self.task.batch(len(self.batches.own), 0, split="eval").to(self.device)
-
-        def attempt(size: int, n_loops: int) -> None:
-            part = batch.rows(0, size)
-            self._step.try_out(part, loops_of(part, n_loops))
-
+        attempt, most = functools.partial(self._step.try_out, batch), self.config.model.n_loops
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
             self.micro_batches.find(
-                attempt,
-                self.config.model.n_loops,
-                self.device,
-                agree=lambda size: min(self.ranks.gather(size)),
+                attempt, most, self.device, agree=lambda size: min(self.ranks.gather(size))
             )
 
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
@@ -280,6 +274,7 @@ class Trainer:
                     n_loops=n_loops,
                     n_samples=c.eval_samples,
                     batch_size=c.batch_size,
+                    micro_batch=self.micro_batches.of(n_loops),
                     bf16=c.precision == "bf16",
                     backend=c.backend,
                 )
@@ -323,17 +318,12 @@ class Trainer:
 
     def _divergence(self, row: Mapping[str, Any]) -> TrainingDiverged:
         """The error of a run whose steps were skipped up to a row's, with what one more pass finds."""
-        step = row["step"] - 1
-        batch = self.batches.part(self.task, step)
+        batch = self.batches.part(self.task, row["step"] - 1)
         self._parallel.gather()
-        own = first_not_finite(self.model, batch, row["n_loops"], self.config)
-        how = recipe(self.config, step, self.batches.streams, self.batches.n_streams)
-        found = self.ranks.gather((own, how))
-        what, how = next(((what, how) for what, how in found if what != NOTHING), found[0])
+        where = culprit(self.model, batch, row, self.config, self.batches, self.ranks)
         return TrainingDiverged(
             f"loss or gradient norm was not finite in the {MAX_SKIPS} steps up to {row['step']}, which "
-            f"changed no weight. First not finite: {what} ({row['n_loops']} loops; the batch: {how}). "
-            f"Lower optimiser.lr, or use precision = 'fp32'."
+            f"changed no weight. {where} Lower optimiser.lr, or use precision = 'fp32'."
         )
 
     def _should_stop(self) -> bool:

@@ -22,7 +22,8 @@ class Random(LoopSchedule):
             1 / (t + rest), so that every depth gets the same compute.
         mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
         ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
-        rest: of ``inverse_flops``: FLOPs of all that is not looped over those of one loop.
+        rest: of ``inverse_flops``: FLOPs of all that is not looped over those of one loop; a run takes its
+            model's.
     """
 
     def __init__(

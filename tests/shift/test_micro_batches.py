@@ -9,7 +9,7 @@ from tiny_runs import Replaced, rows, tiny
 from shift.build import build_task
 from shift.config import ScheduleConfig, TrainConfig
 from shift.run import micro_batches
-from shift.run.evaluate import loops_of
+from shift.run.evaluate import evaluate, loops_of
 from shift.run.micro_batches import MicroBatches
 from shift.run.trainer import Trainer, TrainingInterrupted
 from shift.tasks.base import IGNORE
@@ -54,6 +54,17 @@ def test_the_batch_stays_and_the_micro_batch_falls_at_the_switch(tmp_path):
     theirs, ours = (rows(tmp_path / name, "train") for name in ("cut", "whole"))
     for key in ("loss", "grad_norm", "flops", "block_applications"):
         assert [row[key] for row in theirs] == pytest.approx([row[key] for row in ours], rel=1e-4), key
+
+
+def test_an_evaluation_in_parts_is_the_whole(tmp_path):
+    trainer = Trainer(tiny(), tmp_path)
+    task = Replaced(trainer.task, uneven)
+    one, other = (
+        evaluate(trainer.model, task, n_loops=3, n_samples=20, batch_size=8, micro_batch=size)
+        for size in (None, 3)
+    )
+    assert other.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    assert other == one
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from shift.build import build_schedule
 from shift.comparison.arms import FAMILIES, colours, make_arm
 from shift.comparison.results import seed_facts
 from shift.config import ScheduleConfig, TrainConfig
-from shift.flops import train_step_flops
+from shift.flops import forward_flops, train_step_flops
 from shift.report.document import Key
 from shift.run.record import read_run
 from shift.run.trainer import Trainer
@@ -185,6 +185,16 @@ def test_every_depth_gets_the_same_compute():
     got = loops(make("random", distribution="inverse_flops", rest=0.5), 8000)
     compute = [got.count(t) * (t + 0.5) / 8000 for t in (1, 2, 3, 4)]
     assert compute == pytest.approx([sum(compute) / 4] * 4, rel=0.12)  # three standard errors
+
+
+def test_a_run_draws_by_the_flops_of_its_own_model(tmp_path):
+    schedule = ScheduleConfig("random", {"distribution": "inverse_flops"})
+    trainer = Trainer(tiny(schedule=schedule), tmp_path)
+    costs = [forward_flops(trainer.model, 1, 6, n_loops) for n_loops in (1, 2, 3)]
+    assert [(n + trainer.schedule.rest) * (costs[1] - costs[0]) for n in (1, 2, 3)] == pytest.approx(costs)
+    assert trainer.schedule.rest > 0
+    given = ScheduleConfig("random", {"distribution": "inverse_flops", "rest": 0.25})
+    assert build_schedule(tiny(schedule=given)).rest == 0.25
 
 
 def test_two_points_have_the_mean_they_are_given():
