@@ -109,6 +109,9 @@ class LoopedTransformer(nn.Module):
             if embedding is not None:
                 # Small beside the block's own updates: with 0.5 the looped model took 1.8x the steps on hop.
                 nn.init.normal_(embedding.weight, std=0.1)
+        if layout.tied:
+            # A token's own logit starts at std times d_model: with 0.1 a model begins by repeating its input.
+            nn.init.normal_(self.tokens.weight, std=0.02)
         if layout.init_loops is not None:
             self._shrink_branches(layout.init_loops)
 

@@ -1,5 +1,7 @@
 """LoopedTransformer: one object for both stages."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -104,6 +106,16 @@ def test_a_random_start_is_drawn_in_training_and_fixed_in_evaluation():
     state = torch.get_rng_state()
     assert torch.equal(model(TOKENS, 2), model(TOKENS, 2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tied_model_begins_as_one_that_knows_nothing():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=500, n_classes=500, max_seq_len=32)
+    spec = BlockSpec(d_model=128, n_heads=4, injection="add")
+    model = LoopedTransformer(spec, **sizes, layout=Layout(tied=True))
+    tokens = torch.randint(500, (8, 33))
+    loss = model(tokens[:, :-1], 2, targets=tokens[:, 1:]) / (8 * 32)
+    assert loss.item() == pytest.approx(math.log(500), rel=0.05)
 
 
 def test_a_tied_model_has_no_second_matrix():
