@@ -28,7 +28,7 @@ from shift_kernels.checks import check_bool, check_floating, check_int, check_po
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.layouts import Packed, rolled
 from shift_kernels.spec import MAX_TOKENS, BlockSpec
-from shift_kernels.torch_internals import must_be_observed, transforms_are_active
+from shift_kernels.torch_internals import exports_to_onnx, must_be_observed, transforms_are_active
 
 _FUNCTION = "shift_kernels.looped_block"
 
@@ -111,13 +111,18 @@ def looped_block(
     if cache is not None:
         _refuse_with_cache(problem, options.n_grad_loops)
         step = check_step(_FUNCTION, cache, e, spec, n_loops, None, options.seq_lens)
+    if exports_to_onnx():
+        backend = _for_onnx(backend)
     chosen = dispatch.plan_and_warn(problem, backend)
+    exported = chosen.backend == "torch" and torch.compiler.is_exporting()
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
         if step is not None:
             h = LOOPED_BLOCK.get(chosen.backend).extend(e, ordered, spec, options, step)  # type: ignore[attr-defined]
             step.commit(n_loops)
+        elif exported:  # operator by operator, so that others can run it
+            h, used = reference.looped_block(e, ordered, spec, **vars(options))
         elif torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
             h, used = _as_operator(e, ordered, spec, options, grad, chosen.backend)
         elif chosen.backend == "torch":
@@ -178,6 +183,14 @@ def _refuse_with_cache(problem: Problem, n_grad_loops: int | None) -> None:
             "inference through all loops of a fixed number",
             "Wrap the call in torch.no_grad(), and leave these out.",
         )
+
+
+def _for_onnx(backend: str) -> str:
+    """The only backend that ONNX can express."""
+    if backend not in ("auto", "torch"):
+        allowed = "'torch' (or 'auto', which takes it) where a model is exported to ONNX"
+        raise input_error(_FUNCTION, "backend", backend, allowed, "A kernel is no operator of ONNX.")
+    return "torch"
 
 
 def _refuse_transforms(backend: str, inputs: tuple[Tensor, ...]) -> None:

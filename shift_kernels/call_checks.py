@@ -97,7 +97,7 @@ def _check_scale(function: str, scale: float | Tensor, e: Tensor) -> float | Ten
         allowed = f"the CPU or the device of e ({e.device})"
         raise input_error(function, "residual_scale", f"on {scale.device}", allowed, "Move it.")
     if torch.compiler.is_compiling():
-        return torch.ops.shift_kernels.own_copy(scale.expand(len(e)), torch.float64)
+        return _traced_copy(scale.expand(len(e)), torch.float64)
     scale = scale.detach().expand(len(e)).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     if scale.device.type == "cpu" and not has_no_values(scale):
         smallest, largest = map(float, scale.aminmax())
@@ -200,7 +200,7 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
             function, name, f"on {x.device}", f"the CPU or the device of e ({e.device})", "Move it."
         )
     if torch.compiler.is_compiling():
-        return torch.ops.shift_kernels.own_copy(x, torch.int64)
+        return _traced_copy(x, torch.int64)
     x = x.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     if x.device.type == "cpu" and not has_no_values(x):
         smallest, largest = map(int, x.aminmax())
@@ -210,6 +210,13 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
                 function, name, bad, f"values from {low} to {high}", "Check how it was computed."
             )
     return x
+
+
+def _traced_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in a graph; a graph that is exported has operators of torch alone, and its inputs to itself."""
+    if torch.compiler.is_exporting():
+        return x.detach().to(dtype)
+    return torch.ops.shift_kernels.own_copy(x, dtype)
 
 
 def check_offsets(function: str, name: str, x: Tensor) -> None:

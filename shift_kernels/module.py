@@ -17,6 +17,7 @@ from shift_kernels.checks import check_dtype, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import BlockSpec
 
+_FROM_TORCH = "LoopedBlock.from_torch"
 RELUS = (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 """Torch's functions for one and the same thing."""
 
@@ -184,63 +185,60 @@ class LoopedBlock(nn.Module):
         return str(self.spec)
 
     @classmethod
-    def from_torch(cls, layer: nn.TransformerEncoderLayer, *, causal: bool, **options) -> LoopedBlock:
+    def from_torch(
+        cls, layer: nn.TransformerEncoderLayer | nn.TransformerEncoder, *, causal: bool, **options
+    ) -> LoopedBlock:
         """A looped block with a copy of this layer's weights, frozen where those are: one loop does the same.
 
         Args:
-            layer: ``torch.nn.TransformerEncoderLayer``; dropout must be 0 or the layer in eval mode.
+            layer: ``torch.nn.TransformerEncoderLayer``, or a ``TransformerEncoder``, whose layers are one
+                loop and whose norm, if it has one, ends each; dropout 0, or the layer in eval mode.
             causal: what the layer was called with (``is_causal``, its mask); the layer does not know.
             options: further fields of :class:`BlockSpec`, such as ``injection="add"``, but none for which
                 the layer has no weights.
 
         Raises:
-            ShiftInputError: dropout, an activation that is neither relu nor gelu, or such an option.
+            ShiftInputError: dropout, an activation that is neither relu nor gelu, layers that are not alike,
+                or such an option.
         """
-        function = "LoopedBlock.from_torch"
-        if not isinstance(layer, nn.TransformerEncoderLayer):
-            raise type_error(
-                function,
+        if isinstance(layer, nn.TransformerEncoder):
+            layers, loop_norm = list(layer.layers), layer.norm
+        else:
+            layers, loop_norm = [layer], None
+        fields = _fields_of(layers[0], causal) if layers else {}
+        if not layers or any(_fields_of(other, causal) != fields for other in layers):
+            raise input_error(
+                _FROM_TORCH,
                 "layer",
-                type(layer).__name__,
-                "a torch.nn.TransformerEncoderLayer",
-                "Wrap its weights by name.",
+                f"{len(layers)} layers",
+                "layers that are alike, one at least",
+                "Change it.",
             )
-        if layer.training and layer.dropout.p > 0:
+        if len(layers) > 1:
+            fields["n_layers"] = len(layers)
+        if loop_norm is not None:
+            _check_loop_norm(loop_norm, fields)
+            fields["loop_norm"] = True
+        if twice := fields.keys() & options.keys():
+            allowed = "fields that the layer does not decide"
+            raise input_error(_FROM_TORCH, "options", sorted(twice), allowed, "Leave them out.")
+        spec = BlockSpec(**fields, **options)
+        theirs = {f"layers.{i}.{n}": p for i, one in enumerate(layers) for n, p in one.named_parameters()}
+        if loop_norm is not None:
+            theirs |= {f"loop_norm.{n}": p for n, p in loop_norm.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in theirs.items()}
+        own = spec.weight_shapes().items()
+        if {n: shape for n, shape in own if n in theirs or n.startswith("layers.")} != shapes:
             raise input_error(
-                function,
-                "layer",
-                f"dropout={layer.dropout.p} in training mode",
-                "dropout=0",
-                "Call layer.eval() first.",
-            )
-        of_layer: dict[str, Any] = dict(
-            d_model=layer.linear1.in_features,
-            n_heads=layer.self_attn.num_heads,
-            d_ff=layer.linear1.out_features,
-            activation=_activation_name(function, layer),
-            norm="layernorm",
-            norm_placement="pre" if layer.norm_first else "post",
-            norm_eps=layer.norm1.eps,
-            bias=layer.linear1.bias is not None,
-            causal=causal,
-        )
-        if twice := of_layer.keys() & options.keys():
-            raise input_error(
-                function, "options", sorted(twice), "fields that the layer does not decide", "Leave them out."
-            )  # fmt: skip
-        spec = BlockSpec(**of_layer, **options)
-        own = {f"layers.0.{name}": tuple(w.shape) for name, w in layer.state_dict().items()}
-        if {name: shape for name, shape in spec.weight_shapes().items() if name.startswith("layers.")} != own:
-            raise input_error(
-                function, "options", options, "fields that ask for no other weights than the layer's",
+                _FROM_TORCH, "options", options, "fields that ask for no other weights than the layer's",
                 "Leave out n_layers, n_kv_heads and head_dim.",
             )  # fmt: skip
-        weight = layer.linear1.weight
+        weight = layers[0].linear1.weight
         block = cls(spec, device=weight.device, dtype=weight.dtype)
-        own_layer = block.get_submodule("layers.0")
-        own_layer.load_state_dict(layer.state_dict())
-        for name, p in layer.named_parameters():
-            own_layer.get_parameter(name).requires_grad_(p.requires_grad)
+        with torch.no_grad():
+            for name, p in theirs.items():
+                block.get_parameter(name).copy_(p)
+                block.get_parameter(name).requires_grad_(p.requires_grad)
         return block
 
     def to_torch(self) -> nn.TransformerEncoderLayer:
@@ -278,6 +276,45 @@ class LoopedBlock(nn.Module):
         )  # fmt: skip
         layer.load_state_dict(self.layers.get_submodule("0").state_dict())  # type: ignore[union-attr]
         return layer
+
+
+def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
+    """The fields of :class:`BlockSpec` that a layer decides."""
+    if not isinstance(layer, nn.TransformerEncoderLayer):
+        raise type_error(
+            _FROM_TORCH,
+            "layer",
+            type(layer).__name__,
+            "a torch.nn.TransformerEncoderLayer, or a TransformerEncoder of such",
+            "Wrap its weights by name.",
+        )
+    if layer.training and layer.dropout.p > 0:
+        raise input_error(
+            _FROM_TORCH,
+            "layer",
+            f"dropout={layer.dropout.p} in training mode",
+            "dropout=0",
+            "Call layer.eval() first.",
+        )
+    return dict(
+        d_model=layer.linear1.in_features,
+        n_heads=layer.self_attn.num_heads,
+        d_ff=layer.linear1.out_features,
+        activation=_activation_name(_FROM_TORCH, layer),
+        norm="layernorm",
+        norm_placement="pre" if layer.norm_first else "post",
+        norm_eps=layer.norm1.eps,
+        bias=layer.linear1.bias is not None,
+        causal=causal,
+    )
+
+
+def _check_loop_norm(norm: nn.Module, fields: dict[str, Any]) -> None:
+    """Refuse a norm that is not the layers' own kind."""
+    alike = isinstance(norm, nn.LayerNorm) and norm.eps == fields["norm_eps"] and norm.weight is not None
+    if not alike or (norm.bias is not None) != fields["bias"]:
+        allowed = f"a LayerNorm with eps={fields['norm_eps']} and bias={fields['bias']}, as in the layers"
+        raise input_error(_FROM_TORCH, "layer.norm", norm, allowed, "Apply it yourself: encoder.norm = None.")
 
 
 def _activation_name(function: str, layer: nn.TransformerEncoderLayer) -> str:

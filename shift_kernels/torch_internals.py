@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -29,6 +30,13 @@ def transforms_are_active(tensors: tuple[Tensor, ...]) -> bool:
     level = forward_ad._current_level  # asked first, for what it spares every other call
     tangents = level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     return tangents or torch._C._are_functorch_transforms_active()
+
+
+@constant_for_dynamo
+def exports_to_onnx() -> bool:
+    """True while torch.onnx traces."""
+    # torch imports it late, and so it stays.
+    return torch.compiler.is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def must_be_observed(tensors: tuple[Tensor, ...]) -> bool:

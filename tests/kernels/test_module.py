@@ -172,3 +172,44 @@ def test_what_was_frozen_in_torchs_layer_stays_frozen():
     block = LoopedBlock.from_torch(layer, causal=False)
     frozen = [name for name, p in block.named_parameters() if not p.requires_grad]
     assert frozen == ["layers.0.linear1.weight"]
+
+
+def encoder(n_layers=3, norm=None, **options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True, **options)
+    made = nn.TransformerEncoder(layer, n_layers, norm=norm, enable_nested_tensor=False)
+    with torch.no_grad():
+        for p in made.parameters():  # torch makes n copies of one layer
+            p.add_(0.1 * torch.randn_like(p))
+    return made
+
+
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(16)], ids=["no norm", "norm"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_one_loop_of_an_encoder_is_the_encoder_and_two_are_it_twice(norm_first, norm):
+    whole, e = encoder(norm=norm, norm_first=norm_first), torch.randn(2, 5, 16)
+    next(whole.layers[1].parameters()).requires_grad_(False)
+    block = LoopedBlock.from_torch(whole, causal=False)
+    torch.testing.assert_close(block(e, 1), whole(e))
+    torch.testing.assert_close(block(e, 2), whole(whole(e)))
+    assert [p.requires_grad for p in block.get_submodule("layers.1").parameters()].count(False) == 1
+
+
+def unlike():
+    made = encoder()
+    made.layers[1] = encoder(1, norm_first=True).layers[0]
+    return made
+
+
+ENCODERS = {
+    "layers that differ": unlike,
+    "a norm of another kind": lambda: encoder(norm=nn.RMSNorm(16)),
+    "a norm with another eps": lambda: encoder(norm=nn.LayerNorm(16, eps=1e-3)),
+    "no layers": lambda: encoder(0),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_that_is_no_block_is_refused(kind):
+    with pytest.raises(ShiftInputError, match=r"from_torch: argument 'layer"):
+        LoopedBlock.from_torch(ENCODERS[kind](), causal=False)
