@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
 
-from shift_kernels import dispatch
+from shift_kernels import dispatch, reference
 from shift_kernels.autograd import EagerLoopedBlock
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.torch import TORCH
