@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from shift_kernels.errors import ShiftInputError
 from shift_kernels.extras import explained
@@ -14,7 +15,11 @@ from shift_kernels.extras import explained
 FAILED, UNUSABLE, CLOSED_PIPE = 1, 2, 141
 """Exit codes: a full disk, say; bad input, a missing extra; nobody reads on (128 + SIGPIPE, as in shells)."""
 
-Main = Callable[[Sequence[str] | None], int]
+
+class Main(Protocol):
+    """The function of a command."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def command(name: str) -> Callable[[Main], Main]:
@@ -49,7 +54,7 @@ def launch(name: str, module: str) -> int:
     """Import the module of a command and run its ``main``; what the import misses is one line, too."""
 
     @command(name)
-    def run(argv: Sequence[str] | None) -> int:
+    def run(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(module).main(argv)
 
     return run(None)

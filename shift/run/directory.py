@@ -123,6 +123,8 @@ class RunDirectory:
                 self._open_fresh()
             else:
                 self.world_size = found.state["world_size"]
+                if found.state["config"]["steps"] < self.config.steps and _holds(self.path / RESULT):
+                    set_aside(self.path / RESULT, "before")  # of the shorter run
                 self._open_at(found.state["lengths"], found.state.get("sha256", {}))
                 checkpoint.remove_leftovers(self._checkpoints)
                 checkpoint.prune(self._checkpoints, found.state["step"], self.config.keep)

@@ -244,6 +244,8 @@ def test_a_run_that_is_extended_goes_on_as_if_it_had_been_planned_so(tmp_path, s
     trainer = Trainer(dataclasses.replace(config, steps=15), tmp_path / "run", resume=True, extend=True)
     with pytest.raises(TrainingInterrupted):
         trainer.fit(lambda done, _: trainer.stop() if done == 13 else None)
+    assert not (tmp_path / "run" / "result.json").exists()  # it would be one of other steps
+    assert json.loads((tmp_path / "run" / "before-result.json").read_text())["steps"] == 12
     longer = dataclasses.replace(config, steps=18)
     extended = Trainer(longer, tmp_path / "run", resume=True, extend=True).fit()
     if schedule.kind == "fixed":  # its fraction stays one of the steps that were planned
