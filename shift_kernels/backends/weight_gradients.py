@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import GATED, BlockSpec
 
 OPERAND_BYTES = 512 * 2**20
 """Of operands alive at once: bounds the loops in a launch."""
@@ -73,7 +73,7 @@ class ResidentGradients:
     def __init__(self, spec: BlockSpec, widths: Widths, like: Tensor) -> None:
         self.spec, self.widths, self.like = spec, widths, like
         self.maps = _ATTENTION | (_MLP if spec.d_ff else {})
-        hidden = 2 if spec.activation == "swiglu" else 1
+        hidden = 2 if spec.activation in GATED else 1
         d, heads = widths.d_model, widths.head_dim * spec.n_heads
         self.columns = {"xn": d, "o": heads, "dy": d}
         self.columns["dqkv"] = heads + 2 * spec.n_kv_heads * widths.head_dim

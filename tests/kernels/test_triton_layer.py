@@ -14,11 +14,11 @@ if DEVICE != "cpu":
     pytest.skip("runs in Triton's interpreter; tests/gpu is for this machine", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.backends.base import FIRST_OPTIONS
 from shift_kernels.backends.torch import TORCH
 from shift_kernels.backends.triton import graph, rows
 from shift_kernels.backends.triton import streamed as layer
 from shift_kernels.call import CallOptions
+from shift_kernels.spec import ACTIVATIONS
 
 F64 = torch.float64
 # What the reference in the same dtype may gain by luck; relative to the largest number of a tensor.
@@ -80,9 +80,7 @@ BLOCKS = {
     "no norm": dict(norm="none", residual_scale=0.3, injection="add"),
     "bare": dict(norm="none", bias=False),
     "two layers, loop norm": dict(n_layers=2, loop_norm=True),
-    **{
-        name: dict(activation=name) for name in FIRST_OPTIONS["activation"] if name != "gelu"
-    },  # which all others have
+    **{name: dict(activation=name) for name in ACTIVATIONS if name != "gelu"},  # which all others have
     "rotary": dict(position="rope"),
     "full attention": dict(causal=False),
     "attention only": dict(d_ff=0, loop_norm=True),

@@ -19,8 +19,8 @@ if importlib.util.find_spec("triton") is None:
 from triton_interpreter import DEVICE
 
 from shift_kernels import BlockSpec, LoopedBlock, attention, looped_block, reference
-from shift_kernels.backends.base import FIRST_OPTIONS
 from shift_kernels.backends.triton import rows
+from shift_kernels.spec import ACTIVATIONS, GATED
 
 if DEVICE != "cpu":
     pytest.skip("the interpreter's figures; a GPU is tested in tests/gpu", allow_module_level=True)
@@ -89,10 +89,12 @@ def test_a_gradient_that_is_not_finite_stays_with_its_sequence(value, n_layers):
     assert ours[1][[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", FIRST_OPTIONS["activation"])
-def test_activations_are_finite_where_pytorchs_are(kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((k, torch.float32) for k in ACTIVATIONS), ("gelu", torch.float16)]
+)
+def test_activations_are_finite_where_pytorchs_are(kind, dtype):
     values = [math.nan, math.inf, -math.inf, -3e4, 3e4, 0.0, -2.0, 2.0]
-    grid = torch.tensor(list(itertools.product(values, repeat=3 if kind == "swiglu" else 2)))
+    grid = torch.tensor(list(itertools.product(values, repeat=3 if kind in GATED else 2)), dtype=dtype)
     dg, x = grid[:, :1].contiguous(), grid[:, 1:].contiguous().requires_grad_()
     gate = x[:, :1]
     plain = {
@@ -101,12 +103,25 @@ def test_activations_are_finite_where_pytorchs_are(kind):
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
         "swiglu": lambda y: nn.functional.silu(y) * x[:, 1:],
+        "geglu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh") * x[:, 1:],
     }[kind](gate)
     (dx,) = torch.autograd.grad(plain, x, dg)
     g, da = torch.empty_like(dg), torch.empty_like(x)
     rows.activation(x.detach(), None, kind, g)
     rows.activation_backward(x.detach(), None, kind, dg, da)
     assert_same_pattern([g, da], [plain, dx], ["g", "da"], kind)
+
+
+def test_gelu_for_narrow_operands_is_as_near_as_stated():
+    x = torch.linspace(-12, 12, 24_001).half()[:, None]
+    y, dx, ones = (torch.empty(x.shape), torch.empty(x.shape), torch.ones(x.shape))
+    rows.activation(x, None, "gelu", y)
+    rows.activation_backward(x, None, "gelu", ones, dx)
+    exact = x.double().requires_grad_()
+    gelu = nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(gelu.sum(), exact)
+    assert (y - gelu).abs().max() <= 1.6e-5
+    assert (dx - slope).abs().max() <= 3.2e-5
 
 
 @pytest.mark.parametrize("magnitude", [1e29, 1e31, 1e37])

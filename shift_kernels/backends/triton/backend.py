@@ -16,7 +16,7 @@ from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served,
 from shift_kernels.backends.device import matmul_precision, on_device_of
 from shift_kernels.backends.triton import resident_plan
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import ACTIVATIONS, BlockSpec
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -98,7 +98,7 @@ class TritonBackend:
     """Resident or streamed kernels in Triton; see the top of this file."""
 
     name, saves = "triton", True
-    served = Served(FIRST_OPTIONS)
+    served = Served({**FIRST_OPTIONS, "activation": ACTIVATIONS})
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         found = WhyNot.of(Kind.ABSENT, _absent())

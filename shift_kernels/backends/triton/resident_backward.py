@@ -180,19 +180,19 @@ def mlp_backward(xn, dy, w, r, WIDE, S: tl.constexpr):
         w2 = weight_tile(w, S.starts[3] + c, S.ff_chunk, S)
         da = tl.dot(dy, tl.trans(w2), input_precision=S.precision)
         gate = project(xn, w, S.starts[2] + c, S.ff_chunk, S)
-        if S.activation == "swiglu":
+        if S.hidden == 2:
             up = project(xn, w, S.starts[2] + S.ff_pad + c, S.ff_chunk, S)
-            y, dgate = activate_backward(gate, da * up, kind)
+            y, dgate = activate_backward(gate, da * up, kind, xn.dtype == tl.float32)
             dup = da * y
             y *= up
         else:
-            y, dgate = activate_backward(gate, da, kind)
+            y, dgate = activate_backward(gate, da, kind, xn.dtype == tl.float32)
         keep(WIDE, r, y.to(xn.dtype), S.starts[3] + c, S.ff_chunk, S.weight_rows)
         dgate = without_ff_pads(dgate, c, S).to(xn.dtype)
         keep(WIDE, r, dgate, S.starts[2] + c, S.ff_chunk, S.weight_rows)
         w1 = weight_tile(w, S.starts[2] + c, S.ff_chunk, S)
         dn = tl.dot(dgate, w1, dn, input_precision=S.precision)
-        if S.activation == "swiglu":
+        if S.hidden == 2:
             dup = without_ff_pads(dup, c, S).to(xn.dtype)
             keep(WIDE, r, dup, S.starts[2] + S.ff_pad + c, S.ff_chunk, S.weight_rows)
             w_up = weight_tile(w, S.starts[2] + S.ff_pad + c, S.ff_chunk, S)

@@ -224,8 +224,8 @@ def mlp(xn, acc, w, S: tl.constexpr):
     kind: tl.constexpr = S.activation
     acc += tl.load(w.v + MLP_BIAS * S.d_pad + tl.arange(0, S.d_pad))[None, :]
     for c in range(0, S.ff_end, S.ff_chunk):
-        y = activate(project(xn, w, S.starts[2] + c, S.ff_chunk, S), kind)
-        if S.activation == "swiglu":
+        y = activate(project(xn, w, S.starts[2] + c, S.ff_chunk, S), kind, xn.dtype == tl.float32)
+        if S.hidden == 2:
             y *= project(xn, w, S.starts[2] + S.ff_pad + c, S.ff_chunk, S)
         y = without_ff_pads(y, c, S).to(xn.dtype)
         acc = tl.dot(y, weight_tile(w, S.starts[3] + c, S.ff_chunk, S), acc, input_precision=S.precision)

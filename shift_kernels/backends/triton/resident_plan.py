@@ -14,7 +14,7 @@ import math
 import torch
 
 from shift_kernels.backends.triton import tuned
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import GATED, BlockSpec
 
 MIN_SIDE = 16  # the smallest side of a tile that tl.dot accepts
 PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
@@ -154,7 +154,7 @@ def layout(spec: BlockSpec) -> Layout:
         head_dim=spec.head_dim,
         d_ff=spec.d_ff,
         n_layers=spec.n_layers,
-        hidden=2 if spec.activation == "swiglu" else 1,
+        hidden=2 if spec.activation in GATED else 1,
         d_pad=power_of_two(spec.d_model),
         head_pad=power_of_two(spec.head_dim),
         ff_pad=-(-spec.d_ff // step) * step,

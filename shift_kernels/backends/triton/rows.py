@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shift_kernels.backends.triton.activation import activate, activate_backward
+from shift_kernels.spec import GATED
 
 PROGRAMS = 512  # partial sums kept for norm gradients: enough to fill a GPU, few enough to add up quickly
 _BLOCK = 4096  # numbers a program of a row kernel holds at once
@@ -149,42 +150,45 @@ def norm_backward(
 
 
 @triton.jit
-def _activation(A, BIAS, G, DG, DA, total, F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _activation(
+    A, BIAS, G, DG, DA, total, F: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     row, col = i // F, i % F
-    WIDTH: tl.constexpr = 2 * F if KIND == "swiglu" else F
+    WIDTH: tl.constexpr = 2 * F if GATE else F
+    exact: tl.constexpr = A.dtype.element_ty == tl.float32
     a = tl.load(A + row * WIDTH + col, mask=mask, other=0.0).to(tl.float32)
     if BIAS is not None:
         a += tl.load(BIAS + col, mask=mask, other=0.0).to(tl.float32)
-    if KIND == "swiglu":
+    if GATE:
         up = tl.load(A + row * WIDTH + F + col, mask=mask, other=0.0).to(tl.float32)
         if BIAS is not None:
             up += tl.load(BIAS + F + col, mask=mask, other=0.0).to(tl.float32)
     if DG is None:
-        g = activate(a, KIND)
-        if KIND == "swiglu":
+        g = activate(a, KIND, exact)
+        if GATE:
             g *= up
         tl.store(G + i, g.to(G.dtype.element_ty), mask=mask)
     else:
         dg = tl.load(DG + i, mask=mask, other=0.0).to(tl.float32)
-        g, da = activate_backward(a, dg * up if KIND == "swiglu" else dg, KIND)
+        g, da = activate_backward(a, dg * up if GATE else dg, KIND, exact)
         tl.store(DA + row * WIDTH + col, da.to(DA.dtype.element_ty), mask=mask)
-        if KIND == "swiglu":
+        if GATE:
             tl.store(DA + row * WIDTH + F + col, (dg * g).to(DA.dtype.element_ty), mask=mask)
 
 
 def activation(a: Tensor, bias: Tensor | None, kind: str, g: Tensor) -> None:
     """g = act(a + bias): a [rows, d_ff] (twice that for swiglu: gate, then values), g [rows, d_ff]."""
     _activation[(triton.cdiv(g.numel(), 1024),)](
-        a, bias, g, None, None, g.numel(), F=g.shape[1], KIND=kind, BLOCK=1024
+        a, bias, g, None, None, g.numel(), F=g.shape[1], KIND=kind, GATE=kind in GATED, BLOCK=1024
     )
 
 
 def activation_backward(a: Tensor, bias: Tensor | None, kind: str, dg: Tensor, da: Tensor) -> None:
     """da, like a, for the gradient dg of :func:`activation`'s result."""
     _activation[(triton.cdiv(dg.numel(), 1024),)](
-        a, bias, None, dg, da, dg.numel(), F=dg.shape[1], KIND=kind, BLOCK=1024
+        a, bias, None, dg, da, dg.numel(), F=dg.shape[1], KIND=kind, GATE=kind in GATED, BLOCK=1024
     )
 
 

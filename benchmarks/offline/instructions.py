@@ -1,0 +1,61 @@
+"""Warp instructions of a resident kernel for a token and a loop: what its issue slots are spent on.
+
+Counted in SASS: each innermost loop's instructions times its trips, plus the rest of the loop over t. The
+prologue, once a launch, is left out. A floor of the time, not the time: no instruction waits for anything.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from shift_kernels.backends.triton.resident_plan import Tile
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ISSUES_PER_CYCLE = 4
+"""Warp instructions that a multiprocessor starts in a cycle: one for each of its four schedulers."""
+
+
+def per_token_and_loop(kernel: Any) -> float:
+    """Of a compiled resident forward or backward with one layer."""
+    tile = next(value for value in kernel.src.constants.values() if isinstance(value, Tile))
+    trips = [tile.n_kv_heads, *([tile.ff_end // tile.ff_chunk] if tile.d_ff else [])]
+    if kernel.metadata.name == "resident_backward":
+        trips.reverse()  # it walks the MLP first
+    count = weighted(listing(kernel.asm["cubin"]), [n for n in trips if n > 1])
+    return count * kernel.metadata.num_warps / tile.rows
+
+
+def listing(cubin: bytes) -> list[tuple[int, str]]:
+    """Address and text of each instruction."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "kernel.cubin")
+        path.write_bytes(cubin)
+        sass = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True
+        )
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.+?) ?;", sass.stdout)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def weighted(code: list[tuple[int, str]], trips: list[int]) -> int:
+    """Instructions of the outermost loop, each innermost loop in it ``trips`` times, in order of addresses."""
+    loops = []
+    for address, text in code:
+        branch = re.search(r"\bBRA (?:`\(\S+\)|)(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    outer = max(loops, key=lambda loop: sum(loop[0] <= a and b <= loop[1] for a, b in loops))
+    inside = [loop for loop in loops if outer[0] <= loop[0] and loop[1] <= outer[1] and loop != outer]
+    inner = sorted(a for a in inside if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in inside))
+    assert len(inner) == len(trips), f"{len(inner)} innermost loops, not {len(trips)}: {loops}"
+
+    def size(loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= address <= loop[1] for address, _ in code)
+
+    return size(outer) + sum((n - 1) * size(loop) for loop, n in zip(inner, trips, strict=True))
