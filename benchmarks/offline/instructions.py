@@ -25,8 +25,9 @@ def per_token_and_loop(kernel: Any) -> float:
     """Of a compiled resident forward or backward with one layer."""
     tile = next(value for value in kernel.src.constants.values() if isinstance(value, Tile))
     trips = [tile.n_kv_heads, *([tile.ff_end // tile.ff_chunk] if tile.d_ff else [])]
-    if kernel.metadata.name == "resident_backward":
-        trips.reverse()  # it walks the MLP first
+    if kernel.metadata.name == "resident_backward":  # which walks the MLP first, and rows before and after
+        steps = tile.rows // tile.step
+        trips = [n for branch in reversed(trips) for n in (steps, branch, steps)]
     count = weighted(listing(kernel.asm["cubin"]), [n for n in trips if n > 1])
     return count * kernel.metadata.num_warps / tile.rows
 
@@ -44,7 +45,7 @@ def listing(cubin: bytes) -> list[tuple[int, str]]:
 
 
 def weighted(code: list[tuple[int, str]], trips: list[int]) -> int:
-    """Instructions of the outermost loop, each innermost loop in it ``trips`` times, in order of addresses."""
+    """Instructions of the outermost loop, its innermost ones ``trips`` times each, by address."""
     loops = []
     for address, text in code:
         branch = re.search(r"\bBRA (?:`\(\S+\)|)(0x[0-9a-f]+)", text)

@@ -70,9 +70,11 @@ def backward(
     packed = Packed(*saved[1:], rotary(spec, seq_len, e.device))  # type: ignore[call-arg]
     sums = OperandSums(packed, layout(spec), programs, tile.precision)
 
+    dn = torch.empty(e.shape, dtype=torch.float32, device=e.device)
+
     def launch(window: Window) -> None:
         resident_backward[(programs,)](
-            Gradients(kept, grad_h, own_loops, lens, window.dh, window.de, sums.vectors, window.operands),
+            Gradients(kept, grad_h, own_loops, lens, window.dh, window.de, dn, sums.vectors, window.operands),
             packed,
             most,
             n_grad_loops,

@@ -61,6 +61,7 @@ class Gradients(NamedTuple):
         lens: lengths [batch].
         dh: f32 [batch, seq_len, d_model]: gradient of h_high, becomes that of h_low.
         de: f32 like dh: gradient of e so far, with injection.
+        dn: f32 like dh: room for the gradient of a branch's input.
         v: f32 [programs, n_layers, slots, d_pad]: gradients of Packed.v so far.
         operands: see operands.py, rows are (high - low) x tokens.
     """
@@ -71,6 +72,7 @@ class Gradients(NamedTuple):
     lens: object
     dh: object
     de: object
+    dn: object
     v: object
     operands: Operands
 
@@ -85,25 +87,35 @@ def add_sum(x, to, S: tl.constexpr):
 
 
 @triton.jit
+def norm_input(x, dy, w, slot, S: tl.constexpr):
+    """Gradient of a norm's input x, and each row's share dy * unit of its weight's."""
+    cols = tl.arange(0, S.d_pad)
+    unit, inverse = normalise(x, S)
+    share = dy * unit
+    dy = dy * tl.load(w.v + slot * S.d_pad + cols)[None, :]
+    dx = dy - unit * (tl.sum(dy * unit, 1) / S.d_model)[:, None]
+    if S.norm == "layernorm":
+        dx = dx - (tl.sum(dy, 1) / S.d_model)[:, None]
+        if S.d_pad != S.d_model:
+            dx = tl.where(cols[None, :] < S.d_model, dx, 0.0)
+    return dx * inverse[:, None], share
+
+
+@triton.jit
 def norm_backward(x, dy, w, slot, DV, S: tl.constexpr):
     """Gradient of a norm's input x; its weight's and bias's are added to this program's DV."""
     if S.norm != "none":
-        cols = tl.arange(0, S.d_pad)
-        unit, inverse = normalise(x, S)
-        add_sum(dy * unit, DV + slot * S.d_pad, S)
+        dx, share = norm_input(x, dy, w, slot, S)
+        add_sum(share, DV + slot * S.d_pad, S)
         add_sum(dy, DV + (slot + 1) * S.d_pad, S)
-        dy = dy * tl.load(w.v + slot * S.d_pad + cols)[None, :]
-        dx = dy - unit * (tl.sum(dy * unit, 1) / S.d_model)[:, None]
-        if S.norm == "layernorm":
-            dx = tl.where(cols[None, :] < S.d_model, dx - (tl.sum(dy, 1) / S.d_model)[:, None], 0.0)
-        dy = dx * inverse[:, None]
+        dy = dx
     return dy
 
 
 @triton.jit
 def keep(X, r, x, first, n: tl.constexpr, width: tl.constexpr):
     """Store columns first .. first + n of a matmul operand, [tokens, width]."""
-    at = X + r.row[:, None] * width + first + tl.arange(0, n)[None, :]
+    at = X + r.start * width + first + (r.i[:, None] * width + tl.arange(0, n)[None, :])
     tl.store(at, x, mask=r.inside[:, None])
 
 
@@ -201,22 +213,79 @@ def mlp_backward(xn, dy, w, r, WIDE, S: tl.constexpr):
 
 
 @triton.jit
-def load_state(X, r, valid, S: tl.constexpr):
-    """A state of this program, f32 [rows, d_pad], 0 in the pads."""
-    return tl.load(tile_of(X, r, S), mask=valid, other=0.0).to(tl.float32)
+def load_state(X, r, S: tl.constexpr):
+    """A state's rows, f32 [rows, d_pad], 0 in the pads."""
+    return tl.load(tile_of(X, r, S), mask=is_token(r, S), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def half_layer_backward(X, DH, DV, is_mlp: tl.constexpr, w, r, valid, operands, S: tl.constexpr):
-    """Turns the gradient of a half layer's output, in DH, into that of its input, whose state is X.
+def store_state(X, r, x, S: tl.constexpr):
+    """Write a state's rows, but not its pads."""
+    tl.store(tile_of(X, r, S), x, mask=is_token(r, S))
 
-    operands: this loop's and layer's; narrow is a tuple, by part.
-    """
+
+@triton.jit
+def is_token(r, S: tl.constexpr):
+    """Mask [rows, d_pad]: what is neither pad nor padding."""
+    return (r.seq >= 0)[:, None] & (tl.arange(0, S.d_pad)[None, :] < S.d_model)
+
+
+@triton.jit
+def zeros(n: tl.constexpr, S: tl.constexpr):
+    """[n, d_pad] f32."""
+    width: tl.constexpr = S.d_pad
+    return tl.zeros([n, width], tl.float32)
+
+
+@triton.jit
+def kept(X, r, S: tl.constexpr):
+    """What :func:`keep` stored of a narrow operand."""
+    at = X + r.start * S.d_pad + (r.i[:, None] * S.d_pad + tl.arange(0, S.d_pad)[None, :])
+    return tl.load(at, mask=r.inside[:, None], other=0.0)
+
+
+@triton.jit
+def branch_operands(X, io, DV, is_mlp: tl.constexpr, w, r, batch, narrow, S: tl.constexpr):
+    """What a branch read, xn, and the gradient of what it gave, dy: kept in narrow, a few rows at a time."""
     slot: tl.constexpr = NORM2 if is_mlp else NORM1
-    x, dh = load_state(X, r, valid, S), load_state(DH, r, valid, S)
+    total = zeros(S.step, S)
+    for first in range(0, S.rows, S.step):
+        p = place(io.lens, r.seq_len, batch, first, S.step, S)
+        xn = norm(load_state(X, p, S), w, slot, S).to(w.w.dtype.element_ty)
+        keep(narrow[0], p, xn, 0, S.d_pad, S.d_pad)
+        dy = load_state(io.dh, p, S) * S.scale
+        keep(narrow[1], p, dy.to(xn.dtype), 0, S.d_pad, S.d_pad)
+        total += dy
+    add_sum(total, DV + (MLP_BIAS if is_mlp else OUT_BIAS) * S.d_pad, S)
+    tl.debug_barrier()
+
+
+@triton.jit
+def norm_and_residual(X, io, DV, slot: tl.constexpr, w, r, batch, S: tl.constexpr):
+    """dh += norm'(x, dn), a few rows at a time."""
+    weight = zeros(S.step, S)
+    bias = zeros(S.step, S)
+    for first in range(0, S.rows, S.step):
+        p = place(io.lens, r.seq_len, batch, first, S.step, S)
+        dn = load_state(io.dn, p, S)
+        if S.norm != "none":
+            bias += dn
+            dn, share = norm_input(load_state(X, p, S), dn, w, slot, S)
+            weight += share
+        store_state(io.dh, p, load_state(io.dh, p, S) + dn, S)
+    if S.norm != "none":
+        add_sum(weight, DV + slot * S.d_pad, S)
+        add_sum(bias, DV + (slot + 1) * S.d_pad, S)
+
+
+@triton.jit
+def after_norms(X, io, DV, is_mlp: tl.constexpr, w, r, narrow, S: tl.constexpr):
+    """:func:`branch_operands` where a norm comes after the branch, which is recomputed for it."""
+    slot: tl.constexpr = NORM2 if is_mlp else NORM1
+    x, dh = load_state(X, r, S), load_state(io.dh, r, S)
     if S.placement == "post":
         dh = norm_backward(branch_sum(x, is_mlp, w, r, S), dh, w, slot, DV, S)
-        tl.store(tile_of(DH, r, S), dh, mask=valid)
+        store_state(io.dh, r, dh, S)
         xn = x.to(w.w.dtype.element_ty)
     else:
         xn = norm(x, w, slot, S).to(w.w.dtype.element_ty)
@@ -224,43 +293,54 @@ def half_layer_backward(X, DH, DV, is_mlp: tl.constexpr, w, r, valid, operands, 
     if S.placement == "sandwich":
         dy = norm_backward(branch(xn, tl.zeros_like(x), is_mlp, w, r, S), dy, w, slot + 2, DV, S)
     add_sum(dy, DV + (MLP_BIAS if is_mlp else OUT_BIAS) * S.d_pad, S)
-    dy = dy.to(xn.dtype)
-    part: tl.constexpr = 2 if is_mlp else 0
-    keep(operands.narrow[part], r, xn, 0, S.d_pad, S.d_pad)
-    keep(operands.narrow[part + 1], r, dy, 0, S.d_pad, S.d_pad)
-    if is_mlp:
-        dn = mlp_backward(xn, dy, w, r, operands.wide, S)
-    else:
-        dn = attention_backward(xn, dy, w, r, operands.wide, S)
-    # Behind the branch x and dh are read again, so that no register holds them meanwhile.
-    tl.debug_barrier()
-    if S.placement != "post":
-        dn = norm_backward(load_state(X, r, valid, S), dn, w, slot, DV, S)
-    tl.store(tile_of(DH, r, S), load_state(DH, r, valid, S) + dn, mask=valid)
+    keep(narrow[0], r, xn, 0, S.d_pad, S.d_pad)
+    keep(narrow[1], r, dy.to(xn.dtype), 0, S.d_pad, S.d_pad)
     tl.debug_barrier()
 
 
 @triton.jit
-def loop_backward(SAVED, io, w, DV, r, valid, tokens, at, n_rows, S: tl.constexpr):
+def half_layer_backward(X, io, DV, is_mlp: tl.constexpr, w, r, batch, operands, S: tl.constexpr):
+    """Turns the gradient of a half layer's output, in io.dh, into that of its input, whose state is X.
+
+    operands: this loop's and layer's; narrow is a tuple: xn, and dy. Between the steps all is in memory (L2),
+    so that each has the registers for itself.
+    """
+    if S.placement == "pre":
+        branch_operands(X, io, DV, is_mlp, w, r, batch, operands.narrow, S)
+    else:
+        after_norms(X, io, DV, is_mlp, w, r, operands.narrow, S)
+    xn, dy = kept(operands.narrow[0], r, S), kept(operands.narrow[1], r, S)
+    if is_mlp:
+        dn = mlp_backward(xn, dy, w, r, operands.wide, S)
+    else:
+        dn = attention_backward(xn, dy, w, r, operands.wide, S)
+    if S.placement == "post":
+        store_state(io.dh, r, load_state(io.dh, r, S) + dn, S)
+    else:
+        store_state(io.dn, r, dn, S)
+        tl.debug_barrier()
+        norm_and_residual(X, io, DV, NORM2 if is_mlp else NORM1, w, r, batch, S)
+    tl.debug_barrier()
+
+
+@triton.jit
+def loop_backward(SAVED, io, w, DV, r, batch, tokens, at, n_rows, S: tl.constexpr):
     """One loop. SAVED: its states. at: its first row among the operands' n_rows."""
     stride = tokens * S.d_model
     if S.loop_norm:
-        u = load_state(SAVED + (S.saves - 1) * stride, r, valid, S)
-        dh = norm_backward(u, load_state(io.dh, r, valid, S), w, LOOP_NORM, DV, S)
-        tl.store(tile_of(io.dh, r, S), dh, mask=valid)
+        u = load_state(SAVED + (S.saves - 1) * stride, r, S)
+        store_state(io.dh, r, norm_backward(u, load_state(io.dh, r, S), w, LOOP_NORM, DV, S), S)
         tl.debug_barrier()
     for from_last in range(S.n_layers):
         layer = S.n_layers - 1 - from_last
         own, dv = of_layer(w, layer, S), DV + layer * SLOTS * S.d_pad
         X, first = SAVED + layer * S.halves * stride, layer * n_rows + at
-        n = io.operands.narrow + first * S.d_pad
+        n, wide = io.operands.narrow + first * S.d_pad, io.operands.wide + first * S.weight_rows
         part = S.n_layers * n_rows * S.d_pad
-        operands = Operands(
-            io.operands.wide + first * S.weight_rows, (n, n + part, n + 2 * part, n + 3 * part)
-        )
         if S.d_ff > 0:
-            half_layer_backward(X + stride, io.dh, dv, True, own, r, valid, operands, S)
-        half_layer_backward(X, io.dh, dv, False, own, r, valid, operands, S)
+            mlp_operands = Operands(wide, (n + 2 * part, n + 3 * part))
+            half_layer_backward(X + stride, io, dv, True, own, r, batch, mlp_operands, S)
+        half_layer_backward(X, io, dv, False, own, r, batch, Operands(wide, (n, n + part)), S)
 
 
 @triton.jit(do_not_specialize=["n_loops", "n_grad_loops", "low", "high", "seq_len", "batch"])
@@ -276,29 +356,25 @@ def resident_backward(
     S: tl.constexpr,  # Tile
     keep_all: tl.constexpr,
 ):
-    r = place(io.lens, seq_len, batch, S)
-    valid = (r.seq >= 0)[:, None] & (tl.arange(0, S.d_pad)[None, :] < S.d_model)
+    r = place(io.lens, seq_len, batch, 0, S.rows, S)
     tokens = tl.cast(batch, tl.int64) * seq_len
     stride = tokens * S.d_model
     DV = io.v + tl.program_id(0).to(tl.int64) * S.n_layers * SLOTS * S.d_pad
     last = own_loops(io.loops, n_loops)
     first = tl.maximum(last - n_grad_loops, 0)  # loops first + 1 .. last carry gradient
-    dh = tile_of(io.dh, r, S)
     for back in range(high - low):
         t = high - 1 - back  # loop t + 1 turned h_t into h_{t+1}
         if t >= first:
             if keep_all:
-                returned = load_state(io.h + t * stride, r, valid, S)
-                tl.store(dh, load_state(io.dh, r, valid, S) + returned, mask=valid)
+                returned = load_state(io.h + t * stride, r, S)
+                store_state(io.dh, r, load_state(io.dh, r, S) + returned, S)
                 tl.debug_barrier()
             if t < last:
                 saved = io.saved + t * S.saves * stride
-                loop_backward(
-                    saved, io, w, DV, r, valid, tokens, (t - low) * tokens, (high - low) * tokens, S
-                )
+                at, n_rows = (t - low) * tokens, (high - low) * tokens
+                loop_backward(saved, io, w, DV, r, batch, tokens, at, n_rows, S)
                 if S.inject:
-                    de = tile_of(io.de, r, S)
-                    tl.store(de, load_state(io.de, r, valid, S) + load_state(io.dh, r, valid, S), mask=valid)
+                    store_state(io.de, r, load_state(io.de, r, S) + load_state(io.dh, r, S), S)
     # What lies before the loops that carry gradient gets none.
     if first > low:
-        tl.store(dh, tl.zeros(valid.shape, tl.float32), mask=valid)
+        store_state(io.dh, r, zeros(S.rows, S), S)

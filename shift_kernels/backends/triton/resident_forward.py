@@ -36,9 +36,13 @@ SLOTS = tl.constexpr(12)
 
 
 class Rows(NamedTuple):
-    """A program's rows: place among all, whether inside the batch, sequence (-1: pad), position; [rows]."""
+    """A program's rows, as start + i among all (int32 offsets take the fewest registers).
 
-    row: tl.tensor
+    inside: whether inside the batch; seq: sequence, -1 for pads; pos: position in it; each [rows], like i.
+    """
+
+    start: tl.tensor
+    i: tl.tensor
     inside: tl.tensor
     seq: tl.tensor
     pos: tl.tensor
@@ -89,11 +93,28 @@ def norm(x, w, slot, S: tl.constexpr):
     """The norm whose weight stands in this slot. x [rows, d_pad] f32."""
     if S.norm != "none":
         cols = tl.arange(0, S.d_pad)
-        unit, _ = normalise(x, S)
         weight = tl.load(w.v + slot * S.d_pad + cols)
         bias = tl.load(w.v + (slot + 1) * S.d_pad + cols)
-        x = unit * weight[None, :] + bias[None, :]
+        x = unit(x, w, S) * weight[None, :] + bias[None, :]
     return x
+
+
+@triton.jit
+def unit(x, w, S: tl.constexpr):
+    """What :func:`normalise` gives, by a product and a sum for narrow operands, which hide the rounding.
+
+    The tile x - mean is then never there beside x: at 64 x 256 registers do not hold both.
+    """
+    if w.w.dtype.element_ty == tl.float32 or S.norm != "layernorm":
+        y, _ = normalise(x, S)
+    else:
+        mean = tl.sum(x, 1) / S.d_model
+        centred = x - mean[:, None]
+        if S.d_pad != S.d_model:
+            centred = tl.where((tl.arange(0, S.d_pad) < S.d_model)[None, :], centred, 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / S.d_model + S.eps)
+        y = x * inverse[:, None] - (mean * inverse)[:, None]
+    return y
 
 
 @triton.jit
@@ -270,27 +291,31 @@ def half_layer(x, is_mlp: tl.constexpr, w, r, S: tl.constexpr):
 
 
 @triton.jit
-def place(LENS, seq_len, batch, S: tl.constexpr):
-    """Which sequence and position each row of this program is."""
+def place(LENS, seq_len, batch, first, n: tl.constexpr, S: tl.constexpr):
+    """Which sequence and position n rows of this program are, from its row ``first`` on."""
     pid = tl.program_id(0)
-    i = tl.arange(0, S.rows)
-    pos = i % seq_len
-    sequences = 1
+    i = first + tl.arange(0, n)
     if S.packed:
+        pos = i % seq_len
         sequences = S.rows // seq_len
-    sample = pid * sequences + i // seq_len
-    inside = (i < sequences * seq_len) & (sample < batch)
+        sample = pid * sequences + i // seq_len
+        inside = (i < sequences * seq_len) & (sample < batch)
+    else:
+        pos = tl.minimum(i, seq_len - 1)
+        sequences = 1
+        sample = pid + tl.zeros_like(i)
+        inside = i < seq_len
     valid = inside
     if LENS is not None:
         valid = inside & (pos < tl.load(LENS + sample, mask=inside, other=0))
-    row = pid.to(tl.int64) * sequences * seq_len + i
-    return Rows(row, inside, tl.where(valid, sample, -1), pos, seq_len)
+    start = pid.to(tl.int64) * sequences * seq_len
+    return Rows(start, i, inside, tl.where(valid, sample, -1), pos, seq_len)
 
 
 @triton.jit
 def tile_of(X, r, S: tl.constexpr):
     """Addresses of this program's tile in a [batch * seq_len, d_model] tensor."""
-    return X + r.row[:, None] * S.d_model + tl.arange(0, S.d_pad)[None, :]
+    return X + r.start * S.d_model + (r.i[:, None] * S.d_model + tl.arange(0, S.d_pad)[None, :])
 
 
 @triton.jit
@@ -346,7 +371,7 @@ def resident_forward(
     S: tl.constexpr,  # Tile
     M: tl.constexpr,  # Mode
 ):
-    r = place(io.lens, seq_len, batch, S)
+    r = place(io.lens, seq_len, batch, 0, S.rows, S)
     column = tl.arange(0, S.d_pad)[None, :] < S.d_model
     valid = (r.seq >= 0)[:, None] & column
     stored = r.inside[:, None] & column

@@ -123,6 +123,11 @@ class Tile(Layout):
         return -(-self.d_ff // self.ff_chunk) * self.ff_chunk
 
     @property
+    def step(self) -> int:
+        """Rows at a time of what the backward does row by row."""
+        return min(self.rows, 32 if self.d_pad <= 128 else 16)
+
+    @property
     def half(self) -> int:
         """Half of head_dim, by which rope pairs columns."""
         return self.head_dim // 2
