@@ -18,8 +18,8 @@ WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
 
 
 def spec_of(d_model: int, **options: Any) -> BlockSpec:
-    """A block with heads of HEAD_DIM."""
-    return BlockSpec(d_model=d_model, n_heads=max(1, d_model // HEAD_DIM), **options)
+    """A block with heads of HEAD_DIM, at least 4 of them."""
+    return BlockSpec(**{"d_model": d_model, "n_heads": min(d_model, max(4, d_model // HEAD_DIM))} | options)
 
 
 def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool) -> bool:

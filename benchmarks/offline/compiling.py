@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.offline.instructions import per_token_and_loop
 from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels.backends.triton import backend as triton_backend
 
@@ -67,7 +68,7 @@ def _figures(kernel: Any, sm: int) -> dict[str, Any]:
     registers = re.search(r"Used (\d+) registers", report)
     assert spill, report
     assert registers, report
-    return {
+    found = {
         "kernel": kernel.metadata.name.removeprefix("_"),
         "sm": sm,
         "warps": kernel.metadata.num_warps,
@@ -79,6 +80,9 @@ def _figures(kernel: Any, sm: int) -> dict[str, Any]:
         "tensor_memory": getattr(kernel.metadata, "tmem_size", 0) or 0,  # columns, at most 512
         "matmuls": {name: ptx.count(name) for name in MATMULS if name in ptx},
     }
+    if found["kernel"].startswith("resident"):
+        found["instructions"] = per_token_and_loop(kernel)
+    return found
 
 
 def _ptxas(ptx: str, sm: int) -> str:

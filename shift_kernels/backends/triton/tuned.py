@@ -1,6 +1,6 @@
 """Warps and hidden columns at a time of the resident kernels, by GPU family and shape class.
 
-``tuned.json`` holds what was found: fewest bytes spilled, by compiling for the family
+``tuned.json`` holds what was found: fewest warp instructions, by compiling for the family
 (``benchmarks/offline/tune_triton.py``), or least time, on a device (``benchmarks/gpu/tune.py``).
 What it does not hold takes :func:`safe`.
 Nothing is tuned when a kernel is imported or called.
@@ -40,15 +40,21 @@ def config(rows: int, d_pad: int, itemsize: int, *, grad: bool, capability: int)
     return safe(rows, d_pad, itemsize, grad=grad) if found is None else found
 
 
-def safe(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> Config:
-    """The residual tile must fit a program's registers, beside one branch's work.
+def warps(rows: int, itemsize: int) -> int:
+    """Warps of a program of so many rows.
 
-    fp32 operands are multiplied by the ordinary units, from registers: twice the warps, smaller chunks.
+    A product that feeds another has all warps along its rows, 16 rows each: with more warps than that all of
+    them would be computed twice. fp32 operands are multiplied by the ordinary units, from registers, which
+    are then what is short.
     """
+    return 8 if itemsize == 4 else max(1, min(8, rows // 16))
+
+
+def safe(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> Config:
+    """The residual tile must fit a program's registers, beside one branch's work: small chunks."""
     if itemsize == 4:
-        return Config(8, 16 if grad else 32)
-    alone = 32 * 64 if grad else 64 * 64
-    return Config(4 if rows * d_pad <= alone else 8, 64 if rows * d_pad <= 64 * 64 and not grad else 32)
+        return Config(warps(rows, itemsize), 16 if grad else 32)
+    return Config(warps(rows, itemsize), 64 if rows * d_pad <= 64 * 64 and not grad else 32)
 
 
 @functools.cache
