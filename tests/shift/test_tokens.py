@@ -76,6 +76,22 @@ def test_the_header_is_one_line_that_tells_what_follows(made):
     assert (header.dtype, header.vocab_size, header.n_tokens) == ("<u2", 257, len(tokens) // 2)
 
 
+def test_a_vocabulary_beyond_16_bits_has_wider_tokens(tmp_path):
+    class Wide(ByteTokenizer):
+        vocab_size, separator = 70_000, 69_999
+
+        def encode(self, texts):
+            return [ids.astype("<u4") for ids in super().encode(texts)]
+
+    source = tmp_path / "documents.txt"
+    source.write_text("\f".join(documents()))
+    prepare(Sources([source], split_on="\f"), Wide(), tmp_path / "tokens", Settings(0.3))
+    task = make_task("tokens", path=str(tmp_path / "tokens"), seq_len=64)
+    (shard,) = task.folder.shards["train"]
+    assert (shard.header.dtype, shard.tokens.dtype) == ("<u4", np.dtype("<u4"))
+    assert (task.batch(8, 0).tokens == 69_999).any()
+
+
 def lines(path, texts):
     path.write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts))
 
