@@ -29,7 +29,7 @@ from shift.report.document import (
     web_page,
 )
 from shift.report.style import FAINT, INK, WIDTH, save_figures
-from shift.report.words import duration, flops, percent
+from shift.report.words import count, duration, flops, percent
 from shift.run.files import make_directory, replace_atomically
 from shift.run.record import Run, read_run
 from shift.schedules.registry import switch_step
@@ -105,9 +105,8 @@ def headline(run: Run) -> str:
     last = evals[-1]
     bits = last.get("bits_per_byte")
     shown = f"loss {_number(last['loss'])}" if bits is None else f"{bits:.4f} bits per byte"
-    return (
-        f"{state}: {end}; held-out {shown}, {percent(last['accuracy'])} right with {last['n_loops']} loops."
-    )
+    right = f"{percent(last['accuracy'])} right with {count(last['n_loops'], 'loop')}"
+    return f"{state}: {end}; held-out {shown}, {right}."
 
 
 def facts_table(run: Run) -> Table:

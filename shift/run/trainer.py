@@ -152,7 +152,8 @@ class Trainer:
         sweep = {str(n): self._scores(n) for n in dict.fromkeys(self.config.sweep_loops)}
         if self.run is None:
             return {}
-        n_streams, peak = self.batches.n_streams, self._peak()
+        n_streams = self.batches.n_streams
+        peak = self._peak() if n_streams == self.ranks.size else None  # of all its steps, or of none
         result = summarise(self.config, self.task, self.progress, self.run, n_streams, peak)
         result |= digests | {"schedule_sha256": checkpoint.digest(self.schedule.state_dict())}
         result |= {"sweep": sweep} if sweep else {}
