@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shift.model import Layout, LoopedTransformer
 from shift_kernels import BlockSpec
 from shift_kernels.errors import input_error
-from shift_kernels.hf.causal import LoopedCausalLM
-from shift_kernels.hf.slots import Step
+from shift_kernels.extras import require
+
+require("hf", "shift.pretrained")
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig  # noqa: E402
+
+from shift_kernels.hf.causal import LoopedCausalLM  # noqa: E402
+from shift_kernels.hf.slots import Step  # noqa: E402
 
 MODEL_TYPE = "shift_looped_transformer"
 
@@ -90,13 +95,13 @@ class LoopedForCausalLM(LoopedCausalLM):
     def __init__(self, config: LoopedTransformerConfig) -> None:
         super().__init__(config)
         self.model = LoopedTransformer(
-            BlockSpec.from_dict(config.block),
+            BlockSpec.from_dict(config.block or {}),
             vocab_size=config.vocab_size,
             n_classes=config.vocab_size,
             max_seq_len=config.max_position_embeddings,
             learned_positions=config.learned_positions,
             final_norm=config.final_norm,
-            layout=Layout(**config.layout),
+            layout=Layout(**(config.layout or {})),
         )
         self.post_init()
 

@@ -66,7 +66,7 @@ def loop_layers(model: Any, layers: Sequence[int] = range(4, 8), n_loops: int = 
     except BaseException:
         del config.looped
         raise
-    model.__class__ = looped_class(type(model))
+    model.__class__ = looped_class(model.__class__)
     config.__class__ = model.config_class
     return looped
 

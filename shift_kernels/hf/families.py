@@ -74,9 +74,10 @@ class Family:
                 refuse(name, weight.dtype, "floating weights", "Load the model without quantisation.")
         ours = {}
         for name in _names(spec):
-            parts = [theirs.pop(part, None) for part in self.weights.get(name, ())]
-            if not parts or None in parts:
-                refuse(name, "missing", f"a layer with {self.weights.get(name, name)}")
+            names = self.weights.get(name, (name,))
+            if any(part not in theirs for part in names):
+                refuse(name, "missing", f"a layer with {' and '.join(names)}")
+            parts = [theirs.pop(part) for part in names]
             trained = {part.requires_grad for part in parts}
             if len(trained) > 1:
                 refuse(

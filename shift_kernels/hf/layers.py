@@ -60,17 +60,23 @@ class LoopedLayers(nn.Module):
         if call.get("encoder_hidden_states") is not None:
             refuse("encoder_hidden_states", "given", "None", "Cross attention is not part of a LoopedBlock.")
         self._refuse_dropout()
-        spec = self.blocks[0].spec
+        blocks = self.in_order
+        spec = blocks[0].spec
         positions = call.get("position_ids") if spec.position == "rope" else None
         slots = range(self.first, self.first + self.n_layers)
         step = Step(call.get("cache"), slots, e, call.get("attention_mask"), positions, spec.window)
         h = step.begin(e, self)
-        if len(self.blocks) == 1:
-            return step.end(step(self.blocks[0], h, self.n_loops))  # type: ignore[arg-type]
+        if len(blocks) == 1:
+            return step.end(step(blocks[0], h, self.n_loops))
         for _ in range(self.n_loops):
-            for block in self.blocks:
-                h = step(block, h, 1)  # type: ignore[arg-type]
+            for block in blocks:
+                h = step(block, h, 1)
         return step.end(h)
+
+    @property
+    def in_order(self) -> list[LoopedBlock]:
+        """The blocks of one loop."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def _refuse_dropout(self) -> None:
         for name in self.family.dropout if self.training else ():
@@ -79,8 +85,8 @@ class LoopedLayers(nn.Module):
 
     def original(self) -> list[nn.Module]:
         """The decoder layers with these weights."""
-        layers = []
-        for block in self.blocks:
+        layers: list[nn.Module] = []
+        for block in self.in_order:
             for i in range(block.spec.n_layers):
                 prefix = f"layers.{i}."
                 ours = {k.removeprefix(prefix): w for k, w in block.weights().items() if k.startswith(prefix)}

@@ -27,7 +27,7 @@ class LoopedModel:
     """The class of the model without loops."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self)
 
 
@@ -93,7 +93,7 @@ def find(model: Any) -> tuple[nn.ModuleList, LoopedLayers]:
 def register() -> None:
     """Make the Auto classes of Transformers load looped models."""
     for kind in FAMILIES:
-        config_class = CONFIG_MAPPING[kind]
+        config_class: Any = CONFIG_MAPPING[kind]
         looped_config = looped_config_class(config_class)
         AutoConfig.register(looped_config.model_type, looped_config)  # type: ignore[attr-defined]
         for auto, mapping in (

@@ -183,7 +183,7 @@ class Step:
         if self.past is not None and self.past.is_recorded:
             options["cache"] = self.past.cache_for(self.calls, block, n_loops, h)
         self.calls += 1
-        return block(h, n_loops, seq_lens=self.seq_lens, **options)  # type: ignore[return-value]
+        return block(h, n_loops, seq_lens=self.seq_lens, **options)
 
     def end(self, h: Tensor) -> Tensor:
         """The last block's result [.., batch, seq_len, d_model] with each token in its place; pads are 0."""
@@ -211,7 +211,7 @@ def slot(cache: Any, first: int) -> LoopedSlot:
         refuse("cache", "offloading", "a cache that stays on its device", remedy)
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= first:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[first]
+    layer: Any = cache.layers[first]
     if not isinstance(layer, LoopedSlot):
         if type(layer) not in CLOCKS:
             refuse("cache", type(layer).__name__, ", ".join(c.__name__ for c in CLOCKS), remedy)

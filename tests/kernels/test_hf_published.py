@@ -139,7 +139,10 @@ def huginn_shapes():
 def weights(kind):
     torch.manual_seed(0)
     shapes, prefix = (ouro_shapes(), "") if kind == "ouro" else (huginn_shapes(), "transformer.")
-    w = {f"{prefix}{name}.weight": torch.randn(shape) * 0.3 + (len(shape) == 1) for name, shape in shapes}
+    w = {
+        f"{prefix}{name}.weight": torch.randn(shape) * shape[-1] ** -0.5 + (len(shape) == 1)
+        for name, shape in shapes
+    }
     if kind == "ouro":
         return w | {"model.early_exit_gate.bias": torch.randn(1)}
     biases = {
