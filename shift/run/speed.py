@@ -55,6 +55,8 @@ def matmul_peak(device: torch.device, bf16: bool) -> float | None:
         seconds = min(_matmul_seconds(a, b) for _ in range(1 + REPEATS))
     except (RuntimeError, MemoryError):  # no memory left beside the run, say
         return None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # or these matrices would count as the run's
     return 2 * side**3 / seconds
 
 
@@ -72,7 +74,8 @@ def _wait(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory taken so far: tensors on a GPU; on the CPU all that the process has had resident."""
+    """The most memory taken so far: tensors on a GPU, since the peak was measured; on the CPU all that the
+    process has had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
