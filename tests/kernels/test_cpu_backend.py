@@ -424,10 +424,13 @@ def test_public_call_gives_the_same_as_the_backend(call):
     block, e = make()
     call = {"n_loops": 2, **call}
     expected = on_cpu_backend(block, e, normal, dict(call))
+    if "h0" in call:
+        call["h0"] = call["h0"].clone().requires_grad_()
     h = block(e.requires_grad_(), **call, backend="cpu")
     assert torch.equal(h, expected[0])
-    grads = torch.autograd.grad(h, [e, *block.weights().values()], normal(h))
-    for a, b in zip(grads, expected[1 : 1 + len(grads)], strict=True):  # the last is of a given state
+    inputs = [e, *block.weights().values(), *([call["h0"]] if "h0" in call else [])]
+    grads = torch.autograd.grad(h, inputs, normal(h))
+    for a, b in zip(grads, expected[1:], strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
         assert torch.equal(block(e, **call, backend="cpu"), h)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shift_kernels import BlockSpec, looped_block
+from shift_kernels.backends.cpu import CPU
 
 FUZZ = int(os.environ.get("SHIFT_FUZZ", 0))
 """Blocks to try; 0: the few of ``make test``."""
@@ -86,6 +87,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     autocast: bool = False
     packed: bool = False
+    state: bool = False
     layout: str = "contiguous"
     weights_layout: str = "contiguous"
     grad_layout: str = "contiguous"
@@ -95,45 +97,56 @@ class Case:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
-        lens = self.call["seq_lens"]
-        self.packed = self.packed and lens is not None
+        lens, left = self.call["seq_lens"], self.call.get("left_pad")
+        self.packed = self.packed and lens is not None and left is None
         self.pads = torch.zeros(self.batch, self.seq_len, dtype=torch.bool)
         if lens is not None:
-            self.pads = torch.arange(self.seq_len) >= lens[:, None]
-        d = self.spec.d_model
-        e = torch.randn(self.batch, self.seq_len, d)
+            self.pads |= torch.arange(self.seq_len) >= lens[:, None]
+        if left is not None:
+            self.pads |= torch.arange(self.seq_len) < left[:, None]
+        e, h0 = torch.randn(2, self.batch, self.seq_len, self.spec.d_model)
         if self.packed:
-            e = e[~self.pads]
+            e, h0 = e[~self.pads], h0[~self.pads]
         if self.layout == "expanded" and len(e):
             e = e[:1].expand(e.shape)
         # Without norms larger weights make scores so large that the softmax magnifies rounding at random.
         std = 0.1 if self.spec.norm == "none" else 0.3
         shapes = self.spec.weight_shapes().items()
         weights = [std * torch.randn(shape) + ("norm" in name) for name, shape in shapes]
-        self.values = [x.to(self.dtype).to(F64) for x in (e, *weights)]
+        inputs = (e, *weights, *([h0] if self.state else []))
+        self.values = [x.to(self.dtype).to(F64) for x in inputs]
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
-        """e and the weights, those that are not frozen with gradients."""
+        """e, the weights and h0 if there is one, those that are not frozen with gradients."""
         frozen = (*self.frozen, *[False] * len(self.values))
         found = [x.to(dtype).clone() for x in self.values]
         if not self.packed and dtype == self.dtype and self.layout != "expanded":
             found[0][self.pads] = torch.nan
+            if self.state:
+                found[-1][self.pads] = torch.nan
         return [x.requires_grad_(not f) for x, f in zip(found, frozen, strict=False)]
 
     def apply(self, leaves: list[Tensor], backend: str, exact: bool, **options: Any) -> Any:
         """What the call returns, of leaves in the case's layouts."""
         e, *weights = leaves
+        h0 = weights.pop() if self.state else None
         if len(e) and (not exact or self.layout == "expanded"):  # which sums gradients
             e = LAYOUTS[self.layout](e)
         if not exact:
             weights = [LAYOUTS[self.weights_layout](w) for w in weights]
             if self.weights_layout == "expanded":
-                weights = leaves[1:]
-        call = {k: v.to(self.numbers) if isinstance(v, Tensor) else v for k, v in self.call.items()}
+                weights = leaves[1 : 1 + len(weights)]
+            if h0 is not None and len(h0) and self.layout != "expanded":
+                h0 = LAYOUTS[self.layout](h0)
+        call = {
+            k: v.to(self.numbers) if isinstance(v, Tensor) and not v.is_floating_point() else v
+            for k, v in self.call.items()
+        }
         if self.packed:
             lens = call.pop("seq_lens")
             call["cu_seqlens"] = torch.nn.functional.pad(lens.cumsum(0, dtype=self.numbers), (1, 0))
         named = dict(zip(self.spec.weight_shapes(), weights, strict=True))
+        call["h0"] = h0
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast and not exact):
             return looped_block(e, named, self.spec, backend=backend, **call, **options)
 
@@ -150,13 +163,17 @@ class Case:
 
 @st.composite
 def cases(draw, mode):
-    options, call, batch, seq_len, seed = draw(problems())
+    options, call, batch, seq_len, seed = draw(problems(served=CPU.served.block))
     options |= {
-        "residual_scale": draw(st.sampled_from([1.0, 0.5])),
         "norm_eps": draw(st.sampled_from([1e-5, 1e-2])),
         "rope_theta": draw(st.sampled_from([1e4, 50.0])),
     }
     call |= {"n_grad_loops": draw(st.sampled_from([None, None, 1, 2, 2**63]))}
+    if draw(st.integers(0, 3)) == 0:
+        call["left_pad"] = torch.tensor([draw(st.integers(0, seq_len)) for _ in range(batch)])
+    if draw(st.integers(0, 3)) == 0:
+        scales = torch.tensor([draw(st.sampled_from([0.25, 0.5, 1.0, 1.5])) for _ in range(batch)])
+        call["residual_scale"] = draw(st.sampled_from([0.3, scales]))
     if draw(st.booleans()):
         call["n_loops"] = draw(st.sampled_from([0, 1, 4, torch.tensor(2)]))
     dtype, autocast = draw(
@@ -170,6 +187,7 @@ def cases(draw, mode):
     layouts = st.sampled_from(list(LAYOUTS))
     return Case(
         BlockSpec(**options), call, batch, seq_len, seed, dtype, autocast, draw(st.booleans()),
+        draw(st.booleans()),
         draw(layouts), draw(layouts), draw(layouts), draw(st.sampled_from([torch.int64, torch.int32])),
         tuple(draw(st.lists(st.booleans(), max_size=30))), draw(st.integers(1, 3)),
     )  # fmt: skip
@@ -262,6 +280,9 @@ def check_halting(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.filterwarnings(
+    "ignore:shift_kernels.looped_block. slow path"
+)  # which Triton's interpreter is not
 @pytest.mark.parametrize("mode", MODES)
 def test_auto_means_the_same_as_plain_pytorch(mode):
     @settings(
