@@ -73,11 +73,12 @@ constexpr int64_t cpu_padded(int64_t columns) { return (columns + 15) / 16 * 16;
 // What the CPU forward keeps of a token in a loop for the backward, in floats: each layer's input and the state
 // between its halves, with post-norm and sandwich both branches' results; o, and of each head's scores the largest and
 // the sum of their weights; q k v and the hidden units before their activation as operands of products are, two
-// bfloat16 to a float. And what the loop norm and the injection read.
+// bfloat16 to a float, and q and k from before their norm likewise. And what the loop norm and the injection read.
 constexpr int64_t kept_floats(const Block& b, bool bf16) {
     const int64_t d = cpu_padded(b.d_model), branches = b.placement == PRE ? 0 : 2 * d;
     const int64_t attention = cpu_padded(query_columns(b)) + cpu_padded(2 * b.n_heads);
-    const int64_t operands = cpu_padded(qkv_columns(b)) + hidden_parts(b) * cpu_padded(b.d_ff);
+    const int64_t before_norm = b.qk_norm ? cpu_padded((b.n_heads + b.n_kv_heads) * b.head_dim) : 0;
+    const int64_t operands = cpu_padded(qkv_columns(b)) + hidden_parts(b) * cpu_padded(b.d_ff) + before_norm;
     const int64_t layer = 2 * d + branches + attention + cpu_padded(operands / (bf16 ? 2 : 1));
     const int64_t of_loop = (b.loop_norm ? d : 0) + (reads_state(b) ? d : 0);
     return b.n_layers * layer + of_loop;

@@ -37,6 +37,10 @@ def problems(draw, norm=None, max_batch=6, max_seq_len=20, served=FIRST_OPTIONS)
     if "qkv_bias" in served:
         options["qkv_bias"] = draw(st.sampled_from([None, True, False]))
         options["residual_scale"] = draw(st.sampled_from([1.0, 0.5, "1/T"]))
+        options["qk_norm"] = norm != "none" and draw(st.booleans())
+        if options["position"] == "rope":
+            pairs = draw(st.integers(1, options["head_dim"] // 2))
+            options["rope_freqs"] = draw(st.sampled_from([None, tuple(0.5**i for i in range(pairs))]))
     per_sample = lambda low, high: torch.tensor([draw(st.integers(low, high)) for _ in range(batch)])  # noqa: E731
     call = {
         "n_loops": draw(st.integers(1, 3)) if draw(st.booleans()) else per_sample(0, 3),

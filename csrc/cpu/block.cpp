@@ -139,7 +139,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
         share.each_chunk(rows.count, [&](int first, int last) {
             const int64_t at = int64_t(first) * tile.dp;
             const NormGrads own = norm_grads_of_chunk(s, ws.t, first, 0);
-            std::memset(own.gain, 0, 2 * s.model_cols * sizeof(float));
+            std::memset(own.gain, 0, 2 * s.norm_cols * sizeof(float));
             if (c.loop_norm)
                 norm_backward(s.norm_kind, last - first, s.d_model, ws.u + at, ws.dh + from + at, m.loop_norm, s.eps, own,
                               ws.next + at, false);

@@ -193,6 +193,41 @@ inline bool visits_every_pair(const Scoring& s, int n, const float* nonfinite) {
     return (s.causal || s.window) && std::find(nonfinite, nonfinite + n, 1.0f) != nonfinite + n;
 }
 
+// Norms every query and key of a chunk; keeps what they were.
+template <class P>
+inline void norm_heads(const LayerOf<P>& layer, int rows, const Saved<P>& k) {
+    const Shape& s = layer.s;
+    const int hd = s.heads.head_dim;
+    round_numbers<P>(int64_t(rows) * s.qkv_cols, k.qkv);
+    for (int i = 0; k.qk && i < rows; i++)
+        for (int j = 0; j < s.qk_cols; j += VL)
+            store(k.qk + int64_t(i) * s.qk_cols + j, load(k.qkv + int64_t(i) * s.qkv_cols + j));
+    for (int h = 0; h < s.heads.n_heads + s.heads.n_kv_heads; h++) {
+        pack_head(rows, hd, k.qkv + h * hd, s.qkv_cols, layer.scratch.qk);
+        norm(s.norm_kind, rows, hd, layer.scratch.qk, h < s.heads.n_heads ? layer.w.qn : layer.w.kn, s.eps,
+             layer.scratch.qk);
+        unpack_head(rows, hd, layer.scratch.qk, k.qkv + h * hd, s.qkv_cols);
+    }
+}
+
+// From the gradients of normed queries and keys to those of what they were.
+template <class P>
+inline void norm_heads_backward(const LayerOf<P>& layer, int rows, const Saved<P>& k, NormGrads of_q, NormGrads of_k,
+                                float* d_qkv) {
+    const Shape& s = layer.s;
+    const int hd = s.heads.head_dim, size = rows * padded(hd);
+    float *x = layer.scratch.qk, *dy = x + size, *all_heads = dy + size;
+    for (int64_t i = 0; i < int64_t(rows) * s.qk_cols; i += VL) store(all_heads + i, load(k.qk + i));
+    for (int h = 0; h < s.heads.n_heads + s.heads.n_kv_heads; h++) {
+        const bool is_query = h < s.heads.n_heads;
+        pack_head(rows, hd, all_heads + h * hd, s.qk_cols, x);
+        pack_head(rows, hd, d_qkv + h * hd, s.qkv_cols, dy);
+        norm_backward(s.norm_kind, rows, hd, x, dy, is_query ? layer.w.qn : layer.w.kn, s.eps, is_query ? of_q : of_k,
+                      dy, false);
+        unpack_head(rows, hd, dy, d_qkv + h * hd, s.qkv_cols);
+    }
+}
+
 // Queries, keys and values of a chunk; the last two also where attention reads them.
 template <class P>
 inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& k) {
@@ -201,6 +236,7 @@ inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int en
     const float* y = branch_input(s, rows, k.in, layer.w.n1, k.y1);
     gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows), panels<P>(layer.w.qkv, d),
             Bias{k.qkv, s.qkv_cols, layer.w.qkv_bias});
+    if (s.qk_cols) norm_heads(layer, rows, k);
     tile.each_sequence(begin, end, [&](int at, int n, int from, int to) {
         float* qkv = k.qkv + int64_t(at + from - begin) * s.qkv_cols;
         if (s.rope) rotate(s.heads, from, to, s.seq_len, layer.rotary, 1.0f, qkv);
@@ -294,7 +330,7 @@ inline void outputs_backward(const LayerOf<P>& layer, int begin, int rows, const
     const int d = cells_of<P>(s.d_model), up = cells_of<P>(s.hidden_cols);
     NormGrads n1 = norm_grads_of_chunk(s, t, begin, 0), n1_post = norm_grads_of_chunk(s, t, begin, 1);
     NormGrads n2 = norm_grads_of_chunk(s, t, begin, 2), n2_post = norm_grads_of_chunk(s, t, begin, 3);
-    std::memset(n1.gain, 0, NORMS_OF_LAYER * 2 * s.model_cols * sizeof(float));
+    std::memset(n1.gain, 0, s.norms * 2 * s.norm_cols * sizeof(float));
     float *dz = t.dz + int64_t(begin) * s.model_cols, *d_o = t.d_o + int64_t(begin) * s.query_cols;
     if (s.d_ff) {
         float *dz_mlp = t.dz_mlp + int64_t(begin) * s.model_cols, *du = t.du + int64_t(begin) * s.hidden_cols;
@@ -350,6 +386,9 @@ inline void inputs_backward(const LayerOf<P>& layer, const Rows& tile, int begin
         tile.each_sequence(begin, end, [&](int at, int, int from, int to) {
             rotate(s.heads, from, to, s.seq_len, layer.rotary, -1.0f, d_qkv + int64_t(at + from - begin) * s.qkv_cols);
         });
+    if (s.qk_cols)
+        norm_heads_backward(layer, rows, k, norm_grads_of_chunk(s, layer.t, begin, 4),
+                            norm_grads_of_chunk(s, layer.t, begin, 5), d_qkv);
     branch_input(s, rows, k.in, layer.w.n1, k.y1);
     gemm<P>(rows, s.model_cols, qkv, operand<P>(rows, s.qkv_cols, d_qkv, layer.scratch.rows),
             panels<P>(layer.w.qkv_t, qkv), Store{layer.scratch.dy, s.model_cols});
@@ -369,11 +408,11 @@ inline void input_grads(const LayerOf<P>& layer, const Share& share, int begin, 
 }
 
 inline void add_norm_grads(int rows, const Shape& s, const Temporaries& t, const LayerGrads& g) {
-    const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post};
+    const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post, g.qn, g.kn};
     for (int i = 0; i < rows; i += ROWS_PER_CHUNK)
-        for (int which = 0; which < NORMS_OF_LAYER; which++) {
+        for (int which = 0; which < s.norms; which++) {
             const NormGrads from = norm_grads_of_chunk(s, t, i, which), to = norms[which];
-            axpy(s.model_cols, 1.0f, from.gain, to.gain, to.gain), axpy(s.model_cols, 1.0f, from.shift, to.shift, to.shift);
+            axpy(s.norm_cols, 1.0f, from.gain, to.gain, to.gain), axpy(s.norm_cols, 1.0f, from.shift, to.shift, to.shift);
         }
 }
 

@@ -56,7 +56,7 @@ template <class P>
 struct Saved {
     typedef typename P::number Number;
     float *in, *y1, *qkv, *o, *scores, *z1, *mid, *y2, *z2;
-    Number *saved_qkv, *u, *act;
+    Number *saved_qkv, *qk, *u, *act;  // qk: queries and keys before their norm, where a backward follows
     // Whether y1, y2 and act, and z1, mid, z2 and u, have room for all rows, or for a chunk's alone.
     bool whole_inputs, whole_results;
 };
@@ -66,7 +66,7 @@ template <class P>
 struct OperandScratch {
     typename P::number* rows;
     typename P::cell *columns, *panels;
-    float *attention, *dy;
+    float *attention, *dy, *qk;  // qk: two heads, and all of them
 
     template <class Memory>
     OperandScratch(const Call& c, const Shape& s, const Plan& plan, Memory& m, bool backward) {
@@ -78,6 +78,7 @@ struct OperandScratch {
         const int64_t longest = std::min(plan.most_rows, c.seq_len);
         const int64_t gradients = backward ? attend_backward_scratch(longest, c.head_dim) : 0;
         attention = m.place(std::max(attend_scratch(c.head_dim), gradients));
+        qk = s.qk_cols ? m.place(ROWS_PER_CHUNK * (2 * padded(c.head_dim) + s.qk_cols)) : nullptr;
         columns = panels = nullptr, dy = nullptr;
         if (!backward) return;
         columns = cells(VL), panels = cells(std::max(s.model_cols, s.query_cols));
@@ -86,7 +87,7 @@ struct OperandScratch {
 };
 
 // [rows, width] each. kv: keys and values as attention reads them. nonfinite: of a row 1 where its qkv (in the backward
-// or d_o) hold an infinity or NaN. dz, dz_mlp: of the branches' outputs. norms: [chunks][NORMS_OF_LAYER][2][d_model].
+// or d_o) hold an infinity or NaN. dz, dz_mlp: of the branches' outputs. norms: [chunks][norms][2][norm_cols].
 struct Temporaries {
     float *kv, *nonfinite, *dz, *dz_mlp, *d_o, *d_qkv, *du, *norms;
 };
@@ -112,6 +113,7 @@ Saved<P> place_saved(Memory& m, const Shape& s, const Plan& plan, bool backward)
         k.saved_qkv = k.qkv;
     else if (backward)
         k.saved_qkv = place_numbers<P>(m, rows * s.qkv_cols);
+    if (backward && s.qk_cols) k.qk = place_numbers<P>(m, rows * s.qk_cols);
     return k;
 }
 
@@ -120,6 +122,7 @@ template <class P>
 Saved<P> from_row(Saved<P> k, const Shape& s, int64_t row) {
     k.in += row * s.model_cols, k.qkv += row * s.qkv_cols, k.o += row * s.query_cols, k.scores += row * s.score_cols;
     if (k.saved_qkv) k.saved_qkv += row * s.qkv_cols;
+    if (k.qk) k.qk += row * s.qk_cols;
     if (k.whole_inputs) k.y1 += row * s.model_cols, k.y2 += row * s.model_cols, k.act += row * s.ff_cols;
     if (k.whole_results) {
         k.z1 += row * s.model_cols, k.mid += row * s.model_cols, k.z2 += row * s.model_cols;
@@ -128,8 +131,6 @@ Saved<P> from_row(Saved<P> k, const Shape& s, int64_t row) {
     return k;
 }
 
-constexpr int NORMS_OF_LAYER = 4;
-
 template <class Memory>
 Temporaries place_temporaries(Memory& m, const Shape& s, int64_t rows, bool backward) {
     Temporaries t{};
@@ -137,14 +138,14 @@ Temporaries place_temporaries(Memory& m, const Shape& s, int64_t rows, bool back
     if (!backward) return t;
     t.dz = m.place(rows * s.model_cols), t.dz_mlp = m.place(rows * s.model_cols), t.d_o = m.place(rows * s.query_cols);
     t.d_qkv = m.place(rows * s.qkv_cols), t.du = m.place(rows * s.hidden_cols);
-    t.norms = m.place((rows / ROWS_PER_CHUNK + 1) * NORMS_OF_LAYER * 2 * s.model_cols);
+    t.norms = m.place((rows / ROWS_PER_CHUNK + 1) * s.norms * 2 * s.norm_cols);
     return t;
 }
 
 // A chunk's own sums of a norm's gradients.
 inline NormGrads norm_grads_of_chunk(const Shape& s, const Temporaries& t, int row, int which) {
-    float* at = t.norms + (int64_t(row / ROWS_PER_CHUNK) * NORMS_OF_LAYER + which) * 2 * s.model_cols;
-    return {at, at + s.model_cols};
+    float* at = t.norms + (int64_t(row / ROWS_PER_CHUNK) * s.norms + which) * 2 * s.norm_cols;
+    return {at, at + s.norm_cols};
 }
 
 // What a tile needs.
@@ -195,9 +196,10 @@ void bind(const Call& c, const Shape& s, const Sequences& tile, int64_t t, int64
         if (s.placement != PRE) k.z1 = place(s.model_cols), k.z2 = place(s.model_cols);
         auto* numbers = reinterpret_cast<typename P::number*>(at);
         k.saved_qkv = numbers + from * s.qkv_cols, numbers += int64_t(tile.rows) * s.qkv_cols;
-        k.u = numbers + from * s.hidden_cols;
+        k.u = numbers + from * s.hidden_cols, numbers += int64_t(tile.rows) * s.hidden_cols;
+        if (s.qk_cols) k.qk = numbers + from * s.qk_cols;
         if constexpr (P::NUMBERS == 1) k.qkv = k.saved_qkv;
-        at += int64_t(tile.rows) * padded((s.qkv_cols + s.hidden_cols) / P::NUMBERS);
+        at += int64_t(tile.rows) * padded((s.qkv_cols + s.hidden_cols + s.qk_cols) / P::NUMBERS);
     }
     ws.u = c.loop_norm ? place(s.model_cols) : ws.own_u;
     if (reads_state(c)) ws.state = place(s.model_cols);

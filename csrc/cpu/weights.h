@@ -14,6 +14,8 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
     bool rope;
     float eps;
     int score_cols, kv_cols;  // what is kept of the heads' scores; keys and values with each head padded
+    int qk_cols;              // of queries and keys as they were before their norm; 0 without one
+    int norms, norm_cols;     // of a layer, and columns of the widest
     Heads heads;
     Scoring scoring;
 
@@ -25,7 +27,9 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
           hidden_cols(hidden_parts(c) * ff_cols), activation(c.activation), norm_kind(c.norm), placement(c.placement),
           norm_factor(c.norm_factor), injection(c.injection), seq_len(c.seq_len), rope(c.position == ROPE), eps(c.eps),
           score_cols(padded(KEPT_OF_SCORES * c.n_heads)), kv_cols(2 * c.n_kv_heads * padded(c.head_dim)),
-          heads{int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), qkv_cols, query_cols},
+          qk_cols(c.qk_norm ? padded((c.n_heads + c.n_kv_heads) * c.head_dim) : 0), norms(c.qk_norm ? 6 : 4),
+          norm_cols(c.qk_norm ? std::max(model_cols, padded(c.head_dim)) : model_cols),
+          heads{int(c.n_heads), int(c.n_kv_heads), int(c.head_dim), int(c.rotary_pairs), qkv_cols, query_cols},
           scoring{c.attn_scale ? float(c.attn_scale) : 1.0f / std::sqrt(float(c.head_dim)), float(c.softcap),
                   int(c.window), c.causal != 0} {}
 };
@@ -40,18 +44,18 @@ struct LayerWeights {
     Panels qkv, out, up, down;          // packed for x W^T
     Panels qkv_t, out_t, up_t, down_t;  // packed for dy W; backward only
     const float *qkv_bias, *out_bias, *up_bias, *down_bias;
-    NormWeights n1, n1_post, n2, n2_post;
+    NormWeights n1, n1_post, n2, n2_post, qn, kn;
 };
 
 struct LayerGrads {  // row-major, padded
     float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down_t, *down_bias;  // down_t: [inputs, outputs]
-    NormGrads n1, n1_post, n2, n2_post;
+    NormGrads n1, n1_post, n2, n2_post, qn, kn;
 };
 
 template <class Memory>
 NormWeights place_norm(Memory& m, const Shape& s) {
-    const float* gain = m.place(s.model_cols);
-    return {gain, m.place(s.model_cols)};
+    const float* gain = m.place(s.norm_cols);
+    return {gain, m.place(s.norm_cols)};
 }
 
 template <class P, class Memory>
@@ -65,6 +69,7 @@ LayerWeights<P> place_weights(Memory& m, const Shape& s, bool backward) {
     w.qkv_bias = m.place(s.qkv_cols), w.out_bias = m.place(s.model_cols);
     w.up_bias = m.place(s.hidden_cols), w.down_bias = m.place(s.model_cols);
     w.n1 = place_norm(m, s), w.n1_post = place_norm(m, s), w.n2 = place_norm(m, s), w.n2_post = place_norm(m, s);
+    if (s.qk_cols) w.qn = place_norm(m, s), w.kn = place_norm(m, s);
     if (backward) {
         w.qkv_t = place(s.qkv, s.model_cols), w.out_t = place(s.d_model, s.query_cols);
         w.up_t = place(s.hidden_cols, s.model_cols), w.down_t = place(s.d_model, s.ff_cols);
@@ -79,8 +84,8 @@ LayerGrads place_grads(Memory& m, const Shape& s) {
     g.out = m.place(int64_t(s.model_cols) * s.query_cols), g.out_bias = m.place(s.model_cols);
     g.up = m.place(int64_t(s.hidden_cols) * s.model_cols), g.up_bias = m.place(s.hidden_cols);
     g.down_t = m.place(int64_t(s.ff_cols) * s.model_cols), g.down_bias = m.place(s.model_cols);
-    for (NormGrads* n : {&g.n1, &g.n1_post, &g.n2, &g.n2_post})
-        n->gain = m.place(s.model_cols), n->shift = m.place(s.model_cols);
+    NormGrads* norms[] = {&g.n1, &g.n1_post, &g.n2, &g.n2_post, &g.qn, &g.kn};
+    for (int i = 0; i < s.norms; i++) norms[i]->gain = m.place(s.norm_cols), norms[i]->shift = m.place(s.norm_cols);
     return g;
 }
 
@@ -105,6 +110,10 @@ void fill_weights(const Shape& s, const float* const* from, bool backward, Layer
     copy_vector(from[QKV_B], s.qkv, w.qkv_bias), copy_vector(from[OUT_B], s.d_model, w.out_bias);
     fill_norm(s, from[N1_W], from[N1_B], s.d_model, w.n1);
     fill_norm(s, from[N1P_W], from[N1P_B], s.d_model, w.n1_post);
+    if (s.qk_cols) {
+        fill_norm(s, from[QN_W], from[QN_B], s.heads.head_dim, w.qn);
+        fill_norm(s, from[KN_W], from[KN_B], s.heads.head_dim, w.kn);
+    }
     if (backward) {
         pack_rows<P>(from[QKV_W], s.d_model, s.qkv, s.d_model, s.model_cols, s.qkv, writable(w.qkv_t));
         pack_rows<P>(from[OUT_W], s.query, s.d_model, s.query, s.query_cols, s.d_model, writable(w.out_t));
@@ -228,11 +237,12 @@ void add_layer_grads(const Shape& s, const LayerGrads& g, float* const* to) {
     for (int i = 0; i < s.d_model; i++)
         for (int j = 0; j < s.d_ff; j++) to[DOWN_W][int64_t(i) * s.d_ff + j] += g.down_t[int64_t(j) * s.model_cols + i];
     add_padded(g.down_bias, 1, s.d_model, s.model_cols, to[DOWN_B]);
-    const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post};
-    const int names[] = {N1_W, N1P_W, N2_W, N2P_W};
-    for (int i = 0; i < 4; i++) {
-        add_padded(norms[i].gain, 1, s.d_model, s.model_cols, to[names[i]]);
-        add_padded(norms[i].shift, 1, s.d_model, s.model_cols, to[names[i] + 1]);
+    const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post, g.qn, g.kn};
+    const int names[] = {N1_W, N1P_W, N2_W, N2P_W, QN_W, KN_W};
+    for (int i = 0; i < s.norms; i++) {
+        const int width = i < 4 ? s.d_model : s.heads.head_dim;
+        add_padded(norms[i].gain, 1, width, s.norm_cols, to[names[i]]);
+        add_padded(norms[i].shift, 1, width, s.norm_cols, to[names[i] + 1]);
     }
 }
 

@@ -206,6 +206,8 @@ class CpuBackend:
             "window": (int,),
             "softcap": (float,),
             "attn_scale": (float,),
+            "qk_norm": (bool,),
+            "rope_freqs": (tuple,),
         },
         call=("h0", "residual_scale"),
     )

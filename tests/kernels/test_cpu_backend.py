@@ -56,6 +56,10 @@ OPTIONS = {
     "sandwich_post": {"norm_placement": "sandwich_post", "loop_norm": True},
     "norms without weights": {"norm_placement": "sandwich", "norm_weight": "none"},
     "(1 + w) post": {"norm_placement": "post", "norm_weight": "one_plus"},
+    # The gradient of the keys' bias is what is left of a sum of large numbers: another seed, another luck.
+    "normed heads": {"qk_norm": True, "position": "rope", "n_heads": 4, "n_kv_heads": 2, "seed": 1},
+    "wide normed heads": {"qk_norm": True, "norm": "rmsnorm", "norm_weight": "one_plus", "head_dim": 34},
+    "some channels rotate": {"position": "rope", "rope_freqs": (1.0, 0.1), "head_dim": 7, "n_layers": 2},
     "a scale of 1/T": {"norm_placement": "sandwich", "residual_scale": "1/T"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

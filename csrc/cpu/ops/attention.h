@@ -22,7 +22,7 @@ constexpr int BACKWARD_BLOCK = 64;                        // queries and keys: t
 constexpr int PANELS = BACKWARD_BLOCK / VL;
 
 struct Heads {
-    int n_heads, n_kv_heads, head_dim;
+    int n_heads, n_kv_heads, head_dim, rotary_pairs;
     int ld_qkv, ld_o;
     int group() const { return n_heads / n_kv_heads; }
     int width() const { return (n_heads + 2 * n_kv_heads) * head_dim; }
@@ -301,10 +301,10 @@ inline void attend_backward(const Heads& heads, const Scoring& s, int g, int n, 
     unpack_head(n, hd, dk, d_qkv + heads.k(g), ld), unpack_head(n, hd, dv, d_qkv + heads.v(g), ld);
 }
 
-// Rotate the halves of every query and key head of rows at positions begin .. end by their position's angle; direction
-// -1 undoes it.
+// Rotate the pairs of every query and key head of rows at positions begin .. end by their position's angle, column c
+// with column c + rotary_pairs; direction -1 undoes it.
 inline void rotate(const Heads& heads, int begin, int end, int seq_len, const float* table, float direction, float* qkv) {
-    const int half = heads.head_dim / 2;
+    const int half = heads.rotary_pairs;
     const float* sines = table + static_cast<int64_t>(seq_len) * half;
     for (int i = begin; i < end; i++)
         for (int h = 0; h < heads.n_heads + heads.n_kv_heads; h++) {
