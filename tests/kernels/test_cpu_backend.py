@@ -56,8 +56,7 @@ OPTIONS = {
     "sandwich_post": {"norm_placement": "sandwich_post", "loop_norm": True},
     "norms without weights": {"norm_placement": "sandwich", "norm_weight": "none"},
     "(1 + w) post": {"norm_placement": "post", "norm_weight": "one_plus"},
-    # The gradient of the keys' bias is what is left of a sum of large numbers: another seed, another luck.
-    "normed heads": {"qk_norm": True, "position": "rope", "n_heads": 4, "n_kv_heads": 2, "seed": 1},
+    "normed heads": {"qk_norm": True, "position": "rope", "n_heads": 4, "n_kv_heads": 2, "head_dim": 6},
     "wide normed heads": {"qk_norm": True, "norm": "rmsnorm", "norm_weight": "one_plus", "head_dim": 34},
     "some channels rotate": {"position": "rope", "rope_freqs": (1.0, 0.1), "head_dim": 7, "n_layers": 2},
     "a scale of 1/T": {"norm_placement": "sandwich", "residual_scale": "1/T"},
@@ -150,6 +149,8 @@ def check(block, e, call, isa=None, cotangent=normal, dtypes=FLOAT32, slack=2e-6
         if not a.numel():  # all of no loops
             continue
         assert a.isfinite().all(), name
+        if dtypes[1] == torch.bfloat16 and name.endswith("k_norm.bias"):
+            continue  # what all keys have in common moves no weight much: roundings are all that is left
         # The largest of a few bfloat16 roundings is a matter of luck, their mean square is not.
         size = torch.linalg.vector_norm if dtypes[1] == torch.bfloat16 else lambda x: x.abs().max()
         error, allowed = size(a - c), 2 * size(b - c) + slack * size(c) + 1e-7

@@ -36,7 +36,7 @@ NORMS = (
     {"norm": "rmsnorm", "norm_placement": "post"},
     {"norm": "none", "injection": "diagonal"},
     {"norm": "layernorm", "norm_placement": "sandwich_post", "injection": "concat"},
-    {"norm": "rmsnorm", "norm_placement": "pre", "norm_weight": "one_plus", "injection": "norm_add"},
+    {"norm": "rmsnorm", "norm_weight": "one_plus", "injection": "norm_add", "qk_norm": True},
 )
 # No whole vectors, and odd: half a pair of bfloat16.
 WIDTHS = ({"d_model": 20, "d_ff": 23}, {"d_model": 21, "d_ff": 16})
