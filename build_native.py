@@ -68,13 +68,14 @@ def cuda_objects(archs):
     source = ROOT / "csrc" / "cuda"
     hopper = [arch for arch in archs if arch == "sm_90a"]
     found = {"entry": (source / "entry.cu", [], archs)}
-    families = [("resident", ("bf16", "fp16"), [arch for arch in archs if arch not in hopper])]
-    families += [("resident_sm90a", ("bf16",), hopper)]
-    for (name, operands, own), way in itertools.product(families, CUDA_DIRECTIONS):
+    families = [("Sm80", ("bf16", "fp16"), [arch for arch in archs if arch not in hopper])]
+    families += [("Sm90a", ("bf16",), hopper)]
+    for (family, operands, own), way in itertools.product(families, CUDA_DIRECTIONS):
         for operand in operands:
-            defined = [f"-DSHIFT_BACKWARD={CUDA_DIRECTIONS.index(way)}", f"-DSHIFT_OPERAND={operand}"]
+            defined = [f"-DSHIFT_ARCH={family}", f"-DSHIFT_BACKWARD={CUDA_DIRECTIONS.index(way)}"]
+            defined += [f"-DSHIFT_OPERAND={operand}"]
             # The entry refers to all of them: where none of the architectures is a kernel's, it is for any.
-            found[f"{name}_{way}_{operand}"] = (source / f"{name}.cu", defined, own or archs)
+            found[f"{family.lower()}_{way}_{operand}"] = (source / "resident.cu", defined, own or archs)
     return found
 
 

@@ -75,6 +75,7 @@ class Structure {
             assign(s, set, name, values);
             return s;
         }));
+        type_.def("copy", [](const S& s) { return s; });
     }
 
   private:

@@ -65,6 +65,8 @@ def calibrate(
         say(f"[{i + 1}/{len(problems)}] {measured.describe(problem)}")
         row: dict[str, Verdict] = {}
         for name in dispatch.candidates(problem):
+            if prepare := getattr(LOOPED_BLOCK.get(name), "prepare", None):
+                prepare(problem, say)
             row[name] = _in_child(problem, name, limit_s)
             say(f"  {name:<8}{row[name]}")
         measured.record(problem, row)

@@ -73,10 +73,11 @@ def block(module: ModuleType, spec: BlockSpec) -> Any:
 
 def addresses(module: ModuleType, tensors: dict[str, Tensor], spec: BlockSpec) -> list[int | None]:
     """Where the weights are, in the order of ``Weight`` in csrc/block.h; None for one that is absent."""
-    return [tensors[n].data_ptr() if n in tensors else None for n in _weight_names(module, spec.n_layers)]
+    return [tensors[n].data_ptr() if n in tensors else None for n in weight_names(module, spec.n_layers)]
 
 
 @lru_cache(maxsize=256)
-def _weight_names(module: ModuleType, n_layers: int) -> tuple[str, ...]:
+def weight_names(module: ModuleType, n_layers: int) -> tuple[str, ...]:
+    """Names of all weights of a block, in the order of ``Weight`` in csrc/block.h."""
     layers = [f"layers.{i}.{name}" for i in range(n_layers) for name in module.LAYER_WEIGHTS]
     return (*layers, *module.LOOP_WEIGHTS)

@@ -1,6 +1,7 @@
 """Registers, spills, memory and instructions of every CUDA kernel; what the planner gives the timed blocks.
 
 python -m benchmarks.offline.compile_cuda            # builds what is not built yet -> JSON; no GPU
+python -m benchmarks.offline.compile_cuda --shapes   # also the kernels for one shape, minutes
 
 ptxas reports while it compiles (build_native.py keeps what it said beside each object), cuobjdump (Triton
 brings one) shows the machine code, the planner is asked through the library.
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from benchmarks.gpu.cases import BLOCKS
 from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels import BlockSpec, compiled
 from shift_kernels.backends import cuda as cuda_backend
+from shift_kernels.backends import cuda_shapes
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "cuda.json"
+SHAPE_SOURCE = build_native.ROOT / "csrc" / "cuda" / "shape.cu"
 N_SMS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM)
 _REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)a?'.*?"
@@ -56,6 +60,46 @@ def kernels() -> list[dict[str, Any]]:
         for match, name in zip(found, names, strict=True):
             rows.append({"object": log.stem} | _kernel(match, name) | code[int(match["sm"]), match["name"]])
     return rows
+
+
+SHAPES = tuple(c for c in BLOCKS if c.seq_len <= 128 and (c.d_model <= 256 or c.kind == "trm"))
+"""Cases whose kernels are compiled for their shape alone, for Hopper."""
+
+
+def shape_kernels(library: Any, cases: Sequence[Any] = SHAPES) -> Iterator[dict[str, Any]]:
+    """Of the kernels for one shape, forward and backward; each is compiled anew."""
+    scratch = build_native.SCRATCH / "offline"
+    scratch.mkdir(parents=True, exist_ok=True)
+    for case, backward in itertools.product(cases, (False, True)):
+        prepared = cuda_backend._prepared(
+            library,
+            BlockSpec(**case.options),
+            (case.batch, case.seq_len),
+            (torch.bfloat16, torch.bfloat16),
+            cuda_backend.Limits(SHARED_LIMIT[90], N_SMS[90], sm90a=True),
+            "sm_90",
+            own_loops=False,
+            halting=False,
+            backward=backward,
+        )
+        yield {"case": case.name} | shape_kernel(prepared.shape, scratch / f"{case.name}.txt")
+
+
+def shape_kernel(shape: cuda_shapes.Shape, listed: Path) -> dict[str, Any]:
+    """Compiles one beside the file that will list its shape."""
+    listed.write_text(",".join(map(str, shape.words)))
+    target, before = listed.with_suffix(".o"), os.times()
+    command = [*(build_native.nvcc() or ["nvcc"]), *build_native.CUDA_FLAGS, f"-arch={shape.arch}"]
+    command += [*cuda_shapes.defined(shape, listed), "-c", "-o", str(target), str(SHAPE_SOURCE)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = os.times()
+    words = said.stdout + said.stderr
+    (match,) = _REPORT.finditer(words)
+    (code,) = instructions(target).values()
+    name = subprocess.run(["c++filt", match["name"]], capture_output=True, text=True, check=True).stdout
+    figures = _kernel(match, re.sub(r", shift_cuda::OneShape<.*>(?=\()", "", name.strip()))
+    spent = after.children_user - before.children_user
+    return figures | code | {"waits_for_wgmma": "serialized" in words, "compile_cpu_s": round(spent, 1)}
 
 
 def logs() -> list[Path]:
@@ -147,10 +191,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--shapes", action="store_true", help="also compile the kernels for one shape")
     args = parser.parse_args()
     library, status = compiled.load("_native_cuda", build())
     assert library is not None, status
     found = {"built": status, "kernels": kernels(), "plans": list(plans(library))}
+    known = json.loads(RESULTS.read_text()).get("shapes", []) if RESULTS.exists() else []
+    found["shapes"] = list(shape_kernels(library)) if args.shapes else known
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,6 +1,10 @@
 // shift_kernels._native_cuda: the CUDA kernels for Python; in the tests, their emulation on the CPU.
+#include <array>
+#include <cstring>
+
 #include "../module.h"
 #include "entry.h"
+#include "shape.h"
 
 namespace {
 
@@ -35,11 +39,21 @@ void pack(const PythonCall& given, const Plan& plan, uintptr_t stream) {
     check(shift_cuda_pack(&call, &plan, reinterpret_cast<void*>(stream)));
 }
 
-void run(const PythonCall& call, const Plan& plan, bool backward, uintptr_t stream) {
+// Of a call as planned; what shape.cu takes. Two kernels are the same if these are.
+std::array<int64_t, shift_cuda::SHAPE_WORDS> shape(const PythonCall& call, const Plan& plan, bool backward) {
+    std::array<int64_t, shift_cuda::SHAPE_WORDS> words;
+    const shift_cuda::Shape found = shift_cuda::shape_of(call, plan, backward);
+    std::memcpy(words.data(), &found, sizeof found);
+    return words;
+}
+
+// kernel: shift_cuda_run_shape of the shape's own library, or 0.
+void run(const PythonCall& call, const Plan& plan, bool backward, uintptr_t stream, uintptr_t kernel) {
     if (!call.e || !call.packed || (plan.workspace_bytes && !call.workspace))
         throw py::value_error("shift_kernels._native_cuda: e, packed or workspace is missing");
     py::gil_scoped_release others_run;
-    check(shift_cuda_run(&call, &plan, backward, reinterpret_cast<void*>(stream)));
+    const auto launch = kernel ? reinterpret_cast<decltype(&shift_cuda_run)>(kernel) : shift_cuda_run;
+    check(launch(&call, &plan, backward, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -108,9 +122,12 @@ PYBIND11_MODULE(_native_cuda, m) {
         .number("packed_bytes", &Plan::packed_bytes)
         .number("workspace_bytes", &Plan::workspace_bytes)
         .made_from_keywords();
-    m.def("pack", pack, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("stream"),
+    m.def("pack", pack, py::arg("call"), py::arg("plan"), py::arg("stream"),
           "Launch the packing of a call's weights; RuntimeError where that failed.");
-    m.def("run", run, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("backward"), py::arg("stream"),
+    m.def("shape", shape, py::arg("call"), py::arg("plan"), py::kw_only(), py::arg("backward"),
+          "What shape.cu is compiled for, as numbers.");
+    m.def("run", run, py::arg("call"), py::arg("plan"), py::arg("backward"), py::arg("stream"),
+          py::arg("kernel") = 0,
           "Launch a forward or backward call as planned; RuntimeError where that failed.");
     m.def("plan", plan, py::arg("call"), py::kw_only(), py::arg("backward"), "Reads sizes and options alone.");
     m.def("reason", reason, py::arg("plan"), "Why the planner refuses, or None.");

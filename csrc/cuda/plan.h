@@ -20,7 +20,7 @@
 // tiles; only where nothing does, two. Hidden columns fill what the heads take anyhow. Rows are a multiple of 16; as
 // many whole sequences as fit 128 of them, with the tile in shared memory, or else in the workspace.
 //
-// The kernels for sm_90a (resident_sm90a.cu; bf16 alone) have as many rows as tokens, and instead of the ring
+// The kernels for sm_90a (kernels.cuh; bf16 alone) have as many rows as tokens, and instead of the ring
 //
 //   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more; where weights
 //                                                     stay for all loops and rows are more than 64: tiles of 64 64 2

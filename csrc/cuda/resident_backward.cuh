@@ -9,7 +9,7 @@
 // Shared memory: one fp32 tile (x, then the branch's input gradient), one round's or chunk's intermediates, weight
 // tiles and (but for sm_90a) tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside;
 // dh; and the fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
-// Grid: plan.h `programs` blocks of `threads` (sm_90a: resident_sm90a.cu).
+// Grid: plan.h `programs` blocks of `threads` (sm_90a: kernels.cuh).
 #pragma once
 #include "attention_backward.cuh"
 #include "mlp_backward.cuh"

@@ -6,7 +6,7 @@
 // Shared memory: the fp32 tile x, its 16-bit normalised copy, one round's or chunk's intermediates, weight tiles
 // under way (bytes: plan.h). L2: the weights, read by every program in every loop, and the tile where it is too
 // large for shared memory. Device memory: e in (with injection once a loop), h_T out; in training one h_t a loop.
-// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows (sm_90a: resident_sm90a.cu). Where a sequence is
+// Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows (sm_90a: kernels.cuh). Where a sequence is
 // split over blocks, they meet twice in a round of heads, and where halting asks how much it changed.
 #pragma once
 #include "layer.cuh"

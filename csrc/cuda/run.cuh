@@ -1,4 +1,4 @@
-// Launching a resident kernel; resident.cu and resident_sm90a.cu define a specialisation an object.
+// Launching a resident kernel; resident.cu defines a specialisation an object.
 #pragma once
 #include "program.cuh"
 #include "tile/launch.cuh"

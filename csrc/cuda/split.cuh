@@ -46,6 +46,7 @@ __device__ inline void copy_from_part(const Program<A, T>& p, int part, T* from,
                                       int columns) {
     const T* there = in_part(p, from, part);
     const int pieces = columns / 8;
+#pragma unroll 1  // or four loads' registers are spilled around it
     for (int i = threadIdx.x; i < rows * pieces; i += p.threads()) {
         const int r = i / pieces, j = i % pieces * 8;
         store(to + r * ld + j, load<uint4>(there + r * ld_from + j));

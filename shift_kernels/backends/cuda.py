@@ -9,6 +9,8 @@ weight gradients, which are then one matmul a weight over the rows of many loops
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import compiled
+from shift_kernels.backends import cuda_shapes
 from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
 from shift_kernels.backends.device import on_device_of
 from shift_kernels.backends.weight_gradients import (
@@ -131,8 +134,11 @@ def _refusal(
 
 
 def _limits(device: torch.device) -> Limits:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return HOPPER
+    return HOPPER if device.type != "cuda" or not torch.cuda.is_available() else _limits_of(device)
+
+
+@functools.cache
+def _limits_of(device: torch.device) -> Limits:
     properties = torch.cuda.get_device_properties(device)
     most = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     assert _LIBRARY is not None, "checked by the backend's choice"
@@ -165,80 +171,133 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _Prepared(NamedTuple):
+    """What every call of a kind shares."""
+
+    call: Any
+    """Sizes and options; to be copied, not written to."""
+    plan: Any
+    packed_bytes: int
+    workspace_bytes: int
+    """What the plan says, to a multiple of 256."""
+    shape: cuda_shapes.Shape
+    kernel: int
+    """The shape's own, or 0: looked up here, once."""
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _prepared(
     library: ModuleType,
     spec: BlockSpec,
     shape: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     limits: Limits,
+    arch: str,
     *,
     own_loops: bool,
     halting: bool,
     backward: bool,
-) -> Any:
-    """What the planner decides, asked once for every such call.
+) -> _Prepared:
+    """The planner asked, once for every such call.
 
     Args:
         shape: batch and seq_len.
         dtypes: of e, and of matmul operands.
+        arch: of the device, for kernels compiled for it alone.
     """
     call = sizes(spec, *shape, *dtypes, limits, library)
     call.own_loops, call.halting = own_loops, halting
-    return library.plan(call, backward=backward)
+    plan = library.plan(call, backward=backward)
+    packed, workspace = (-(-n // 256) * 256 for n in (plan.packed_bytes, plan.workspace_bytes))
+    operand = "bf16" if dtypes[1] is torch.bfloat16 else "fp16"
+    words = tuple(library.shape(call, plan, backward=backward))
+    of = cuda_shapes.Shape(words, "sm_90a" if plan.tiles else arch, operand)
+    return _Prepared(call, plan, packed, workspace, of, cuda_shapes.kernel(of))
+
+
+def _prepare(spec: BlockSpec, e: Tensor, options: CallOptions, backward: bool) -> _Prepared:
+    return _prepared(
+        _LIBRARY,
+        spec,
+        (e.shape[0], e.shape[1]),
+        (e.dtype, options.compute_dtype),
+        Limits(*_limits(e.device)),
+        _arch(e.device),
+        own_loops=isinstance(options.n_loops, Tensor),
+        halting=options.halt_threshold is not None,
+        backward=backward,
+    )
 
 
 class _Launch:
-    """A call of the library: its plan, what forward and backward share, and the tensors that it reads."""
+    """A call of the library: its plan, what forward and backward share, and the tensors that it reads.
+
+    Weights are packed by each call, not kept from one to the next: whether they have changed cannot be known.
+    A write through ``.data``, or by the replay of a CUDA graph, leaves a tensor's version as it was.
+    """
 
     def __init__(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, backward: bool
     ) -> None:
         self.e, self.backward = aligned(e), backward
-        self.loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
-        rotary = None
-        if spec.position == "rope":
-            rotary = rotary_table(e.shape[1], spec, e.device).to(torch.float32).contiguous()
+        self.prepared = _prepare(spec, e, options, backward)
+        self.plan = self.prepared.plan
+        loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
+        rotary = _rotary(e.shape[1], spec, e.device) if spec.position == "rope" else None
         weight_dtype = _common_dtype(weights)
-        values = {name: aligned(w.to(weight_dtype)) for name, w in weights.items()}
-        limits = Limits(*_limits(e.device))
-        call = sizes(spec, e.shape[0], e.shape[1], e.dtype, options.compute_dtype, limits)
-        call.return_all = options.return_all_loops
-        call.own_loops, call.ragged = self.loops is not None, lengths is not None
-        call.halting, call.halt_threshold = options.halt_threshold is not None, options.halt_threshold or 0.0
+        values = [aligned(w if w.dtype is weight_dtype else w.to(weight_dtype)) for w in weights.values()]
+        found = dict(zip(weights, map(Tensor.data_ptr, values), strict=True))
+        self.call = call = self.prepared.call.copy()
+        call.return_all, call.ragged = options.return_all_loops, lengths is not None
+        call.halt_threshold = options.halt_threshold or 0.0
         call.weight_dtype = _name(weight_dtype)
-        call.e, call.weights = self.e.data_ptr(), compiled.addresses(_LIBRARY, values, spec)
-        call.loops, call.lengths, call.rotary = map(_address, (self.loops, lengths, rotary))
-        self.call = call
-        self._alive = lengths, rotary, values
-        self.packed: Tensor | None = None
-        self.plan = _plan(
-            _LIBRARY,
-            spec,
-            (e.shape[0], e.shape[1]),
-            (e.dtype, options.compute_dtype),
-            limits,
-            own_loops=call.own_loops != 0,
-            halting=call.halting != 0,
-            backward=backward,
-        )
+        call.e = self.e.data_ptr()
+        call.weights = [found.get(n) for n in compiled.weight_names(_LIBRARY, spec.n_layers)]
+        call.loops, call.lengths, call.rotary = _address(loops), _address(lengths), _address(rotary)
+        self._alive = loops, lengths, rotary, values
+        self._memory: Tensor | None = None
 
     def run(self) -> None:
-        """On e's device and its current stream, with a workspace that is free again behind the launch."""
+        """On e's device and its current stream, with memory that is free again behind the last launch."""
         assert _LIBRARY is not None, "checked by the backend's choice"
-        workspace = self._bytes(self.plan.workspace_bytes)
-        self.call.workspace = _at_256(workspace)
         with on_device_of(self.e):
             stream = torch.cuda.current_stream().cuda_stream if self.e.is_cuda else 0
-            if self.packed is None:
-                self.packed = self._bytes(self.plan.packed_bytes)
-                self.call.packed = _at_256(self.packed)
-                _LIBRARY.pack(self.call, self.plan, stream=stream)
-            _LIBRARY.run(self.call, self.plan, backward=self.backward, stream=stream)
+            if self._memory is None:
+                self._memory = self._packed(stream)
+            _LIBRARY.run(self.call, self.plan, self.backward, stream, self.prepared.kernel)
 
-    def _bytes(self, n: int) -> Tensor:
-        """On e's device, some more than ``n`` bytes."""
-        return torch.empty(n + 256, dtype=torch.uint8, device=self.e.device)
+    def _packed(self, stream: int) -> Tensor:
+        """Memory for packed weights, which are packed, and what a launch puts aside."""
+        packed, workspace = self.prepared.packed_bytes, self.prepared.workspace_bytes
+        memory = torch.empty(packed + workspace + 256, dtype=torch.uint8, device=self.e.device)
+        self.call.packed = -(-memory.data_ptr() // 256) * 256
+        self.call.workspace = self.call.packed + packed
+        _LIBRARY.pack(self.call, self.plan, stream)
+        return memory
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    """As nvcc names the device's architecture."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm_80"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _rotary(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
+    """cos and sin, float32. Kept, unless made while a graph is captured: that memory is the graph's."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _rotary_table.__wrapped__(seq_len, spec, device)
+    return _rotary_table(seq_len, spec, device)
+
+
+@functools.cache
+def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
+    table = rotary_table(seq_len, spec, device).to(torch.float32).contiguous()
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()  # calls on other streams may read it
+    return table
 
 
 def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
@@ -253,17 +312,31 @@ def aligned(x: Tensor) -> Tensor:
 
     A view such as ``flat[1:].view(...)`` is contiguous, but at any multiple of its numbers' size.
     """
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _at_256(memory: Tensor) -> int:
-    """The first multiple of 256 in it."""
-    return -(-memory.data_ptr() // 256) * 256
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _of_problem(p: Problem) -> list[_Prepared]:
+    """Of the forward, and of the backward where there is one; all samples have the same number of loops."""
+    return [
+        _prepared(
+            _LIBRARY,
+            p.spec,
+            (p.batch, p.seq_len),
+            (p.dtype, p.compute_dtype),
+            Limits(*_limits(p.device)),
+            _arch(p.device),
+            own_loops=False,
+            halting=p.halting,
+            backward=backward,
+        )
+        for backward in (False, True)[: 1 + p.grad]
+    ]
 
 
 class CudaBackend:
@@ -282,20 +355,31 @@ class CudaBackend:
     def describe(self, problem: Problem) -> str:
         """The tile of a program, of the backward's where there is one, and where it is."""
         assert _LIBRARY is not None, "asked only if available"
-        p = problem
-        call = sizes(p.spec, p.batch, p.seq_len, p.dtype, p.compute_dtype, _limits(p.device))
         parts = []
-        for backward in (False, True)[: 1 + p.grad]:
-            plan = _LIBRARY.plan(call, backward=backward)
+        for prepared in _of_problem(problem):
+            plan, backward = prepared.plan, len(parts) > 0
             where = "in shared memory" if plan.tile_in_shared else "in L2"
             if plan.split > 1:
                 where += f" of {plan.split} programs a sequence"
             parts.append(
                 f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
-                f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory"
+                f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory, compiled for "
+                + ("this shape" if prepared.kernel else "any shape")
             )
         kernels = "sm_90a" if plan.tiles else "sm_80 and newer"
         return "; ".join([f"resident, all loops in one launch, kernels for {kernels}", *parts])
+
+    def prepare(self, problem: Problem, say: Callable[[str], object]) -> None:
+        """Compile the kernels of the problem's shape: a sixth of the instructions of those for any shape."""
+        for prepared, direction in zip(_of_problem(problem), ("forward", "backward"), strict=False):
+            start = time.perf_counter()
+            try:
+                cuda_shapes.compile_kernel(prepared.shape)
+                seconds = time.perf_counter() - start
+                say(f"  cuda    the {direction} for this shape: {seconds:.0f} s to compile")
+            except RuntimeError as error:
+                say(f"  cuda    no {direction} for this shape, the one for any serves: {error}")
+        _prepared.cache_clear()
 
     def saved_bytes(self, problem: Problem) -> int:
         """Bytes kept for the backward pass, per loop: its boundary."""

@@ -94,7 +94,9 @@ __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops)
         const int below = int(bricks_along(of.k) * BRICK), beside = int(BRICK);
         const int n = int(transposed ? of.k : of.n), to_next_n = transposed ? beside : below;
         const int k = int(transposed ? of.n : of.k), to_next_k = transposed ? below : beside;
+#pragma unroll 1
         for (int n0 = 0; n0 < n; n0 += columns)
+#pragma unroll 1
             for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
                 const int side = int(BRICK_SIDE), some = columns > side && n0 + side < n ? 2 : 1;
                 unsigned char* to = p.ring() + s * stage + offset;

@@ -1,0 +1,99 @@
+// The resident kernels: for sm_80 and newer, and for sm_90a resident_forward.cuh and resident_backward.cuh with another
+// way of multiplying, arch/sm90a.cuh. One for any call, or one for a shape that is constant: S.
+//
+// Block on sm_90a: two warpgroups for up to 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The
+// blocks of a cluster (1, 2 or 4) share the weights' way from L2; and 2 or 4 neighbours in it a sequence that is too
+// large for the shared memory of one: split.cuh.
+#pragma once
+#include "arch/sm80.cuh"
+#include "arch/sm90a.cuh"
+#include "resident_backward.cuh"
+#include "run.cuh"
+#include "shape.h"
+
+namespace shift_cuda {
+
+struct AnyShape {
+    __device__ static const Job& job(const Job& given) { return given; }
+};
+
+// S::SHAPE is a constant.
+template <class S>
+struct OneShape {
+    // All but the fields that a shape leaves open become constants, once the compiler has it in registers.
+    __device__ __forceinline__ static Job job(const Job& given) {
+        constexpr Shape SHAPE = S::SHAPE;
+        Job job = given;
+        static_cast<Block&>(job.call) = SHAPE.block;
+        job.call.seq_len = SHAPE.seq_len, job.call.dtype = SHAPE.dtype;
+        job.call.own_loops = SHAPE.own_loops, job.call.halting = SHAPE.halting;
+        job.plan = SHAPE.plan;
+        job.plan.programs = given.plan.programs, job.plan.cluster = given.plan.cluster;
+        job.at = layout(job.call, job.plan, SHAPE.backward);
+        job.backward = int(SHAPE.backward);
+        return job;
+    }
+};
+
+template <class T, class S>
+__global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job given) {
+    const Job& job = S::job(given);
+    forward(Program<Sm80, T>(job), [](int64_t, bool running) { return running; });
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job given) {
+    const Job& job = S::job(given);
+    backward(Program<Sm80, T>(job));
+}
+
+// Streams the weights of so many loops, at most; false for who did that, true for those who own the rows.
+template <class T>
+__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, int64_t loops) {
+    if (threadIdx.x == 0) start_ring(p);
+    sync_cluster();
+    const bool streams = shuffle(warp(), 0) == p.warps();  // which the compiler then knows to be so for a whole warp
+    if (!streams) p.find_spans();
+    if (streams && lane() == 0) stream_weights(p, loops);
+    return !streams;
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_forward_sm90a(const __grid_constant__ Job given) {
+    if constexpr (HAS_SM90A) {
+        const Job& job = S::job(given);
+        const Program<Sm90a, T> p(job);
+        if (beside_the_weights(p, p.loops()))
+            forward(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
+        sync_cluster();  // others may still arrive here, and bring tiles
+    } else {
+        asm volatile("trap;");
+    }
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm90a(const __grid_constant__ Job given) {
+    if constexpr (HAS_SM90A) {
+        const Job& job = S::job(given);
+        const Program<Sm90a, T> p(job);
+        if (beside_the_weights(p, loops_backward(p))) backward(p);
+        sync_cluster();
+    } else {
+        asm volatile("trap;");
+    }
+}
+
+template <class A, class T, bool BACKWARD, class S>
+const char* launch_kernel(const Job& job, void* stream) {
+    constexpr bool HOPPER = std::is_same<A, Sm90a>::value;
+    if constexpr (HOPPER && BACKWARD)
+        return launch_programs(job, stream, resident_backward_sm90a<T, S>);
+    else if constexpr (HOPPER)
+        return launch_programs(job, stream, resident_forward_sm90a<T, S>);
+    else if constexpr (BACKWARD)
+        return launch_programs(job, stream, resident_backward<T, S>);
+    else
+        return launch_programs(job, stream, resident_forward<T, S>);
+}
+
+}  // namespace shift_cuda
