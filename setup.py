@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file with another folder first
 
-from build_native import build_cpu_library, build_cuda_library
+from build_native import ROOT, build_cpu_library, build_cuda_library
 
 MODULES = {
     "shift_kernels._native": build_cpu_library,
@@ -24,6 +24,12 @@ MODULES = {
 def reason_file(module):
     """Where it is kept why a module was not built: as shift_kernels/compiled.py reads it."""
     return module.with_name(module.name.partition(".")[0] + ".reason.txt")
+
+
+def copy_cuda_sources(folder):
+    """Beside the package: shift_kernels/backends/cuda_shapes.py compiles kernels for one shape from them."""
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "cuda", dirs_exist_ok=True)
+    shutil.copy(ROOT / "csrc" / "block.h", folder)
 
 
 class BuildModules(build_ext):
@@ -44,6 +50,9 @@ class BuildModules(build_ext):
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{error}\n")
             print(f"shift-kernels: installing without {ext.name}: {error}", file=sys.stderr)
+        else:
+            if "cuda" in ext.name and not self.inplace:
+                copy_cuda_sources(target.parent / "csrc")
 
     def copy_extensions_to_source(self):
         """An editable install: the reasons, too."""

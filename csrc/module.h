@@ -59,6 +59,16 @@ class Structure {
             s.*member = std::move(list);
         }, [=](const S& s) -> py::object { return py::cast((s.*member).size()); });
     }
+    // What the calls of all backends have; S: a Call with its list of addresses.
+    Structure& call_fields() {
+        number("batch", &S::batch).number("seq_len", &S::seq_len).number("most_loops", &S::most_loops);
+        number("return_all", &S::return_all).number("n_grad_loops", &S::n_grad_loops);
+        number("halting", &S::halting).number("halt_threshold", &S::halt_threshold);
+        pointer("e", &S::e).pointer("loops", &S::loops).pointer("lengths", &S::lengths).pointer("rotary", &S::rotary);
+        pointers("weights", &S::weight_list);
+        pointer("out", &S::out).pointer("boundaries", &S::boundaries).pointer("used", &S::used);
+        return pointer("grad_out", &S::grad_out);
+    }
     void made_from_keywords() {
         type_.def(py::init([set = setters_, name = name_](const py::kwargs& values) {
             S s{};

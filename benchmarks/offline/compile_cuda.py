@@ -97,9 +97,12 @@ def shape_kernel(shape: cuda_shapes.Shape, listed: Path) -> dict[str, Any]:
     (match,) = _REPORT.finditer(words)
     (code,) = instructions(target).values()
     name = subprocess.run(["c++filt", match["name"]], capture_output=True, text=True, check=True).stdout
-    figures = _kernel(match, re.sub(r", shift_cuda::OneShape<.*>(?=\()", "", name.strip()))
     spent = after.children_user - before.children_user
-    return figures | code | {"waits_for_wgmma": "serialized" in words, "compile_cpu_s": round(spent, 1)}
+    return (
+        _kernel(match, name)
+        | code
+        | {"waits_for_wgmma": "serialized" in words, "compile_cpu_s": round(spent, 1)}
+    )
 
 
 def logs() -> list[Path]:
@@ -155,7 +158,7 @@ def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
     spills = [match.group("stores", "loads")]
     spills += re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", match["callees"])
     return {
-        "kernel": re.sub(r"^void |\w+::|\(.*", "", name),
+        "kernel": _short(name),
         "sm": int(match["sm"]),
         "registers": int(match["registers"]),
         "spill_stores": sum(int(stores) for stores, _ in spills),
@@ -163,6 +166,14 @@ def _kernel(match: re.Match[str], name: str) -> dict[str, Any]:
         "stack": int(stack[1] if stack else match["stack"]),
         "static_shared": int(shared[1]) if shared else 0,
     }
+
+
+def _short(demangled: str) -> str:
+    """``kernel<bf16>``: no namespaces, and without the shape that it is for."""
+    found = re.match(r"(?:void )?(?:\w+::)*(\w+)<(.*)>\(", demangled)
+    assert found, demangled
+    arguments = re.sub(r"\w+::", "", found[2]).split(", ")
+    return f"{found[1]}<{', '.join(a for a in arguments if 'Shape' not in a)}>"
 
 
 def plans(library: Any) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ struct Shape {
 };
 
 constexpr int64_t SHAPE_WORDS = sizeof(Shape) / 8;
+static_assert(alignof(Shape) == 8 && sizeof(Shape) % 8 == 0, "a gap would have any value");
 
 constexpr Shape shape_of(const Call& c, const Plan& p, bool backward) {
     Shape s = {c, c.seq_len, c.own_loops, c.halting, c.dtype, backward, p};

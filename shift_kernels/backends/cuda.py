@@ -355,7 +355,7 @@ class CudaBackend:
     def describe(self, problem: Problem) -> str:
         """The tile of a program, of the backward's where there is one, and where it is."""
         assert _LIBRARY is not None, "asked only if available"
-        parts = []
+        parts: list[str] = []
         for prepared in _of_problem(problem):
             plan, backward = prepared.plan, len(parts) > 0
             where = "in shared memory" if plan.tile_in_shared else "in L2"

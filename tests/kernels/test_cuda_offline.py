@@ -19,6 +19,7 @@ SM90A = tuple(f"{name}_sm90a" for name in RESIDENT)
 # Bytes of spill stores a thread, at most, called functions included.
 SPILLS = {"resident_forward": 256, "resident_backward": 512, "pack_layer": 0}
 SPILLS |= {"resident_forward_sm90a": 48, "resident_backward_sm90a": 336}
+SPLIT_BACKWARD = 208  # a kernel for one shape, if it splits sequences
 # Fences of the whole device and invalidations of L1: the two barriers of a cluster, and the meetings of a
 # split sequence (three in the forward, five in the backward; a fence and up to three invalidations at each).
 FENCES = {"resident_forward_sm90a": (5, 10), "resident_backward_sm90a": (7, 15)}
@@ -72,6 +73,35 @@ def test_only_blocks_that_share_a_sequence_pay_for_the_scope_of_a_cluster(row):
     fences, invalidations = FENCES.get(row["kernel"].split("<")[0], (0, 0))
     assert row["device_fences"] <= fences
     assert row["l1_invalidations"] <= invalidations
+
+
+@pytest.mark.skipif(build_native.nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compile_cuda.cuobjdump() is None, reason="needs cuobjdump")
+def test_recorded_figures_of_a_kernel_for_one_shape_are_those_of_the_present_sources(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    library, status = compiled.load("_native_cuda", compile_cuda.build())
+    if status == RECORDED["built"]:
+        found = next(compile_cuda.shape_kernels(library))  # one: each takes seconds to a minute
+        recorded = RECORDED["shapes"][0]
+        time = {"compile_cpu_s": recorded["compile_cpu_s"]}
+        assert recorded == found | time, "run benchmarks/offline/compile_cuda.py --shapes"
+
+
+def test_every_timed_shape_has_its_kernels():
+    names = [(row["case"], row["kernel"]) for row in RECORDED["shapes"]]
+    assert names == [(case.name, f"{kernel}<bf16>") for case in compile_cuda.SHAPES for kernel in SM90A]
+
+
+@pytest.mark.parametrize(
+    "row", RECORDED["shapes"], ids=[f"{r['case']} {r['kernel']}" for r in RECORDED["shapes"]]
+)
+def test_kernels_for_one_shape_are_small_and_do_not_spill(row):
+    backward, split = "backward" in row["kernel"], row["case"].startswith("trm")
+    assert not row["waits_for_wgmma"]
+    assert row["calls"] == 0
+    assert row["instructions"] <= (16_000 if backward else 7_000)
+    assert row["spill_stores"] <= (SPLIT_BACKWARD if backward and split else 0)
+    assert row["device_fences"] <= (2 if not split else 7 if backward else 4)
 
 
 @kernels
