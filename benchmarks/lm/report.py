@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ def summary(
     return {
         "about": {
             "reference": reference,
+            "command": f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:])}",
             "text": {**suite.text, **json.loads((out / "text" / INDEX).read_text())["splits"]},
             "rates": {name: factor * shared.optimiser.lr for name, factor in rates.items()},
             "tuning_seeds": list(suite.tuning_seeds),
@@ -95,8 +98,8 @@ def _blocks(suite: Suite, arms: Mapping[str, Arm], found: Mapping[str, Any], pic
             f"{count(len(seeds), 'seed')}; each arm's learning rate is from other seeds. {reference} is, "
             f"by hindsight, the best fixed number of loops: 1.10 means that it needs 1.10 times the compute "
             f"for the loss that the arm has there. In brackets: 95%, bootstrap over seeds. A dash: a loss "
-            f"that it did not have within its own budgets. {about['machine']['device']}, torch "
-            f"{about['torch']}."
+            f"that it did not have within its own budgets. Where a criterion decides, a run may spend less "
+            f"than its budget. {about['machine']['device']}, torch {about['torch']}."
         ),
         Picture(
             picture, "Loss on the validation split against training compute; lines are means over seeds."
@@ -111,8 +114,7 @@ def _blocks(suite: Suite, arms: Mapping[str, Arm], found: Mapping[str, Any], pic
         blocks += [Heading(title), Table(header, rows)]
     rates = [[arm.label, f"{about['rates'][name]:.2g}"] for name, arm in arms.items()]
     blocks += [Heading("Learning rates"), Table(["arm", "rate"], rates)]
-    blocks.append(Paragraph(("Made again by ", Code("python -m benchmarks.lm.run"), "."), "note"))
-    return blocks
+    return [*blocks, Paragraph(("Made by ", Code(about["command"]), "."), "note")]
 
 
 def _cell(found: Mapping[str, Any]) -> str:

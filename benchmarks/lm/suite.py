@@ -75,7 +75,8 @@ def load_suite(name_or_path: str) -> Suite:
     names = {f.name for f in dataclasses.fields(Suite)}
     if table.keys() != names:
         raise input_error("load_suite", "suite", sorted(table), f"the keys {sorted(names)}", "Check them.")
-    suite = Suite(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    suite = Suite(**values)
     if not suite.fixed or len(suite.budgets) < 3 or list(suite.budgets) != sorted(suite.budgets):
         allowed = "an arm looped:<T> and three budgets or more, from the smallest on"
         raise input_error("load_suite", "suite", str(path), allowed, "Change it.")

@@ -11,7 +11,7 @@ from typing import Any
 from shift.tasks.shards import INDEX
 from shift.tokens.documents import Sources
 from shift.tokens.prepare import Settings, prepare, train_tokenizer
-from shift.tokens.tokenizer import ByteTokenizer
+from shift.tokens.tokenizer import ByteTokenizer, Tokenizer
 
 HELD_OUT = 0.05
 BPE_CHARACTERS = 20_000_000
@@ -23,7 +23,7 @@ def make_shards(out: Path, text: Mapping[str, Any], jobs: int) -> Path:
     if not (out / INDEX).is_file():
         sources = Sources(standard_library(text["megabytes"] * 1e6))
         settings = Settings(validation=HELD_OUT, jobs=jobs)
-        tokenizer = ByteTokenizer()
+        tokenizer: Tokenizer = ByteTokenizer()
         if text["tokenizer"] == "bpe":
             tokenizer = train_tokenizer(sources, settings, text["vocab_size"], BPE_CHARACTERS)
         prepare(sources, tokenizer, out, settings)
