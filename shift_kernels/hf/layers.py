@@ -14,6 +14,7 @@ from shift_kernels.hf.families import Family, refuse
 from shift_kernels.hf.slots import Step
 from shift_kernels.module import LoopedBlock
 from shift_kernels.spec import BlockSpec
+from shift_kernels.torch_internals import outside_of_dynamo
 
 
 class LoopedLayers(nn.Module):
@@ -48,6 +49,7 @@ class LoopedLayers(nn.Module):
         """T, of the next call."""
         return self.config.looped["n_loops"]
 
+    @outside_of_dynamo  # masks are read on the host; the blocks are a call of a kernel each as it is
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the decoder layer's: hidden states [batch, seq_len, d_model] in and out; pads return 0.
 
