@@ -20,8 +20,15 @@ from shift.length.sweep import RULES
 from shift.report.document import Block, Table, block_markdown
 from shift.report.rows import read_rows
 from shift.report.words import flops, percent
+from shift_kernels import BlockSpec
+from shift_kernels.backends.cpu import CPU
+from shift_kernels.backends.cuda import CUDA
+from shift_kernels.backends.torch import TORCH
+from shift_kernels.backends.triton.backend import TRITON
 from shift_kernels.bench.cases import LIBRARY
 from shift_kernels.bench.timing import speedup
+from shift_kernels.call import OWN_OPTIONS
+from shift_kernels.spec import CHOICES, ONE_OVER_T
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -189,6 +196,29 @@ def landscape() -> str:
     return _table(["topic", *outcomes], found)
 
 
+def options() -> str:
+    """Options of the block and of a call, and the backends that serve them, as these say themselves."""
+    backends = (TORCH, CPU, TRITON, CUDA)
+    samples: dict[str, Sequence[object]] = {
+        **CHOICES,
+        "residual_scale": (ONE_OVER_T,),
+        **{"qk_norm": (True,), "window": (8,), "softcap": (30.0,), "attn_scale": (0.1,)},
+        **{"rope_freqs": ((1.0, 0.1),), "qkv_bias": (True,)},
+    }
+    default = vars(BlockSpec(8, 2))
+    found: dict[str, list[bool]] = {}
+    for name, values in samples.items():
+        for value in values:
+            if value != default[name]:
+                word = f'{name}="{value}"' if isinstance(value, str) else name
+                found[word] = [b is TORCH or b.served.serves(name, value) for b in backends]
+    for name in OWN_OPTIONS:
+        found[f"{name} of a call"] = [b is TORCH or name in b.served.call for b in backends]
+    rows = [[word, *("yes" if x else "no" for x in served)] for word, served in found.items()]
+    some = [row for row in rows if "no" in row]
+    return _table(["option", *(b.name for b in backends)], [["all others", *4 * ["yes"]], *some])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "savings": savings,
@@ -203,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "length": length,
     "landscape": landscape,
+    "options": options,
     "scaling": lambda: _markdown(scaling.table(scaling.Assumed())),
 }
 """By the name that stands in a mark."""
