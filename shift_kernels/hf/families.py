@@ -40,7 +40,7 @@ class Family:
         fields: of a config and a layer's number, the fields of its :class:`BlockSpec`.
         weights: name in a layer of ours -> names in a layer of theirs, whose rows are concatenated.
         transposed: matrices are stored [in_features, out_features].
-        only: attributes of a config and the one value of each that a :class:`BlockSpec` can express.
+        without: attributes of a config that ask for what no :class:`BlockSpec` has.
         dropout: attributes of a config that are dropout probabilities inside a layer.
     """
 
@@ -48,7 +48,7 @@ class Family:
     fields: Callable[[Any, int], dict[str, Any]]
     weights: Mapping[str, tuple[str, ...]]
     transposed: bool = False
-    only: Mapping[str, Any] | None = None
+    without: tuple[str, ...] = ()
     dropout: tuple[str, ...] = ("attention_dropout",)
 
     def spec(self, config: Any, index: int) -> BlockSpec:
@@ -57,9 +57,11 @@ class Family:
         Raises:
             ShiftInputError: the config has something that no :class:`BlockSpec` says.
         """
-        for name, value in (self.only or {}).items():
-            if (given := getattr(config, name, value)) != value:
-                refuse(f"config.{name}", given, repr(value))
+        for name in self.without:
+            if given := getattr(config, name, None):
+                refuse(f"config.{name}", given, "False")
+        if not getattr(config, "is_causal", True):
+            refuse("config.is_causal", False, "True")
         return BlockSpec(**self.fields(config, index))
 
     def to_block(self, layer: Mapping[str, Tensor], spec: BlockSpec) -> dict[str, nn.Parameter]:
@@ -251,13 +253,13 @@ FAMILIES = {
         _gpt2,
         GPT2_WEIGHTS,
         transposed=True,
-        only={"add_cross_attention": False},
+        without=("add_cross_attention",),
         dropout=("attn_pdrop", "resid_pdrop"),
     ),
     "llama": Family("layers", llama_fields, LLAMA_WEIGHTS),
     "mistral": Family("layers", _mistral, LLAMA_WEIGHTS),
     "qwen2": Family("layers", _qwen2, LLAMA_WEIGHTS),
     "qwen3": Family("layers", _qwen3, LLAMA_WEIGHTS),
-    "gemma2": Family("layers", _gemma2, GEMMA2_WEIGHTS, only={"use_bidirectional_attention": None}),
+    "gemma2": Family("layers", _gemma2, GEMMA2_WEIGHTS, without=("use_bidirectional_attention",)),
 }
 """By ``config.model_type``."""

@@ -59,7 +59,7 @@ class LoopedSlot(cache_utils.CacheLayerMixin):
         return Seen(n, int(self.get_mask_sizes(n_new)[1]) if n else 0, self.real, self.start)
 
     def cache_for(self, call: int, block: LoopedBlock, n_loops: int, e: Tensor) -> LoopedCache:
-        """The cache of the so-many-th call of a step, from 0 on, with room for e."""
+        """The cache of call number ``call`` of a step, with room for e."""
         n = int(self.get_seq_length()) + e.shape[1]
         if call == len(self.caches):
             new = LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=e.dtype, device=e.device)

@@ -340,6 +340,7 @@ MODELS = {
         lambda: loop(make("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
         "rope_parameters.*dynamic",
     ),
+    "layers that see what comes": (lambda: loop(make("llama", is_causal=False)), "is_causal"),
     "an unknown activation": (lambda: loop(make("llama", hidden_act="tanh")), "hidden_act"),
     "a weight that is frozen in part": (lambda: loop(partly_frozen()), "in_proj_weight.*frozen in part"),
     "a second time": (lambda: loop(loop_twice()), "unloop"),
