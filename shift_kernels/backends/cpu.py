@@ -128,19 +128,17 @@ def _call(
         halt_threshold=options.halt_threshold or 0.0,
         bf16=options.compute_dtype == torch.bfloat16,
         residual_scale=scale,
-        scales=_address(scales),
         e=e.data_ptr(),
-        h0=_address(h0),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
-        rotary=_address(rotary),
+        rotary=None if rotary is None else rotary.data_ptr(),
         weights=compiled.addresses(_NATIVE, values, spec),
     )
+    if h0 is not None:
+        call.h0 = h0.data_ptr()
+    if scales is not None:
+        call.scales = scales.data_ptr()
     return call, (e, h0, loops, lengths, scales, rotary, values)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _allocate(new: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -280,7 +278,8 @@ class CpuBackend:
         grad_h0 = None if options.h0 is None else torch.zeros(e.shape, **_HERE)
         _set_saved(call, saved)
         call.grad_out, call.grad_e = grad_h.data_ptr(), grad_e.data_ptr()
-        call.grad_h0 = _address(grad_h0)
+        if grad_h0 is not None:
+            call.grad_h0 = grad_h0.data_ptr()
         call.grad_weights = compiled.addresses(_NATIVE, grads, spec)
         _NATIVE.run(call, backward=True, isa=isa)
         del keep
