@@ -12,16 +12,16 @@
 
 namespace shift_cuda {
 
-// Columns of the heads in a round's [rows, round_columns] of work: q heads, k heads, v heads.
-struct Round {
-    int first_query_column;  // of the round in [n_heads head_dim]
+// Columns of the heads in a head chunk's [rows, head_chunk_columns] of work: q heads, k heads, v heads.
+struct HeadChunk {
+    int first_query_column;  // of the chunk in [n_heads head_dim]
     int kv_heads, queries, head_dim, columns, ld;
     int group;
     template <class A, class T>
-    __device__ Round(const Program<A, T>& p, int round)
+    __device__ HeadChunk(const Program<A, T>& p, int chunk)
         : kv_heads(int(p.p().kv_heads)), head_dim(int(p.c().head_dim)), group(int(query_group(p.c()))) {
         queries = kv_heads * group;
-        first_query_column = round * queries * head_dim;
+        first_query_column = chunk * queries * head_dim;
         columns = (queries + 2 * kv_heads) * head_dim;
         ld = columns + int(PAD);
     }
@@ -43,20 +43,20 @@ __device__ inline void rotate(const Program<A, T>& p, int row, int column_in_hea
     y = make_float2(b.x * cos.x + a.x * sin.x, b.y * cos.y + a.y * sin.y);
 }
 
-// A round's Wqkv, for the product before it.
+// A head chunk's Wqkv, for the product before it.
 template <class A, class T>
-__device__ inline Ahead<T> qkv_ahead(const Program<A, T>& p, const Weights<T>& w, int round) {
-    const Round of(p, round);
-    return {w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d()};
+__device__ inline Prefetch<T> prefetch_qkv(const Program<A, T>& p, const Weights<T>& w, int chunk) {
+    const HeadChunk of(p, chunk);
+    return {w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), of.columns, p.d()};
 }
 
 template <class A, class T>
-__device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int round,
-                                            Ahead<T> ahead = {}) {
-    const Round of(p, round);
-    const float* bias = w.qkv_bias() + round * of.columns;
+__device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int chunk,
+                                            Prefetch<T> prefetch = {}) {
+    const HeadChunk of(p, chunk);
+    const float* bias = w.qkv_bias() + chunk * of.columns;
     const int turned = p.c().position == ROPE ? of.v(0) : 0;  // columns of q and k
-    multiply<false>(p, xn, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), of.columns, p.d(),
+    multiply<false>(p, xn, w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), of.columns, p.d(),
                     [&](int r, int j, float2 x, float2 y) {
                         const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);
                         x = make_float2(x.x + bx.x, x.y + bx.y);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, 
                         store(p.work() + r * of.ld + j, pack<T>(x.x, x.y));
                         store(p.work() + r * of.ld + j + 8, pack<T>(y.x, y.y));
                     },
-                    ahead);
+                    prefetch);
 }
 
 // The keys low <= key < high that a row sees; none, if the row is a pad or does not exist.
@@ -91,26 +91,27 @@ struct Keys {
 };
 
 template <class A, class T>
-__device__ inline Keys<T> own_keys(const Program<A, T>& p, const Round& of, int kv_head, int key) {
+__device__ inline Keys<T> local_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int key) {
     const T* row = p.work() + key * of.ld;
     return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows_from(key)};
 }
 
 // Of another block's rows, by all who own rows in this one.
 template <class A, class T>
-__device__ inline Keys<T> others_keys(const Program<A, T>& p, const Round& of, int kv_head, int part, int key, int rows) {
+__device__ inline Keys<T> remote_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int part, int key,
+                                      int rows) {
     const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD);
     p.sync();  // all are done with those before
-    copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.others(), ld, rows, columns);
+    copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.remote(), ld, rows, columns);
     p.sync();
-    const T* k = p.others() + kv_head * of.head_dim;
+    const T* k = p.remote() + kv_head * of.head_dim;
     return {k, k + of.kv_heads * of.head_dim, ld, rows};
 }
 
 // Calls f(key, its Keys) for each 16 keys of the sequence with any from begin to end. They are counted from where the
 // first row's sequence begins.
 template <class A, class T, class F>
-__device__ inline void each_16_keys(const Program<A, T>& p, const Round& of, int kv_head, int begin, int end, F f) {
+__device__ inline void each_16_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int begin, int end, F f) {
     const int parts = p.c().causal ? p.part() + 1 : p.split();
 #pragma unroll 1
     for (int part = 0; part < parts; part++) {
@@ -118,8 +119,8 @@ __device__ inline void each_16_keys(const Program<A, T>& p, const Round& of, int
         const int first = part * p.rows(), last = own ? smaller(end - first, p.rows()) : rows_of(p, part);
 #pragma unroll 1
         for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
-            const Keys<T> keys = own ? own_keys(p, of, kv_head, row)
-                                     : others_keys(p, of, kv_head, part, row, smaller(last - row, 16));
+            const Keys<T> keys = own ? local_keys(p, of, kv_head, row)
+                                     : remote_keys(p, of, kv_head, part, row, smaller(last - row, 16));
             if (begin < first + row + 16 && first + row < end) f(first + row, keys);
         }
     }
@@ -151,7 +152,7 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
 // rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
 // exist.
 template <class A, class T, class Out, class Rest>
-__device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& of, int head, int row0, Out out,
+__device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChunk& of, int head, int row0, Out out,
                                             Rest rest) {
     constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
@@ -163,6 +164,7 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& o
     int begin, end;
     span_of_16(p, row0, begin, end);
     each_16_keys(p, of, head / of.group, begin, end, [&](int key, const Keys<T>& keys) {
+        // Scores, and each row's running maximum and sum.
         float s[2][4], factor[2];
         scores_16(s, q, keys.k, of.ld, keys.ld, of.head_dim, p.rows_from(row0), keys.rows);
 #pragma unroll
@@ -187,6 +189,7 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& o
                 total[h] += x;
             }
         }
+        // o = o factor + p v
         uint32_t fp[4];
         as_left<T>(fp, s);
 #pragma unroll
@@ -199,6 +202,7 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& o
                 mma_16<T>(o[b][0], o[b][1], fp, fv);
             }
     });
+    // Divide by the sum.
     sync_warp();  // all lanes have read q, which out may overwrite
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -221,15 +225,17 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const Round& o
 // tile += scale self_attention(xn). after: the weights of the product that follows.
 template <class A, class T>
 __device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
-                                          Ahead<T> after) {
-    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
-    for (int round = 0; round < rounds; round++) {
-        const Round of(p, round);
-        const Ahead<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
-        project_qkv(p, xn, w, round, xn.streamed ? Ahead<T>{} : out);
-        meet(p);
+                                          Prefetch<T> after) {
+    const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
+    for (int chunk = 0; chunk < head_chunks; chunk++) {
+        const HeadChunk of(p, chunk);
+        const Prefetch<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
+        // q, k, v to work
+        project_qkv(p, xn, w, chunk, xn.streamed ? Prefetch<T>{} : out);
+        sync_sequence(p);
+        // o to work, in place of q: a head and 16 rows a warp
         const int items = of.queries * ((p.rows() + 15) / 16);
-        for (int i = warp(); i < together(p, items); i += p.warps()) {
+        for (int i = warp(); i < same_for_all_warps(p, items); i += p.warps()) {
             const int head = i % of.queries, row0 = i / of.queries * 16;
             const auto to_work = [&](int r, int j, float2 x, float2 y) {
                 store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
@@ -237,12 +243,13 @@ __device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, co
             };
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         }
-        const float* bias = round ? nullptr : w.out_bias();
+        // tile += scale (o Wo^T + b)
+        const float* bias = chunk ? nullptr : w.out_bias();
         multiply<false>(
             p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
             [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
-            xn.streamed ? Ahead<T>{} : round + 1 < rounds ? qkv_ahead(p, w, round + 1) : after);
-        if (p.split() > 1) meet(p);  // others have read the keys and values
+            xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
+        if (p.split() > 1) sync_sequence(p);  // others have read the keys and values
     }
 }
 

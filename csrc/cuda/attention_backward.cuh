@@ -15,30 +15,30 @@ namespace shift_cuda {
 // Columns of a head whose gradient a warp holds at a time.
 constexpr int HELD_COLUMNS = 64;
 
-// Buffers of a round in work, each [rows][ld].
+// Buffers of a chunk in work, each [rows][ld].
 template <class T>
-struct RoundGradients {
+struct ChunkGradients {
     T *d_o, *dqkv;
     int ld_o;
     template <class A>
-    __device__ RoundGradients(const Program<A, T>& p, const Round& of) {
+    __device__ ChunkGradients(const Program<A, T>& p, const HeadChunk& of) {
         ld_o = of.queries * of.head_dim + int(PAD);
         d_o = p.work() + p.rows() * of.ld;
         dqkv = d_o + p.rows() * ld_o;
     }
 };
 
-// Stores the gradient of columns j and j + 8 of a round's q, k or v: for the next product, and in in_proj's order.
+// Stores the gradient of columns j and j + 8 of a head chunk's q, k or v: for the next product, and in in_proj's order.
 template <class A, class T>
-__device__ inline void keep_dqkv(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int round,
+__device__ inline void keep_dqkv(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g, int chunk,
                                  Rows<T> dqkv, int r, int j, float2 x, float2 y) {
     if (p.c().position == ROPE && j < of.v(0)) rotate(p, r, j % of.head_dim, true, x, y);
     const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
     store(g.dqkv + r * of.ld + j, first);
     store(g.dqkv + r * of.ld + j + 8, second);
     if (r < p.inside) {
-        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, round * of.columns + j), first);
-        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, round * of.columns + j + 8), second);
+        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, chunk * of.columns + j), first);
+        store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, chunk * of.columns + j + 8), second);
     }
 }
 
@@ -73,7 +73,7 @@ __device__ inline void give_out(const Program<A, T>& p, const float (&c)[HELD_CO
             }
 }
 
-// Up to 16 queries of a round's heads, and do: where they are, and how many there are.
+// Up to 16 queries of a head chunk's heads, and do: where they are, and how many there are.
 template <class T>
 struct Queries {
     const T *q, *d_o;
@@ -81,16 +81,17 @@ struct Queries {
 };
 
 template <class A, class T>
-__device__ inline Queries<T> own_queries(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int row) {
+__device__ inline Queries<T> local_queries(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
+                                            int row) {
     return {p.work() + row * of.ld, g.d_o + row * g.ld_o, of.ld, g.ld_o, p.rows_from(row)};
 }
 
-// As others_keys.
+// As remote_keys.
 template <class A, class T>
-__device__ inline Queries<T> others_queries(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int part,
-                                            int row, int rows) {
+__device__ inline Queries<T> remote_queries(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
+                                             int part, int row, int rows) {
     const int columns = of.queries * of.head_dim, ld = 2 * columns + int(PAD);
-    T *q = p.others(), *d_o = q + columns;
+    T *q = p.remote(), *d_o = q + columns;
     p.sync();
     copy_from_part(p, part, p.work() + row * of.ld, of.ld, q, ld, rows, columns);
     copy_from_part(p, part, g.d_o + row * g.ld_o, g.ld_o, d_o, ld, rows, columns);
@@ -100,8 +101,8 @@ __device__ inline Queries<T> others_queries(const Program<A, T>& p, const Round&
 
 // dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
 template <class A, class T, class Out>
-__device__ __forceinline__ void queries_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int head,
-                                             int row0, Out out) {
+__device__ __forceinline__ void queries_16(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
+                                           int head, int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
     const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * g.ld_o + of.q(head);
     const float factor = rsqrt_approx(float(hd));
@@ -137,7 +138,7 @@ __device__ __forceinline__ void queries_16(const Program<A, T>& p, const Round& 
 
 // dk and dv of one key/value head for 16 keys, by a warp: the sum over all queries that see them.
 template <class A, class T, class Out>
-__device__ __forceinline__ void keys_16(const Program<A, T>& p, const Round& of, const RoundGradients<T>& g, int kv,
+__device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g, int kv,
                                           int key0, Out out) {
     const int hd = of.head_dim;
     const float factor = rsqrt_approx(float(hd));
@@ -154,8 +155,8 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const Round& of,
             const int rows = own ? p.rows() : rows_of(p, part);
 #pragma unroll 1
             for (int row = 0; row < rows; row += 16) {
-                const Queries<T> queries = own ? own_queries(p, of, g, row)
-                                               : others_queries(p, of, g, part, row, smaller(rows - row, 16));
+                const Queries<T> queries = own ? local_queries(p, of, g, row)
+                                               : remote_queries(p, of, g, part, row, smaller(rows - row, 16));
                 const int r = row + lane() % 16;
                 if (!vote(r < rows && low[r] < position0 + 16 && position0 < high[r])) continue;
                 for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
@@ -188,18 +189,20 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const Round& of,
 template <class A, class T>
 __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                                    Rows<T> dqkv, Rows<T> o) {
-    const int rounds = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
-    for (int round = 0; round < rounds; round++) {
-        const Round of(p, round);
-        const RoundGradients<T> g(p, of);
+    const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
+    for (int chunk = 0; chunk < head_chunks; chunk++) {
+        const HeadChunk of(p, chunk);
+        const ChunkGradients<T> g(p, of);
+        // do = dy Wo; q, k, v again
         multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
                        [&](int r, int j, float2 x, float2 y) {
                            store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
                            store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
                        });
-        project_qkv(p, xn, w, round);
-        meet(p);
-        for (int i = warp(); i < together(p, of.queries * tiles); i += p.warps()) {
+        project_qkv(p, xn, w, chunk);
+        sync_sequence(p);
+        // o again, and each row's normaliser and sum of o do
+        for (int i = warp(); i < same_for_all_warps(p, of.queries * tiles); i += p.warps()) {
             const int head = i % of.queries;
             float o_do = 0.0f;
             const auto with_do = [&](int r, int j, float2 x, float2 y) {
@@ -218,20 +221,22 @@ __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<
                 o_do = 0.0f;
             });
         }
-        meet(p);
-        const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, round, dqkv, r, j, x, y); };
-        const int first_keys = together(p, of.queries * tiles);  // so that all warps do the same of the two
-        for (int i = warp(); i < first_keys + together(p, of.kv_heads * tiles); i += p.warps()) {
+        sync_sequence(p);
+        // dq for 16 queries a warp, then dk and dv for 16 keys a warp
+        const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, chunk, dqkv, r, j, x, y); };
+        const int first_keys = same_for_all_warps(p, of.queries * tiles);  // so that all warps do the same of the two
+        for (int i = warp(); i < first_keys + same_for_all_warps(p, of.kv_heads * tiles); i += p.warps()) {
             const int j = i - first_keys;
             if (j < 0)
                 queries_16(p, of, g, i % of.queries, i / of.queries * 16, keep);
             else
                 keys_16(p, of, g, j % of.kv_heads, j / of.kv_heads * 16, keep);
         }
-        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(round) * of.columns * p.d(), p.d(), p.d(),
+        // tile += [dq | dk | dv] Wqkv
+        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), p.d(),
                        of.columns,
                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
-        if (p.split() > 1) meet(p);  // others have read what the next round replaces
+        if (p.split() > 1) sync_sequence(p);  // others have read what the next chunk replaces
     }
 }
 

@@ -2,7 +2,7 @@
 //
 //     pre:       x + scale f(norm(x))        accumulated straight into the tile
 //     post:      norm(x + scale f(x))        likewise
-//     sandwich:  x + scale norm_post(f(norm(x)))      f alone in the tile, x put aside
+//     sandwich:  x + scale norm_post(f(norm(x)))      f alone in the tile, x in a scratch state
 #pragma once
 #include "attention.cuh"
 #include "mlp.cuh"
@@ -22,9 +22,9 @@ __device__ inline void clear_tile(const Program<A, T>& p) {
 
 // The first weights that the half layer behind this one needs; behind the last, the first layer's in the next loop.
 template <class A, class T>
-__device__ inline Ahead<T> following(const Program<A, T>& p, int layer, bool is_mlp) {
-    if (!is_mlp && p.c().d_ff) return up_ahead(p, Weights<T>{p.job, layer}, 0);
-    return qkv_ahead(p, Weights<T>{p.job, layer + 1 < p.c().n_layers ? layer + 1 : 0}, 0);
+__device__ inline Prefetch<T> following(const Program<A, T>& p, int layer, bool is_mlp) {
+    if (!is_mlp && p.c().d_ff) return prefetch_up(p, Weights<T>{p.job, layer}, 0);
+    return prefetch_qkv(p, Weights<T>{p.job, layer + 1 < p.c().n_layers ? layer + 1 : 0}, 0);
 }
 
 // Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)

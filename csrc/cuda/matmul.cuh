@@ -1,7 +1,7 @@
 // What the products of every architecture share (arch/*.cuh multiplies): operands of mma from shared memory, the weights
 // that are known to be needed next, and where results go.
 //
-// multiply<ROWS_ALONG_N>(p, a, b, ld_b, n, k, out, ahead): out = a b with a [rows, k] in shared memory (or streamed).
+// multiply<ROWS_ALONG_N>(p, a, b, ld_b, n, k, out, prefetch): out = a b with a [rows, k] in shared memory (or streamed).
 // ROWS_ALONG_N false: b is [n][k], a weight as torch has it; true: [k][n]. n and k are multiples of 16.
 // out(row, column, x, y): x are columns column and + 1, y column + 8 and + 9 of the same 16. Ends without a
 // barrier: what out wrote may be read after the next one. multiply has one before it reads a.
@@ -36,7 +36,7 @@ __device__ inline void mma_16(float (&c0)[4], float (&c1)[4], const uint32_t (&a
 
 // The weights of the product that follows: b [n][k], or null where it is not known or is of another kind.
 template <class T>
-struct Ahead {
+struct Prefetch {
     const T* b = nullptr;
     int64_t ld = 0;
     int n = 0, k = 0;
@@ -48,7 +48,7 @@ constexpr int tiles_along(int n, int64_t side) { return (n + int(side) - 1) / in
 struct NoArch;
 template <bool ROWS_ALONG_N, class T, class Out>
 __device__ void multiply(const Program<NoArch, T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out,
-                         Ahead<T> ahead = {});
+                         Prefetch<T> prefetch = {});
 
 // Adds scale (x + bias) to the tile; bias may be null.
 __device__ inline void add_to_tile(Tile tile, int row, int column, float2 x, float2 y, float scale, const float* bias) {

@@ -10,7 +10,7 @@ namespace shift_cuda {
 
 // W1_c for the hidden columns from `first` on, for the product before it.
 template <class A, class T>
-__device__ inline Ahead<T> up_ahead(const Program<A, T>& p, const Weights<T>& w, int first) {
+__device__ inline Prefetch<T> prefetch_up(const Program<A, T>& p, const Weights<T>& w, int first) {
     const int parts = int(hidden_parts(p.c())), n = smaller(int(p.p().ff_chunk), int(p.p().ff_pad) - first);
     return {w.up() + int64_t(parts) * first * p.d(), p.d(), parts * n, p.d()};
 }
@@ -19,7 +19,7 @@ __device__ inline Ahead<T> up_ahead(const Program<A, T>& p, const Weights<T>& w,
 // first in W1's packed rows (with swiglu x gates, y their values).
 template <class A, class T, class Out>
 __device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int first, int n,
-                                           Out out, Ahead<T> ahead = {}) {
+                                           Out out, Prefetch<T> prefetch = {}) {
     const int parts = int(hidden_parts(p.c()));
     const float* bias = w.up_bias() + parts * first;
     multiply<false>(p, xn, w.up() + int64_t(parts) * first * p.d(), p.d(), parts * n, p.d(),
@@ -27,17 +27,18 @@ __device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, c
                         const float2 bx = load<float2>(bias + j), by = load<float2>(bias + j + 8);
                         out(r, j, make_float2(x.x + bx.x, x.y + bx.y), make_float2(y.x + by.x, y.y + by.y));
                     },
-                    ahead);
+                    prefetch);
 }
 
 // tile += scale mlp(xn). after: the weights of the product that follows.
 template <class A, class T>
-__device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale, Ahead<T> after) {
+__device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
+                                    Prefetch<T> after) {
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD);
     const int64_t f = p.c().activation;
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
-        const Ahead<T> down = {w.down() + first, ff, p.d(), n};
+        const Prefetch<T> down = {w.down() + first, ff, p.d(), n};
         const auto to_work = [&](int r, int j, float2 x, float2 y) {
             const float2 a = make_float2(activate(f, x.x), activate(f, x.y));
             if (f == SWIGLU) {
@@ -47,12 +48,12 @@ __device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const We
                 store(p.work() + r * ld + j + 8, pack<T>(activate(f, y.x), activate(f, y.y)));
             }
         };
-        project_up(p, xn, w, first, n, to_work, xn.streamed ? Ahead<T>{} : down);
+        project_up(p, xn, w, first, n, to_work, xn.streamed ? Prefetch<T>{} : down);
         const float* bias = first ? nullptr : w.down_bias();
         multiply<false>(
             p, Rows<T>{p.work(), ld, false}, down.b, down.ld, down.n, down.k,
             [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
-            xn.streamed ? Ahead<T>{} : first + n < ff ? up_ahead(p, w, first + n) : after);
+            xn.streamed ? Prefetch<T>{} : first + n < ff ? prefetch_up(p, w, first + n) : after);
     }
 }
 

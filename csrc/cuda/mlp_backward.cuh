@@ -20,6 +20,7 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
     const Rows<T> local = {p.work() + (swiglu ? p.rows() * ld : 0), parts * chunk + int(PAD), false};
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
+        // da = dy W2_c
         multiply<true>(p, dy, w.down() + first, ff, n, d, [&](int r, int j, float2 x, float2 y) {
             store(p.work() + r * ld + j, pack<T>(x.x, x.y));
             store(p.work() + r * ld + j + 8, pack<T>(y.x, y.y));
@@ -27,6 +28,7 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
         const auto keep = [&](Rows<T> to, int r, int column, uint32_t pair) {
             if (r < p.inside) store(to.at + int64_t(r) * to.ld + column, pair);
         };
+        // pre again; act and dpre
         project_up(p, xn, w, first, n, [&](int r, int j, float2 x, float2 y) {
             const auto activated = [&](float2 v, float2& dy) {
                 return make_float2(activate_backward(f, v.x, dy.x), activate_backward(f, v.y, dy.y));
@@ -56,6 +58,7 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
                 }
             }
         });
+        // tile += dpre W1_c
         multiply<true>(p, local, w.up() + int64_t(parts) * first * d, d, d, parts * n,
                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
     }

@@ -24,9 +24,9 @@
 //
 //   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more; where weights
 //                                                     stay for all loops and rows are more than 64: tiles of 64 64 2
-//   forward   others  16 (2 kv_heads head_dim + 8) 2  where a sequence is split: keys and values on their way from
+//   forward   remote  16 (2 kv_heads head_dim + 8) 2  where a sequence is split: keys and values on their way from
 //                                                     another block of the cluster
-//   backward  others  16 (2 query columns + 8) 2      the same, or queries and gradients of their output
+//   backward  remote  16 (2 query columns + 8) 2      the same, or queries and gradients of their output
 //
 // They take the first of these that fits:
 //   1. whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of a loop, so that weights
@@ -64,7 +64,7 @@ constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; 
 constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
 
 // Columns of q, k and v, and of q alone, for some key/value heads.
-constexpr int64_t round_columns(const Call& c, int64_t kv_heads) {
+constexpr int64_t head_chunk_columns(const Call& c, int64_t kv_heads) {
     return kv_heads * (query_group(c) + 2) * c.head_dim;
 }
 constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_heads * query_group(c) * c.head_dim; }
@@ -73,7 +73,7 @@ constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_m
 
 // Columns of work, padding included, that the two halves of a layer take.
 constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backward) {
-    const int64_t qkv = round_columns(c, kv_heads) + PAD;
+    const int64_t qkv = head_chunk_columns(c, kv_heads) + PAD;
     return backward ? 2 * qkv + query_columns(c, kv_heads) + PAD : qkv;
 }
 constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
@@ -95,65 +95,65 @@ constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
 
 constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads * query_group(c) * p.rows * 8; }
 
-constexpr int64_t BRICK_SIDE = 64, BRICK = BRICK_SIDE * BRICK_SIDE * OPERAND;  // sm_90a: two make a weight tile
+constexpr int64_t SUBTILE_SIDE = 64, SUBTILE = SUBTILE_SIDE * SUBTILE_SIDE * OPERAND;  // sm_90a: two make a weight tile
 constexpr int64_t MOST_STAGES = 64;
-constexpr int64_t BROUGHT_ROWS = 16;  // at a time from another block
+constexpr int64_t REMOTE_ROWS = 16;  // at a time from another block
 
 constexpr int64_t stage_bytes(const Plan& p, bool backward) {
-    if (p.tiles) return p.tile_columns / BRICK_SIDE * BRICK;
+    if (p.tiles) return p.tile_columns / SUBTILE_SIDE * SUBTILE;
     return (TILE_N + (backward ? p.rows : 0)) * (TILE_K + PAD) * OPERAND;
 }
 
-// Full and empty for each stage, where the blocks of a split sequence meet, and whether another loop comes.
+// Full and empty for each stage, the barrier of a split sequence, and whether another loop comes.
 constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16 + 32 : 0; }
 
 // What comes from another block of the cluster: keys and values; backward: queries and their gradients, too.
-constexpr int64_t others_bytes(const Call& c, const Plan& p, bool backward) {
+constexpr int64_t remote_bytes(const Call& c, const Plan& p, bool backward) {
     const int64_t columns = backward ? query_columns(c, p.kv_heads) : p.kv_heads * c.head_dim;
-    return p.split > 1 ? BROUGHT_ROWS * (2 * columns + PAD) * OPERAND : 0;
+    return p.split > 1 ? REMOTE_ROWS * (2 * columns + PAD) * OPERAND : 0;
 }
 
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
     int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
-    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + others_bytes(c, p, backward);
+    bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + remote_bytes(c, p, backward);
     bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
     return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
 }
 
 // A part of a layer's weight that an sm_90a kernel multiplies by at once: n rows and k columns from this row (as
-// packed) and this column on. Packed are bricks of 64 x 64, those of 64 rows side by side; `brick` of the layer's are
-// before this part's.
+// packed) and this column on. Packed are subtiles of 64 x 64, those of 64 rows side by side; `subtile` of the layer's
+// are before this part's.
 struct Part {
     Weight weight;
-    int64_t n, k, row, column, brick;
+    int64_t n, k, row, column, subtile;
 };
 
-constexpr int64_t bricks_along(int64_t side) { return ceil_to(side, BRICK_SIDE) / BRICK_SIDE; }
+constexpr int64_t subtiles_along(int64_t side) { return ceil_to(side, SUBTILE_SIDE) / SUBTILE_SIDE; }
 
-// Calls f(to, back) for each round of heads, or chunk of hidden columns, of half a layer: weights to the hidden
-// columns, and back. Returns how many bricks there are up to here.
+// Calls f(to, back) for each chunk of heads, or chunk of hidden columns, of half a layer: weights to the hidden
+// columns, and back. Returns how many subtiles there are up to here.
 template <class F>
 constexpr int64_t each_pass(const Call& c, const Plan& p, bool is_mlp, F f) {
-    const int64_t qkv = round_columns(c, p.kv_heads), queries = query_columns(c, p.kv_heads);
-    const int64_t rounds = c.n_kv_heads / p.kv_heads, d = c.d_model, parts = hidden_parts(c);
-    int64_t brick = is_mlp ? rounds * bricks_along(d) * (bricks_along(qkv) + bricks_along(queries)) : 0;
+    const int64_t qkv = head_chunk_columns(c, p.kv_heads), queries = query_columns(c, p.kv_heads);
+    const int64_t head_chunks = c.n_kv_heads / p.kv_heads, d = c.d_model, parts = hidden_parts(c);
+    int64_t subtile = is_mlp ? head_chunks * subtiles_along(d) * (subtiles_along(qkv) + subtiles_along(queries)) : 0;
     const auto pass = [&](Part to, Part back) {
-        to.brick = brick, back.brick = brick + bricks_along(to.n) * bricks_along(to.k);
-        brick = back.brick + bricks_along(back.n) * bricks_along(back.k);
+        to.subtile = subtile, back.subtile = subtile + subtiles_along(to.n) * subtiles_along(to.k);
+        subtile = back.subtile + subtiles_along(back.n) * subtiles_along(back.k);
         f(to, back);
     };
     if (!is_mlp)
-        for (int64_t round = 0; round < rounds; round++)
-            pass({QKV_W, qkv, d, round * qkv, 0, 0}, {OUT_W, d, queries, 0, round * queries, 0});
+        for (int64_t chunk = 0; chunk < head_chunks; chunk++)
+            pass({QKV_W, qkv, d, chunk * qkv, 0, 0}, {OUT_W, d, queries, 0, chunk * queries, 0});
     else
         for (int64_t first = 0; first < p.ff_pad; first += p.ff_chunk) {
             const int64_t some = smaller(p.ff_chunk, p.ff_pad - first);
             pass({UP_W, parts * some, d, parts * first, 0, 0}, {DOWN_W, d, some, 0, first, 0});
         }
-    return brick;
+    return subtile;
 }
 
-constexpr int64_t layer_bricks(const Call& c, const Plan& p) {
+constexpr int64_t layer_subtiles(const Call& c, const Plan& p) {
     return each_pass(c, p, c.d_ff != 0, [](const Part&, const Part&) {});
 }
 
@@ -182,7 +182,7 @@ constexpr int64_t loop_tiles(const Call& c, const Plan& p, bool backward) {
     int64_t tiles = 0;
     each_product(c, p, backward, [&](int64_t, const Part& of, bool transposed) {
         const int64_t n = transposed ? of.k : of.n, k = transposed ? of.n : of.k;
-        tiles += (n + p.tile_columns - 1) / p.tile_columns * bricks_along(k);
+        tiles += (n + p.tile_columns - 1) / p.tile_columns * subtiles_along(k);
     });
     return tiles;
 }
@@ -195,21 +195,22 @@ constexpr int64_t layer_vectors(const Call& c, int64_t ff_pad) {
     return qkv_columns(c) + hidden_parts(c) * ff_pad + 10 * c.d_model;
 }
 constexpr int64_t weights_bytes(const Call& c, const Plan& p) {
-    if (p.tiles) return c.n_layers * layer_bricks(c, p) * BRICK;
+    if (p.tiles) return c.n_layers * layer_subtiles(c, p) * SUBTILE;
     return ceil_to(c.n_layers * layer_weights(c, p.ff_pad) * OPERAND, 256);
 }
 constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
     return ceil_to((c.n_layers + 1) * layer_vectors(c, ff_pad) * 4, 256);
 }
 
-// The workspace: for each program some [rows, d_model + 8] fp32, states that it puts aside. Forward: the residual around a sandwiched branch, and h before a loop that
-// may be the last. Backward: every half layer's input and, for its second norm, the norm's; the loop norm's.
-constexpr int64_t states_aside(const Call& c, bool backward) {
+// The workspace: each program's scratch states, [rows, d_model + 8] fp32. Forward: the residual around a sandwiched
+// branch, and h before a loop that may be the last. Backward: every half layer's input and, for its second norm, the
+// norm's; the loop norm's.
+constexpr int64_t scratch_states(const Call& c, bool backward) {
     if (!backward) return (c.placement == SANDWICH) + (c.halting != 0);
     return c.n_layers * halves(c) * (c.placement == PRE ? 1 : 2) + (c.loop_norm != 0);
 }
 constexpr int64_t workspace_bytes(const Call& c, const Plan& p, bool backward) {
-    return p.programs * (states_aside(c, backward) + !p.tile_in_shared) * tile_bytes(c, p.rows);
+    return p.programs * (scratch_states(c, backward) + !p.tile_in_shared) * tile_bytes(c, p.rows);
 }
 
 constexpr void fill_in_bytes(const Call& c, Plan& p, bool backward) {
@@ -227,13 +228,13 @@ constexpr Refusal refusal(const Call& c) {
 }
 
 // Hidden columns at a time: `width`, or as many as the heads leave room for, in chunks of one size; for sm_90a whole
-// bricks, if it is one at least.
+// subtiles, if it is one at least.
 constexpr int64_t ff_chunk(const Call& c, const Plan& p, int64_t width, bool backward) {
     if (!p.ff_pad) return 0;
     const int64_t room = attention_columns(c, p.kv_heads, backward);
     int64_t most = width;
     while (mlp_columns(c, most + 16, backward) <= room) most += 16;
-    const int64_t step = takes_sm90a(c) && most >= BRICK_SIDE ? BRICK_SIDE : 16;
+    const int64_t step = takes_sm90a(c) && most >= SUBTILE_SIDE ? SUBTILE_SIDE : 16;
     most = most / step * step;
     const int64_t chunks = (p.ff_pad + most - 1) / most;
     return smaller(ceil_to((p.ff_pad + chunks - 1) / chunks, step), p.ff_pad);
@@ -289,7 +290,8 @@ constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward)
         const int64_t most = smaller(p.tiles, MOST_STAGES);
         p.stages = smaller(p.tiles, least);
         if (p.stages > most || shared_bytes(c, p, backward) > c.shared_bytes) continue;
-        while (p.stages < most && shared_bytes(c, p, backward) + stage_bytes(p, backward) + 16 <= c.shared_bytes) p.stages++;
+        while (p.stages < most && shared_bytes(c, p, backward) + stage_bytes(p, backward) + 16 <= c.shared_bytes)
+            p.stages++;
         return true;
     }
     return false;
@@ -302,7 +304,7 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     p.threads = CONSUMERS + PRODUCERS;
     // Two warpgroups of 64 rows each take all columns of a tile. So where weights are to stay, tiles are of 64: none is
     // half empty, as 128 columns of 192 or 64 are.
-    p.tile_columns = least > MOST_STAGES && p.rows > 64 ? BRICK_SIDE : TILE_N;
+    p.tile_columns = least > MOST_STAGES && p.rows > 64 ? SUBTILE_SIDE : TILE_N;
     if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
     // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
     const bool stay = p.stages == p.tiles;

@@ -1,12 +1,12 @@
 // What a program (a block of threads that owns some rows) knows: the call, the packed weights, its memory.
 //
 // Packed weights of a layer, numbers of type T, each matrix [out, in] as torch has it but for the order of rows:
-//   qkv [rounds of kv_heads][q heads, k heads, v heads][head_dim][d_model]; with rope the halves of q and k heads
+//   qkv [head_chunks of kv_heads][q heads, k heads, v heads][head_dim][d_model]; with rope the halves of q and k heads
 //       interleaved by 8, so that a rotation's pair is in one thread's registers
 //   out [d_model][n_heads head_dim]
 //   up  [ff_pad or 2 ff_pad][d_model]; with swiglu gates and values interleaved by 8, likewise
 //   down [d_model][ff_pad]
-// For sm_90a the same matrices, but as bricks of the parts that are multiplied at once (plan.h, each_pass).
+// For sm_90a the same matrices, but as subtiles of the parts that are multiplied at once (plan.h, each_pass).
 //
 // A is the architecture's policy, arch/*.cuh:
 //   ROWS_ARE_PADDED    rows are a multiple of 16; else as many as tokens
@@ -38,7 +38,7 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
-    int mbarriers, xn, work, others, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int mbarriers, xn, work, remote, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
     int norm_columns;  // whose sums of a norm's gradient fit into work at once
     int64_t layer, out, up, down;             // weights, in T; for sm_90a only how many a layer has
     int64_t vectors, layer_vectors;           // bytes from where the weights begin; fp32
@@ -50,15 +50,15 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     const int64_t d = c.d_model;
     l.mbarriers = int(p.stages * stage_bytes(p, backward));
     l.work = l.mbarriers + int(mbarrier_bytes(p));
-    l.others = l.work + int(work_bytes(c, p, backward));
-    l.xn = l.normaliser = l.others + int(others_bytes(c, p, backward));
+    l.remote = l.work + int(work_bytes(c, p, backward));
+    l.xn = l.normaliser = l.remote + int(remote_bytes(c, p, backward));
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
     l.norm_columns = int(work_bytes(c, p, backward) / norm_sums_bytes(p) * NORM_COLUMNS);
-    l.layer = p.tiles ? layer_bricks(c, p) * (BRICK / OPERAND) : layer_weights(c, p.ff_pad);
+    l.layer = p.tiles ? layer_subtiles(c, p) * (SUBTILE / OPERAND) : layer_weights(c, p.ff_pad);
     l.out = qkv_columns(c) * d;
     l.up = l.out + c.n_heads * c.head_dim * d;
     l.down = l.up + hidden_parts(c) * p.ff_pad * d;
@@ -105,10 +105,10 @@ __device__ inline int from_halves(int i, int half) { return i / 16 * 8 + i % 8 +
 __device__ inline int qkv_row(const Job& job, int i) {
     const Call& c = job.call;
     const int hd = int(c.head_dim), heads = int(job.plan.kv_heads), queries = heads * int(query_group(c));
-    const int round = i / int(round_columns(c, heads)), head = i % int(round_columns(c, heads)) / hd;
-    const int first = head < queries           ? round * queries + head
-                      : head < queries + heads ? int(c.n_heads) + round * heads + head - queries
-                                               : int(c.n_heads + c.n_kv_heads) + round * heads + head - queries - heads;
+    const int chunk = i / int(head_chunk_columns(c, heads)), head = i % int(head_chunk_columns(c, heads)) / hd;
+    const int first = head < queries           ? chunk * queries + head
+                      : head < queries + heads ? int(c.n_heads) + chunk * heads + head - queries
+                                               : int(c.n_heads + c.n_kv_heads) + chunk * heads + head - queries - heads;
     const bool turned = c.position == ROPE && head < queries + heads;
     return first * hd + (turned ? from_halves(i % hd, hd / 2) : i % hd);
 }
@@ -152,9 +152,9 @@ struct Program {
     // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
     // behind it are under way.
     mutable int next_tile = 0;
-    mutable bool begun = false;
-    mutable int round = 0;     // how often the ring has come round; sm_90a
-    mutable int meetings = 0;  // see split.cuh
+    mutable bool prefetched = false;
+    mutable int ring_passes = 0;  // how often the ring has come round; sm_90a
+    mutable int sequence_syncs = 0;  // see split.cuh
 
     __device__ const Call& c() const { return job.call; }
     __device__ const Plan& p() const { return job.plan; }
@@ -188,12 +188,12 @@ struct Program {
     }
     __device__ unsigned char* ring() const { return shared<unsigned char>(0); }
     // mbarriers, sm_90a: of a split sequence's blocks; see arch/sm90a.cuh.
-    __device__ uint64_t* met() const { return shared<uint64_t>(job.at.mbarriers); }
-    __device__ uint64_t* full() const { return met() + 2; }                          // [stages]
+    __device__ uint64_t* sequence_barrier() const { return shared<uint64_t>(job.at.mbarriers); }
+    __device__ uint64_t* full() const { return sequence_barrier() + 2; }             // [stages]
     __device__ uint64_t* empty() const { return full() + job.plan.stages; }          // [stages]
     __device__ uint64_t* again() const { return empty() + job.plan.stages; }         // and an int
     __device__ T* work() const { return shared<T>(job.at.work); }
-    __device__ T* others() const { return shared<T>(job.at.others); }  // see split.cuh
+    __device__ T* remote() const { return shared<T>(job.at.remote); }  // see split.cuh
     __device__ T* xn() const { return shared<T>(job.at.xn); }  // forward alone; the next four backward alone
     __device__ float* normaliser() const { return shared<float>(job.at.normaliser); }  // [query heads][rows]
     __device__ float* o_do() const { return shared<float>(job.at.o_do); }
@@ -206,9 +206,9 @@ struct Program {
     __device__ int* high() const { return low() + rows(); }
     __device__ bool valid(int row) const { return high()[row] > 0; }
 
-    // The i-th state put aside, see plan.h.
-    __device__ Tile aside(int i) const {
-        const int64_t states = states_aside(c(), job.backward) + !job.plan.tile_in_shared;
+    // The i-th scratch state, see plan.h.
+    __device__ Tile scratch_state(int i) const {
+        const int64_t states = scratch_states(c(), job.backward) + !job.plan.tile_in_shared;
         unsigned char* base = static_cast<unsigned char*>(c().workspace);
         return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * tile_bytes(c(), rows())), d() + int(PAD)};
     }
@@ -228,7 +228,7 @@ struct Program {
         const int64_t left = smaller(j.plan.sequences, c.batch - sample()) * c.seq_len - first;
         inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
         tile = j.plan.tile_in_shared ? Tile{shared<float>(j.at.tile), d() + int(PAD)}
-                                     : aside(int(states_aside(c, j.backward)));
+                                     : scratch_state(int(scratch_states(c, j.backward)));
         if (!A::OWNERS) find_spans();
     }
 

@@ -1,12 +1,12 @@
 // Backward of the looped block from the loop boundaries, all loops of a chunk in one launch:
 //
 //     for t = high .. low + 1:   x = h_{t-1} (+ e);  each half layer again, its input put aside in L2
-//         for each half layer from the last:   dh += norm'(x, branch'(dh))     one round or chunk at a time
+//         for each half layer from the last:   dh += norm'(x, branch'(dh))     one chunk at a time
 //
 // Weight gradients are not accumulated here: each matmul's two operands go to device memory, and one library
 // matmul a weight contracts them over all loops x tokens. Norm weights' gradients are summed in a buffer of the
 // program's own. No atomics: the result is the same bits every time.
-// Shared memory: one fp32 tile (x, then the branch's input gradient), one round's or chunk's intermediates, weight
+// Shared memory: one fp32 tile (x, then the branch's input gradient), one chunk's intermediates, weight
 // tiles and (but for sm_90a) tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside;
 // dh; and the fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
 // Grid: plan.h `programs` blocks of `threads` (sm_90a: kernels.cuh).
@@ -34,11 +34,11 @@ struct BackwardKeep {
     __device__ Rows<T> xn(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
     __device__ Rows<T> dy(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().dy2 : p.c().dy, p.d(), layer); }
     __device__ Tile input(int layer, bool is_mlp) const {
-        return p.aside((layer * int(halves(p.c())) + is_mlp) * (p.c().placement == PRE ? 1 : 2));
+        return p.scratch_state((layer * int(halves(p.c())) + is_mlp) * (p.c().placement == PRE ? 1 : 2));
     }
     __device__ Tile sum(int layer, bool is_mlp) const {
         return p.c().placement == PRE ? Tile{nullptr, 0}
-                                      : p.aside((layer * int(halves(p.c())) + is_mlp) * 2 + 1);
+                                      : p.scratch_state((layer * int(halves(p.c())) + is_mlp) * 2 + 1);
     }
 };
 
@@ -78,6 +78,7 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
     const auto to_dy = [&](int r, int j, float2 x) {
         if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
     };
+    // The norm behind the branch, if there is one; dy.
     if (c.placement == POST)
         norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot), dv, get,
                       [&](int r, int j, float2 x) { dh.set(r, j, x); });
@@ -85,8 +86,8 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
         norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot + 2), dv + 2 * d, scaled, to_dy);
     else
         p.each_pair([&](int r, int j) { to_dy(r, j, scaled(r, j)); });
+    // The branch: its input's gradient, in the tile.
     clear_tile(p);
-
     if (is_mlp)
         mlp_backward(p, xn, dy, w, keep.rows(c.act, p.p().ff_pad, layer),
                      keep.rows(c.dpre, hidden_parts(c) * p.p().ff_pad, layer));
@@ -95,6 +96,7 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
                            keep.rows(c.o, c.n_heads * c.head_dim, layer));
     p.sync();
 
+    // The norm before it; dh takes both ways.
     if (c.placement == POST)
         p.each_pair([&](int r, int j) { dh.add(r, j, tile_pair(p, r, j)); });
     else
@@ -110,17 +112,20 @@ __device__ __forceinline__ void loop_backward(const Program<A, T>& p, int64_t t,
     const BackwardKeep<A, T> keep{p, p.inside, t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
     const int64_t boundary = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
+    // The loop again; inputs of its half layers stay in scratch states.
     begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
     for (int i = 0; i <= last; i++)
         half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, i < last || needs_last_half(c));
+    // The loop norm.
     if (c.loop_norm) {
-        const Tile u = p.aside(int(states_aside(c, true)) - 1);
+        const Tile u = p.scratch_state(int(scratch_states(c, true)) - 1);
         p.each_pair([&](int r, int j) { store(u.row(r) + j, tile_pair(p, r, j)); });
         norm_backward(
             p, u, Weights<T>{p.job, layers}.norm(NORM1),
             c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),
             [&](int r, int j) { return dh.get(r, j); }, [&](int r, int j, float2 x) { dh.set(r, j, x); });
     }
+    // Half layers, the last first.
     for (int i = last; i >= 0; i--) half_layer_backward(p, i / int(halves(c)), c.d_ff && i % 2, keep, dh);
 }
 

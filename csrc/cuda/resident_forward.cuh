@@ -2,12 +2,12 @@
 //
 //     for t = 1 .. T, for each layer:   x += attention(norm(x));   x += mlp(norm(x))
 //
-// one round of heads, or one chunk of hidden columns, at a time, so that nothing but x lives across them.
-// Shared memory: the fp32 tile x, its 16-bit normalised copy, one round's or chunk's intermediates, weight tiles
+// one chunk of heads, or one chunk of hidden columns, at a time, so that nothing but x lives across them.
+// Shared memory: the fp32 tile x, its 16-bit normalised copy, one chunk's intermediates, weight tiles
 // under way (bytes: plan.h). L2: the weights, read by every program in every loop, and the tile where it is too
 // large for shared memory. Device memory: e in (with injection once a loop), h_T out; in training one h_t a loop.
 // Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows (sm_90a: kernels.cuh). Where a sequence is
-// split over blocks, they meet twice in a round of heads, and where halting asks how much it changed.
+// split over blocks, they meet twice in a chunk of heads, and where halting asks how much it changed.
 #pragma once
 #include "layer.cuh"
 
@@ -18,7 +18,9 @@ struct ForwardKeep {
     const Program<A, T>& p;
     int n_rows;
     __device__ Rows<T> xn(int, bool) const { return {p.xn(), p.d() + int(PAD), false}; }
-    __device__ Tile input(int, bool) const { return p.c().placement == SANDWICH ? p.aside(0) : Tile{nullptr, 0}; }
+    __device__ Tile input(int, bool) const {
+        return p.c().placement == SANDWICH ? p.scratch_state(0) : Tile{nullptr, 0};
+    }
     __device__ Tile sum(int, bool) const { return {nullptr, 0}; }
 };
 
@@ -56,7 +58,7 @@ __device__ inline float2 sequence_sum(const Program<A, T>& p, float2 x) {
     x = make_float2(sum_over_lanes(x.x), sum_over_lanes(x.y));
     p.sync();
     if (lane() == 0) store(p.sums() + 2 * warp(), x);
-    meet(p);
+    sync_sequence(p);
     float2 total = make_float2(0.0f, 0.0f);
     for (int part = 0; part < p.split(); part++) {
         const float* sums = p.split() > 1 ? in_part(p, p.sums(), part) : p.sums();
@@ -87,7 +89,7 @@ template <class A, class T, class Begins>
 __device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
     const Call& c = p.c();
     const ForwardKeep<A, T> keep{p, p.rows()};
-    const Tile before = p.aside(c.placement == SANDWICH);  // with halting
+    const Tile before = p.scratch_state(c.placement == SANDWICH);  // with halting
     const int64_t most = p.loops();
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);

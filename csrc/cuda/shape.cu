@@ -1,5 +1,5 @@
-// The kernel for one shape, a library of its own. SHIFT_SHAPE is a file that has the shape as the module's shape() lists it, SHIFT_ARCH
-// and SHIFT_OPERAND are as for resident.cu.
+// The kernel for one shape, a library of its own. SHIFT_SHAPE is a file that has the shape as the module's shape()
+// lists it, SHIFT_ARCH and SHIFT_OPERAND are as for resident.cu.
 #include <cstring>
 
 #include "kernels.cuh"

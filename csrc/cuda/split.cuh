@@ -1,4 +1,4 @@
-// A sequence whose rows are split over neighbours in a cluster (plan.h): how its blocks meet, and what they read of
+// A sequence whose rows are split over neighbours in a cluster (plan.h): their barrier, and what they read of
 // each other. Block i has the rows i rows .. (i + 1) rows - 1 and does all that they need; only attention needs what
 // the others have, keys and values (backward: queries and their gradients too).
 #pragma once
@@ -22,20 +22,21 @@ __device__ inline int rows_of(const Program<A, T>& p, int part) {
 // Here alone a block reads what others wrote by ordinary stores, so here alone the scope is the cluster: lane 0's fence
 // covers its warp's stores, which sync_warp has ordered before it; what a lane reads of others comes after its own wait.
 template <class A, class T>
-__device__ inline void meet(const Program<A, T>& p) {
+__device__ inline void sync_sequence(const Program<A, T>& p) {
     if (p.split() == 1) return p.sync();
     sync_warp();
     if (lane() == 0) {
         cluster_fence();
 #pragma unroll 1
-        for (int part = 0; part < p.split(); part++) cluster_arrive(p.met(), cluster_rank() - p.part() + part);
+        for (int part = 0; part < p.split(); part++)
+            cluster_arrive(p.sequence_barrier(), cluster_rank() - p.part() + part);
     }
-    cluster_wait(p.met(), p.meetings++ % 2);
+    cluster_wait(p.sequence_barrier(), p.sequence_syncs++ % 2);
 }
 
 // How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.
 template <class A, class T>
-__device__ inline int together(const Program<A, T>& p, int items) {
+__device__ inline int same_for_all_warps(const Program<A, T>& p, int items) {
     return p.split() > 1 ? int(ceil_to(items, p.warps())) : items;
 }
 

@@ -96,15 +96,15 @@ class Arrangement:
             found += sum(tiles(k, d) + tiles(hidden, d) + tiles(d, hidden) for hidden, k in self.passes(half))
         return found
 
-    def bricks(self):
+    def subtiles(self):
         """Of 64 x 64, in all layers."""
 
-        def bricks(n, k):
+        def subtiles(n, k):
             return -(-n // 64) * -(-k // 64)
 
         spec, d = self.spec, self.spec.d_model
         passes = self.passes(False) + (self.passes(True) if spec.d_ff else [])
-        return spec.n_layers * sum(bricks(hidden, d) + bricks(d, k) for hidden, k in passes)
+        return spec.n_layers * sum(subtiles(hidden, d) + subtiles(d, k) for hidden, k in passes)
 
 
 def any_spec(rng):
@@ -163,7 +163,7 @@ def test_planner_takes_the_first_arrangement_that_fits(library, backward):
         assert plan.tiles == mine.tiles()
         assert plan.stages >= min(least, plan.tiles)
         assert plan.stages == plan.tiles or mine.bytes() + 128 * 64 * 2 + 16 > limit
-        assert plan.packed_bytes > mine.bricks() * 64 * 64 * 2
+        assert plan.packed_bytes > mine.subtiles() * 64 * 64 * 2
         assert plan.rows == -(-plan.sequences * seq_len // plan.split) <= 128
         assert plan.programs == -(-batch // plan.sequences) * plan.split
         assert plan.programs % plan.cluster == plan.cluster % plan.split == 0
@@ -178,7 +178,7 @@ def test_planner_takes_the_first_arrangement_that_fits(library, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_hidden_columns_are_whole_bricks_where_there_is_room(library, backward):
+def test_hidden_columns_are_whole_subtiles_where_there_is_room(library, backward):
     spec = BlockSpec(d_model=256, n_heads=8, d_ff=1000)
     plan = plan_of(library, spec, 64, 64, backward=backward)
     assert plan.ff_chunk % 64 == 0

@@ -51,17 +51,17 @@ __device__ inline void copy_tile(T* to, int ld_to, const T* from, int64_t ld_fro
 // See matmul.cuh.
 template <bool ROWS_ALONG_N, class T, class Out>
 __device__ __forceinline__ void multiply(const Program<Sm80, T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k,
-                                           Out out, Ahead<T> ahead = {}) {
+                                           Out out, Prefetch<T> prefetch = {}) {
     const int stages = int(p.p().stages), stage = int(stage_bytes(p.p(), p.job.backward));
     const int tiles_k = tiles_along(k, TILE_K), tiles = tiles_along(n, TILE_N) * tiles_k;
-    const int next_k = tiles_along(ahead.k, TILE_K), next = ahead.b ? tiles_along(ahead.n, TILE_N) * next_k : 0;
+    const int next_k = tiles_along(prefetch.k, TILE_K), next = prefetch.b ? tiles_along(prefetch.n, TILE_N) * next_k : 0;
     const int first = p.next_tile;
     const auto b_tile = [&](int i) { return p.template shared<T>((first + i) % stages * stage); };
     const auto issue = [&](int i) {
         if (i >= tiles && i - tiles < next) {
             const int n0 = (i - tiles) / next_k * int(TILE_N), k0 = (i - tiles) % next_k * int(TILE_K);
-            const int some_n = smaller(ahead.n - n0, int(TILE_N)), some_k = smaller(ahead.k - k0, int(TILE_K));
-            copy_tile(b_tile(i), LD_N, ahead.b + n0 * ahead.ld + k0, ahead.ld, some_n, some_k, some_n);
+            const int some_n = smaller(prefetch.n - n0, int(TILE_N)), some_k = smaller(prefetch.k - k0, int(TILE_K));
+            copy_tile(b_tile(i), LD_N, prefetch.b + n0 * prefetch.ld + k0, prefetch.ld, some_n, some_k, some_n);
         }
         if (i < tiles) {
             const int n0 = i / tiles_k * int(TILE_N), k0 = i % tiles_k * int(TILE_K);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply(const Program<Sm80, T>& p, Rows<T> a, c
     const int row = warp() / 4 * 32, column = warp() % 4 * 32;
     float acc[2][4][4] = {};
     int under_way = 0;
-    if (p.begun)
+    if (p.prefetched)
         under_way = smaller(tiles, stages - 1);
     else
         sync_block();  // a, if streamed, is written; and everyone is done with the ring
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply(const Program<Sm80, T>& p, Rows<T> a, c
                 }
     }
     p.next_tile = (first + tiles) % stages;
-    p.begun = next > 0;
+    p.prefetched = next > 0;
 }
 
 }  // namespace shift_cuda

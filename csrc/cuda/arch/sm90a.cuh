@@ -2,9 +2,10 @@
 //
 // A warp of its own has the weights of all products of all layers and loops brought through the ring, in the order of
 // use (plan.h, each_product); it never waits for a product, only for room. A stage is 64 k x 128 n (or 64 n, plan.h), two
-// bricks as they are packed: of rows one below the other for xn W^T, where wgmma reads them along k; side by side for
-// the backward's dy W, where it reads the same bricks along n. The blocks of a cluster are at the same product at about the same time,
-// so each brings its share of a brick to all of them. Where the ring holds a loop's weights they are brought once.
+// subtiles as they are packed: of rows one below the other for xn W^T, where wgmma reads them along k; side by side for
+// the backward's dy W, where it reads the same subtiles along n. The blocks of a cluster are at the same product at about
+// the same time, so each brings its share of a subtile to all of them. Where the ring holds a loop's weights they are
+// brought once.
 //
 // Two warpgroups: of up to 128 rows each takes 64 and all columns of a tile, of up to 64 rows 64 of the columns; what
 // is computed of rows that do not exist goes nowhere. wgmma with a in registers: by ldmatrix, so that the operand's
@@ -29,21 +30,21 @@ struct Sm90a {
     static constexpr bool ROWS_ARE_PADDED = false, SPLITS = true;
     static constexpr int OWNERS = int(CONSUMERS);  // all but the warp that streams weights
 
-    // All parts of a layer's weights as bricks that wgmma reads, swizzled. number_at(weight, row, column).
+    // All parts of a layer's weights as subtiles that wgmma reads, swizzled. number_at(weight, row, column).
     template <class T, class Number>
     __device__ static void pack_weights(const Job& job, const Weights<T>& w, Number number_at) {
         T* const to = w.qkv();
         const auto pack_part = [&](const Part& of) {
-            const int64_t across = bricks_along(of.k), some = bricks_along(of.n) * across;
+            const int64_t across = subtiles_along(of.k), some = subtiles_along(of.n) * across;
             for (int64_t i = blockIdx.x; i < some; i += gridDim.x)
-                for (int pair = threadIdx.x; pair < BRICK_SIDE * BRICK_SIDE / 2; pair += blockDim.x) {
-                    const int line = pair / int(BRICK_SIDE / 2), at = pair % int(BRICK_SIDE / 2) * 2;
-                    const int64_t r = i / across * BRICK_SIDE + line, j = i % across * BRICK_SIDE + at;
+                for (int pair = threadIdx.x; pair < SUBTILE_SIDE * SUBTILE_SIDE / 2; pair += blockDim.x) {
+                    const int line = pair / int(SUBTILE_SIDE / 2), at = pair % int(SUBTILE_SIDE / 2) * 2;
+                    const int64_t r = i / across * SUBTILE_SIDE + line, j = i % across * SUBTILE_SIDE + at;
                     const bool is = r < of.n && j < of.k;
                     const float x = is ? number_at(of.weight, of.row + r, of.column + j) : 0.0f;
                     const float y = is ? number_at(of.weight, of.row + r, of.column + j + 1) : 0.0f;
-                    T* brick = to + (of.brick + i) * (BRICK / OPERAND);
-                    store(brick + swizzled(line, at * 2) / int(OPERAND), pack<T>(x, y));
+                    T* subtile = to + (of.subtile + i) * (SUBTILE / OPERAND);
+                    store(subtile + swizzled(line, at * 2) / int(OPERAND), pack<T>(x, y));
                 }
         };
         for (int half = 0; half < halves(job.call); half++)
@@ -72,7 +73,7 @@ __device__ inline void start_ring(const Program<Sm90a, T>& p) {
         mbarrier_init(p.empty() + s, p.warps() * int(p.p().cluster));
     }
     mbarrier_init(p.again(), 1);
-    mbarrier_init(p.met(), p.warps() * p.split());
+    mbarrier_init(p.sequence_barrier(), p.warps() * p.split());
     mbarrier_init_fence();
 }
 
@@ -80,9 +81,9 @@ __device__ inline void start_ring(const Program<Sm90a, T>& p) {
 template <class T>
 __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops) {
     const Call& c = p.c();
-    const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(BRICK) / blocks;
+    const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(SUBTILE) / blocks;
     const int offset = cluster_rank() * share, columns = int(p.p().tile_columns), stage = int(stage_bytes(p.p(), false));
-    int s = 0, round = 0;
+    int s = 0, passes = 0;
     const auto bring = [&](unsigned char* to, const unsigned char* from) {
         if (blocks == 1)
             bulk_copy(to, from, share, p.full() + s);
@@ -90,22 +91,22 @@ __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops)
             bulk_copy_multicast(to, from, share, p.full() + s, uint16_t((1 << blocks) - 1));
     };
     const auto stream = [&](int64_t layer, const Part& of, bool transposed) {
-        const unsigned char* bricks = reinterpret_cast<unsigned char*>(Weights<T>{p.job, int(layer)}.qkv());
-        const int below = int(bricks_along(of.k) * BRICK), beside = int(BRICK);
+        const unsigned char* subtiles = reinterpret_cast<unsigned char*>(Weights<T>{p.job, int(layer)}.qkv());
+        const int below = int(subtiles_along(of.k) * SUBTILE), beside = int(SUBTILE);
         const int n = int(transposed ? of.k : of.n), to_next_n = transposed ? beside : below;
         const int k = int(transposed ? of.n : of.k), to_next_k = transposed ? below : beside;
 #pragma unroll 1
         for (int n0 = 0; n0 < n; n0 += columns)
 #pragma unroll 1
             for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
-                const int side = int(BRICK_SIDE), some = columns > side && n0 + side < n ? 2 : 1;
+                const int side = int(SUBTILE_SIDE), some = columns > side && n0 + side < n ? 2 : 1;
                 unsigned char* to = p.ring() + s * stage + offset;
-                const unsigned char* from = bricks + of.brick * BRICK + offset;
+                const unsigned char* from = subtiles + of.subtile * SUBTILE + offset;
                 from += n0 / side * to_next_n + k0 / side * to_next_k;
-                mbarrier_wait(p.empty() + s, round % 2 ^ 1);
-                mbarrier_arrive_expect(p.full() + s, some * int(BRICK));
-                for (int i = 0; i < some; i++) bring(to + i * BRICK, from + i * to_next_n);
-                if (++s == stages) s = 0, round++;
+                mbarrier_wait(p.empty() + s, passes % 2 ^ 1);
+                mbarrier_arrive_expect(p.full() + s, some * int(SUBTILE));
+                for (int i = 0; i < some; i++) bring(to + i * SUBTILE, from + i * to_next_n);
+                if (++s == stages) s = 0, passes++;
             }
     };
     for (int64_t t = 0; t < (reads_weights_once(p) ? smaller<int64_t>(loops, 1) : loops); t++) {
@@ -128,7 +129,8 @@ __device__ inline bool begins_loop(const Program<Sm90a, T>& p, int64_t t, bool r
 
 // What a thread holds of a [16, 64] operand, from `row` and column k0 on, for four products; 0 beyond k.
 template <class T>
-__device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& p, const Rows<T>& a, int row, int k0, int k) {
+__device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& p, const Rows<T>& a, int row, int k0,
+                                  int k) {
     const T* at = a.at + int64_t(smaller(row + lane() % 16, p.rows() - 1)) * a.ld + lane() / 16 * 8;  // as load_a
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
@@ -144,19 +146,19 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
     }
 }
 
-// acc[h] = a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose bricks begin at b; or with `add` += a b. Beyond
+// acc[h] = a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose subtiles begin at b; or with `add` += a b. Beyond
 // k both are zero. What acc was is dropped by wgmma's own scale-d: zeros would be 64 moves a tile, for which ptxas then
 // waits (C7520).
 template <Major B, class T, int HALVES>
 __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
     constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;
-    constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a brick has 64 columns
+    constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a subtile has 64 columns
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * BRICK + kk * NEXT_16_K, NEXT_8, LEADING),
+            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * SUBTILE + kk * NEXT_16_K, NEXT_8, LEADING),
                             add || kk > 0);
     wgmma_commit();
     wgmma_wait<0>();
@@ -166,7 +168,7 @@ __device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][
 // into the kernel too: in a function of its own ptxas would wait for each wgmma (C7510).
 template <bool ROWS_ALONG_N, class T, class Out>
 __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
-                                         Ahead<T> = {}) {
+                                         Prefetch<T> = {}) {
     constexpr Major B = ROWS_ALONG_N ? MN_MAJOR : K_MAJOR;
     const bool once = reads_weights_once(p);
     const int columns = int(p.p().tile_columns);
@@ -181,23 +183,28 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
 #pragma unroll 1
         for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
             const int s = p.next_tile;
+            // this tile's operand; the next one's, on its way meanwhile
 #pragma unroll
             for (int j = 0; j < 16; j++) fa[j / 4][j % 4] = next[j / 4][j % 4];
             const bool last_k = k0 + int(TILE_K) >= k;
             if (!last_k || n0 + columns < n) load_a_64(next, p, a, row, last_k ? 0 : k0 + int(TILE_K), k);
-            mbarrier_wait(p.full() + s, once ? 0 : p.round % 2);
+            // wait for the weights
+            mbarrier_wait(p.full() + s, once ? 0 : p.ring_passes % 2);
             const unsigned char* b = p.ring() + s * int(stage_bytes(p.p(), false)) + column * 128;
-            if (columns > 64 && n0 + 64 < n && !beside)  // two whole paths, so that no register moves while wgmma owns it
+            // Two whole paths, so that no register moves while wgmma owns it.
+            if (columns > 64 && n0 + 64 < n && !beside)
                 add_products<B, T, 2>(acc, fa, b, k0 > 0);
             else if (n0 + column < n)
                 add_products<B, T, 1>(acc, fa, b, k0 > 0);
             else
                 sync_warp();  // before one lane says that all are done with what they have waited for
-            if (++p.next_tile == p.p().stages) p.next_tile = 0, p.round++;
+            // give the stage back
+            if (++p.next_tile == p.p().stages) p.next_tile = 0, p.ring_passes++;
             if (!once && lane() == 0)
 #pragma unroll 1
                 for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
         }
+        // what is done goes out, 16 columns at a time
 #pragma unroll
         for (int j = 0; j < 8; j++)
             if (n0 + column + 16 * j < n && 16 * j < columns && (j < 4 || !beside)) {
