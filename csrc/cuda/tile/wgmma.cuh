@@ -10,7 +10,7 @@
 //   a[0], a[1], a[2], a[3]   rows 16 w + g, + 8, + 0, + 8;   k 2t, 2t+1 (the first two), 2t+8, 2t+9 (the others)
 //   d[4 j + i]               row 16 w + g + 8 (i / 2), column 8 j + 2t + i % 2
 //
-// Shared memory, 9.7.15.5.1.2, in the one arrangement that we use, the 128-byte swizzle: subtiles of 8 lines of 128
+// Shared memory, 9.7.15.5.1.2, in the one arrangement that we use, the 128-byte swizzle: atoms of 8 lines of 128
 // bytes, each at a multiple of 1024 bytes; the 16-byte pieces of line r are exchanged by piece ^ r (swizzled()).
 //   K_MAJOR   a line is 64 numbers along k of one row of a (column of b). `stride`: bytes to the next 8 rows.
 //             The next 16 numbers along k: a descriptor 32 bytes on.
@@ -26,7 +26,7 @@ namespace tile {
 
 enum Major { K_MAJOR, MN_MAJOR };
 
-// Where byte `byte` (0 .. 127) of line `line` is, from the start of the first subtile, subtiles one after the other.
+// Where byte `byte` (0 .. 127) of line `line` is, from the start of the first atom, atoms one after the other.
 __device__ __forceinline__ constexpr int swizzled(int line, int byte) { return line * 128 + (byte ^ (line % 8) * 16); }
 
 // Section 9.7.15.5.1.2.2: address, leading and stride in units of 16 bytes at bits 0, 16, 32; swizzle at bit 62.
