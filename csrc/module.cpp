@@ -68,6 +68,23 @@ void run(const PythonCall& given, bool backward, const std::optional<std::string
     }
 }
 
+void attention(const AttentionCall& c, bool backward, const std::optional<std::string>& isa) {
+    check(c.batch > 0 && c.n_heads > 0 && c.n_kv_heads > 0 && c.q_len > 0 && c.k_len > 0 && c.head_dim > 0 &&
+              c.n_threads > 0 && c.window >= 0, "a size is not positive");
+    check(c.q && c.k && c.v && c.o && c.kept && c.q_lens && c.k_lens, "an address is missing");
+    check(!backward || (c.d_o && c.dq && c.dk && c.dv), "a gradient's address is missing");
+    const int index = isa_index(isa);
+    shift_cpu::Outcome outcome;
+    {
+        py::gil_scoped_release others_run;
+        outcome = shift_cpu::attention(c, backward, index);
+    }
+    if (outcome == shift_cpu::NO_MEMORY) {
+        PyErr_SetString(PyExc_MemoryError, "shift_kernels: no memory for attention's workspace");
+        throw py::error_already_set();
+    }
+}
+
 py::dict plan(const PythonCall& call) {
     check_sizes(call);
     const shift_cpu::Planned planned(call);
@@ -86,17 +103,49 @@ PYBIND11_MODULE(_native, m) {
     Structure<PythonCall>(m, "Call")
         .call_fields()
         .number("n_threads", &PythonCall::n_threads)
+        .number("rotary_rows", &PythonCall::rotary_rows)
+        .number("cache_len", &PythonCall::cache_len)
+        .number("cache_loops", &PythonCall::cache_loops)
         .number("bf16", &PythonCall::bf16)
         .number("residual_scale", &PythonCall::residual_scale)
         .pointer("scales", &PythonCall::scales)
         .pointer("h0", &PythonCall::h0)
         .pointer("kept", &PythonCall::kept)
+        .pointer("cache", &PythonCall::cache)
+        .pointer("before", &PythonCall::before)
+        .pointer("positions", &PythonCall::positions)
         .pointer("grad_e", &PythonCall::grad_e)
         .pointer("grad_h0", &PythonCall::grad_h0)
         .pointers("grad_weights", &PythonCall::grad_weight_list)
         .made_from<Block>();
     m.def("run", run, py::arg("call"), py::kw_only(), py::arg("backward"), py::arg("isa") = py::none(),
           "Run a forward or backward call; by default with the best instruction set of this processor.");
+    Structure<AttentionCall>(m, "AttentionCall")
+        .number("batch", &AttentionCall::batch)
+        .number("n_heads", &AttentionCall::n_heads)
+        .number("n_kv_heads", &AttentionCall::n_kv_heads)
+        .number("q_len", &AttentionCall::q_len)
+        .number("k_len", &AttentionCall::k_len)
+        .number("head_dim", &AttentionCall::head_dim)
+        .number("n_threads", &AttentionCall::n_threads)
+        .number("causal", &AttentionCall::causal)
+        .number("window", &AttentionCall::window)
+        .number("scale", &AttentionCall::scale)
+        .number("softcap", &AttentionCall::softcap)
+        .pointer("q_lens", &AttentionCall::q_lens)
+        .pointer("k_lens", &AttentionCall::k_lens)
+        .pointer("q", &AttentionCall::q)
+        .pointer("k", &AttentionCall::k)
+        .pointer("v", &AttentionCall::v)
+        .pointer("o", &AttentionCall::o)
+        .pointer("kept", &AttentionCall::kept)
+        .pointer("d_o", &AttentionCall::d_o)
+        .pointer("dq", &AttentionCall::dq)
+        .pointer("dk", &AttentionCall::dk)
+        .pointer("dv", &AttentionCall::dv)
+        .made_from_keywords();
+    m.def("attention", attention, py::arg("call"), py::kw_only(), py::arg("backward"), py::arg("isa") = py::none(),
+          "Attention by itself, forward or backward.");
     m.def("plan", plan, py::arg("call"), "How a call is cut up; reads its sizes, loops and lengths.");
     m.def("kept_floats", kept_floats, py::arg("block"), py::arg("bf16"),
           "Floats kept of a token in a loop for the backward.");

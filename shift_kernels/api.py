@@ -91,6 +91,7 @@ def looped_block(
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     cache = checked.pop("cache", None)
     options = CallOptions(n_loops, compute_dtype, **checked)  # type: ignore[misc]
+    step = None if cache is None else check_step(_FUNCTION, cache, e, spec, n_loops, None, options.seq_lens)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     inputs = differentiable(e, ordered, options)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -104,13 +105,11 @@ def looped_block(
         grad,
         halting=options.halt_threshold is not None,
         n_loops=options.known_loops(),
-        cached=cache is not None,
+        cache_dtype=None if step is None else step.cache.dtype,
         options=options.names(),
     )
-    step = None
-    if cache is not None:
+    if step is not None:
         _refuse_with_cache(problem, options.n_grad_loops)
-        step = check_step(_FUNCTION, cache, e, spec, n_loops, None, options.seq_lens)
     if exports_to_onnx():
         backend = _for_onnx(backend)
     chosen = dispatch.plan_and_warn(problem, backend)
@@ -319,8 +318,9 @@ def attention(
     own = dict(k_seq_lens=k_seq_lens, window=window, softcap=softcap, scale=scale)
     own = {name: value for name, value in own.items() if value is not None}
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    traced = torch.compiler.is_compiling() or transforms_are_active((q, k, v)) or must_be_observed((q, k, v))
     problem = AttentionProblem(
-        batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad, k_len, tuple(own)
+        batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad, k_len, tuple(own), traced
     )
     chosen = dispatch.plan_attention(problem, backend)
     return ATTENTION.get(chosen.backend).attention(q, k, v, causal=causal, seq_lens=seq_lens, **own)

@@ -9,6 +9,7 @@ therefore holds a token's last k loops.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -101,7 +102,8 @@ class LoopedCache:
     def memory(self) -> Tensor:
         """Keys and values, :attr:`shape`; allocated when first asked for."""
         if self._memory is None:
-            self._memory = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            n = math.prod(self.shape)  # and some numbers that vector loads may touch
+            self._memory = torch.zeros(n + 16, dtype=self.dtype, device=self.device)[:n].view(self.shape)
         return self._memory
 
     def __repr__(self) -> str:

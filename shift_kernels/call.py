@@ -46,7 +46,7 @@ class Problem:
         grad: whether a backward pass will follow.
         halting: whether ``halt_threshold`` is given.
         n_loops: T; None where it is data on a device.
-        cached: whether tokens are appended to a :class:`shift_kernels.LoopedCache`.
+        cache_dtype: of the :class:`shift_kernels.LoopedCache` that tokens are appended to; None: to none.
         options: names of the keywords given of those in :data:`OWN_OPTIONS`.
     """
 
@@ -59,7 +59,7 @@ class Problem:
     grad: bool
     halting: bool = False
     n_loops: int | None = None
-    cached: bool = False
+    cache_dtype: torch.dtype | None = None
     options: tuple[str, ...] = ()
 
 
@@ -74,6 +74,7 @@ class AttentionProblem:
         grad: whether a backward pass will follow.
         k_len: length of k and v; None: as ``seq_len``.
         options: names of the keywords given of those in :data:`OWN_ATTENTION_OPTIONS`.
+        traced: whether a tracer, transform or tensor subclass has to see what is computed.
     """
 
     batch: int
@@ -86,6 +87,7 @@ class AttentionProblem:
     grad: bool
     k_len: int | None = None
     options: tuple[str, ...] = ()
+    traced: bool = False
 
 
 OWN_ATTENTION_OPTIONS = ("k_seq_lens", "window", "softcap", "scale")

@@ -75,7 +75,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
 
 
 def _plan(problem: Problem, backend: str) -> Plan:
-    if backend == "auto" and not problem.cached:  # which no table speaks of
+    if backend == "auto" and problem.cache_dtype is None:  # which no table speaks of
         for name in measured.fastest_first(problem):
             if name in candidates(problem):
                 return Plan(name, "the fastest that was verified on this device", ())
@@ -124,7 +124,7 @@ def _why_not(backend: Any, problem: Any) -> WhyNot | None:
     """As a backend says; one without ``extend`` serves no cache."""
     no = backend.why_not(problem)
     may = no is None or no.kind is Kind.UNVERIFIED
-    if may and getattr(problem, "cached", False) and not hasattr(backend, "extend"):
+    if may and getattr(problem, "cache_dtype", None) is not None and not hasattr(backend, "extend"):
         return WhyNot(Kind.FOREIGN, "is for calls without a cache")
     return no
 
@@ -236,8 +236,10 @@ def explain(
         given = type(cache).__name__
         raise type_error(function, "cache", given, "a LoopedCache", "Build one: LoopedCache(spec, ...).")
     grad = grad and cache is None
-    cached = cache is not None
-    problem = Problem(spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops, cached=cached)
+    cache_dtype = None if cache is None else cache.dtype
+    problem = Problem(
+        spec, batch, seq_len, dtype, dtype, place, grad, n_loops=n_loops, cache_dtype=cache_dtype
+    )
     chosen = plan(problem, backend)
     running = LOOPED_BLOCK.get(chosen.backend)
     lines = [

@@ -14,6 +14,7 @@
 #include <omp.h>
 #endif
 
+#include "attention_batch.h"
 #include "injection.h"
 #include "team.h"
 
@@ -25,7 +26,7 @@ namespace {
 // One loop on the tile's rows of h (and e): from h_{t-1} to h_t in `out`.
 template <class P>
 void one_loop(const Call& c, const Model<P>& m, const Workspace<P>& ws, const OperandScratch<P>& scratch,
-              const Rows& rows, const float* h, const float* e, float* out) {
+              const Rows& rows, int64_t t, const float* h, const float* e, float* out) {
     const Shape& s = m.shape;
     const Range own = rows.share.part(rows.count, ROWS_PER_CHUNK);
     const int64_t from = int64_t(own.begin) * s.model_cols, n = int64_t(own.end - own.begin) * s.model_cols;
@@ -36,7 +37,7 @@ void one_loop(const Call& c, const Model<P>& m, const Workspace<P>& ws, const Op
     });
     for (int l = 0; l < c.n_layers; l++) {
         float* next = l + 1 < c.n_layers ? ws.layers[l + 1].in : c.loop_norm ? ws.u : out;
-        layer_forward<P>({s, m.layers[l], c.rotary, ws.t, scratch}, rows, ws.layers[l], next);
+        layer_forward<P>({s, m.layers[l], c.rotary, ws.t, scratch, {c, t, l}}, rows, ws.layers[l], next);
     }
     if (c.loop_norm) norm(s.norm_kind, own.end - own.begin, s.d_model, ws.u + from, m.loop_norm, s.eps, out + from);
 }
@@ -98,7 +99,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Works
             if (c.boundaries) first_alone(share, [&] { tile.scatter(ws.h, 0, running, c.boundaries + (t - 1) * size); });
             bind(c, m.shape, tile, t, 0, ws);
             float* after = c.halting ? ws.next : ws.h;
-            one_loop(c, m, ws, scratch, {{running, tile.lengths, ws.row_scale}, rows, share}, ws.h, ws.e, after);
+            one_loop(c, m, ws, scratch, {{running, tile.lengths, ws.row_scale, tile.samples}, rows, share}, t, ws.h, ws.e, after);
             if (c.halting) {  // then a tile is one sequence, of one thread
                 halted = settled(ws.h, after, int64_t(rows) * tile.dp, c.halt_threshold);
                 if (halted) c.used[tile.samples[0]] = t;
@@ -128,13 +129,13 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
         const int begin = tile.truncated(t), end = tile.running(t);
         if (begin >= end) continue;
         const int64_t from = int64_t(tile.starts[begin]) * tile.dp;
-        const Rows rows{{end - begin, tile.lengths + begin, ws.row_scale + tile.starts[begin]},
+        const Rows rows{{end - begin, tile.lengths + begin, ws.row_scale + tile.starts[begin], tile.samples + begin},
                         tile.starts[end] - tile.starts[begin], share};
         if (c.kept) {
             bind(c, s, tile, t, tile.starts[begin], ws);
         } else {
             first_alone(share, [&] { tile.gather(c.boundaries + (t - 1) * size, begin, end, ws.h); });
-            one_loop(c, m, ws, scratch, rows, ws.h + from, ws.e + from, ws.next);
+            one_loop(c, m, ws, scratch, rows, t, ws.h + from, ws.e + from, ws.next);
         }
         share.each_chunk(rows.count, [&](int first, int last) {
             const int64_t at = int64_t(first) * tile.dp;
@@ -148,7 +149,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
         });
         if (c.loop_norm) first_alone(share, [&] { add_loop_norm_grads(rows.count, s, ws.t, grads.loop_norm); });
         for (int l = c.n_layers - 1; l >= 0; l--)
-            layer_backward<P>({s, m.layers[l], c.rotary, ws.t, scratch}, rows, ws.layers[l], grads.layers[l], ws.next);
+            layer_backward<P>({s, m.layers[l], c.rotary, ws.t, scratch, {c, t, l}}, rows, ws.layers[l], grads.layers[l], ws.next);
         const auto through_injection = [&](int first, int last) {
             const int64_t at = int64_t(first) * tile.dp;
             inject_backward<P>(s, m.injection, last - first, ws.state + at, ws.e + from + at, ws.next + at, grads.injection,
@@ -297,6 +298,10 @@ int backward(const Call& c, const Plan* plan, Team& team) {
 }  // namespace
 
 extern "C" {
+int JOIN(shift_attention, SHIFT_ISA)(const AttentionCall* call, bool backward) {
+    return backward ? attention_backward(*call) : attention_forward(*call);
+}
+
 int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan, Team* team) {
     return call->bf16 ? forward<BF16>(*call, plan, *team) : forward<F32>(*call, plan, *team);
 }

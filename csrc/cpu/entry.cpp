@@ -10,7 +10,8 @@
 extern "C" {
 #define SHIFT_KERNELS_OF(isa)                                         \
     int shift_forward_##isa(const Call*, const Plan*, Team*);         \
-    int shift_backward_##isa(const Call*, const Plan*, Team*);
+    int shift_backward_##isa(const Call*, const Plan*, Team*);        \
+    int shift_attention_##isa(const AttentionCall*, bool);
 SHIFT_KERNELS_OF(portable)
 #if defined(__x86_64__)
 SHIFT_KERNELS_OF(avx2)
@@ -103,6 +104,22 @@ Outcome run(const Planned& planned, bool backward, int isa, bool (*signalled)())
                    backward ? shift_backward_portable : shift_forward_portable;
     const int no_memory = kernel(&call, &planned.plan, &team);
     return no_memory ? NO_MEMORY : team.stopped() ? STOPPED : DONE;
+}
+
+Outcome attention(const AttentionCall& given, bool backward, int isa) {
+    AttentionCall call = given;
+    call.n_threads = threads_that_fit(int(call.n_threads));
+    // Read once, and held to their limits, as of a looped block.
+    std::vector<int64_t> q_lens(call.q_lens, call.q_lens + call.batch), k_lens(call.k_lens, call.k_lens + call.batch);
+    for (int64_t& x : q_lens) x = std::clamp<int64_t>(x, 0, call.q_len);
+    for (int64_t& x : k_lens) x = std::clamp<int64_t>(x, 0, call.k_len);
+    call.q_lens = q_lens.data(), call.k_lens = k_lens.data();
+    const auto kernel =
+#if defined(__x86_64__)
+        isa == 3 ? shift_attention_avx512bf16 : isa == 2 ? shift_attention_avx512 : isa == 1 ? shift_attention_avx2 :
+#endif
+        shift_attention_portable;
+    return kernel(&call, backward) ? NO_MEMORY : DONE;
 }
 
 }  // namespace shift_cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "attention_call.h"
 #include "call.h"
 
 namespace shift_cpu {
@@ -28,5 +29,7 @@ enum Outcome { DONE, NO_MEMORY, STOPPED };
 
 // signalled: asks Python whether the call is to end (team.h).
 Outcome run(const Planned& planned, bool backward, int isa, bool (*signalled)());
+
+Outcome attention(const AttentionCall& call, bool backward, int isa);
 
 }  // namespace shift_cpu

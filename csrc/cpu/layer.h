@@ -160,18 +160,22 @@ inline MatA<P> operand(int rows, int width, const float* x, typename P::number* 
     return row_operand<P>(rounded(int64_t(rows) * width, x, scratch), width);
 }
 
+struct Part {  // rows from .. to of the n of a tile's sequence, which begins at the tile's row `at`
+    int sequence, at, n, from, to;
+};
+
 // The rows of a tile that run a loop, whose they are, and the threads that share them.
 struct Rows {
     Lengths seqs;
     int count;
     Share share;
 
-    // f(first row of a sequence, its length, begin and end of what is its own in rows begin .. end)
+    // f(what rows begin .. end have of a sequence)
     template <class F>
     void each_sequence(int begin, int end, F f) const {
         for (int i = 0, at = 0; i < seqs.count && at < end; at += seqs.lengths[i++]) {
             const int from = std::max(begin, at) - at, to = std::min(end - at, seqs.lengths[i]);
-            if (from < to) f(at, seqs.lengths[i], from, to);
+            if (from < to) f(Part{i, at, seqs.lengths[i], from, to});
         }
     }
 };
@@ -184,6 +188,19 @@ struct LayerOf {
     const float* rotary;
     Temporaries t;
     OperandScratch<P> scratch;
+    Cached cached;
+
+    // Where a sequence's keys and values are, and how many came before the call's.
+    HeadStore store(const Rows& tile, const Part& part) const {
+        const int width = padded(s.heads.head_dim);
+        float* const k = t.kv + int64_t(part.at) * s.kv_cols;
+        const int64_t size = int64_t(part.n) * width;
+        return cached.k ? cached.of_sample(s.heads, tile.seqs.samples[part.sequence])
+                        : HeadStore{k, k + size, width, 2 * size, width};
+    }
+    int before(const Rows& tile, const Part& part) const {
+        return cached.k ? int(cached.before[tile.seqs.samples[part.sequence]]) : 0;
+    }
 };
 
 inline void flag(int rows, bool on, float* flags) { std::fill(flags, flags + rows, on ? 1.0f : 0.0f); }
@@ -237,12 +254,16 @@ inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int en
     gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows), panels<P>(layer.w.qkv, d),
             Bias{k.qkv, s.qkv_cols, layer.w.qkv_bias});
     if (s.qk_cols) norm_heads(layer, rows, k);
-    tile.each_sequence(begin, end, [&](int at, int n, int from, int to) {
-        float* qkv = k.qkv + int64_t(at + from - begin) * s.qkv_cols;
-        if (s.rope) rotate(s.heads, from, to, s.seq_len, layer.rotary, 1.0f, qkv);
-        round_numbers<P>(int64_t(to - from) * s.qkv_cols, qkv);  // the backward has only these
-        pack_keys_values(s.heads, n, from, to, qkv, layer.t.kv + int64_t(at) * s.kv_cols);
-        flag(to - from, has_nonfinite(to - from, s.heads.width(), s.qkv_cols, qkv), layer.t.nonfinite + at + from);
+    tile.each_sequence(begin, end, [&](const Part& p) {
+        const int n = p.to - p.from;
+        float* qkv = k.qkv + int64_t(p.at + p.from - begin) * s.qkv_cols;
+        if (s.rope) {
+            const int first = layer.cached.k ? int(layer.cached.positions[tile.seqs.samples[p.sequence]]) : 0;
+            rotate(s.heads, first + p.from, first + p.to, s.rotary_rows, layer.rotary, 1.0f, qkv);
+        }
+        round_numbers<P>(int64_t(n) * s.qkv_cols, qkv);  // the backward has only these
+        store_keys_values(s.heads, n, qkv, layer.store(tile, p), layer.before(tile, p) + p.from);
+        flag(n, has_nonfinite(n, s.heads.width(), s.qkv_cols, qkv), layer.t.nonfinite + p.at + p.from);
     });
     if (k.saved_qkv) rounded(int64_t(rows) * s.qkv_cols, k.qkv, k.saved_qkv);
 }
@@ -250,11 +271,12 @@ inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int en
 template <class P>
 inline void attend_chunk(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& whole) {
     const Shape& s = layer.s;
-    tile.each_sequence(begin, end, [&](int at, int n, int from, int to) {
-        attend(s.heads, s.scoring, n, from, to, visits_every_pair(s.scoring, n, layer.t.nonfinite + at),
-               whole.qkv + int64_t(at) * s.qkv_cols, layer.t.kv + int64_t(at) * s.kv_cols,
-               whole.o + int64_t(at) * s.query_cols, whole.scores + int64_t(at) * s.score_cols, s.score_cols,
-               layer.scratch.attention);
+    tile.each_sequence(begin, end, [&](const Part& p) {
+        const int before = layer.before(tile, p);
+        const HeadRows rows{whole.qkv + int64_t(p.at) * s.qkv_cols, s.qkv_cols, whole.o + int64_t(p.at) * s.query_cols,
+                            s.query_cols, whole.scores + int64_t(p.at) * s.score_cols, s.score_cols, before};
+        attend(s.heads, s.scoring, before, p.from, p.to, visits_every_pair(s.scoring, p.n, layer.t.nonfinite + p.at), rows,
+               layer.store(tile, p), before + p.n, layer.scratch.attention);
     });
 }
 
@@ -383,8 +405,9 @@ inline void inputs_backward(const LayerOf<P>& layer, const Rows& tile, int begin
     const int rows = end - begin, qkv = cells_of<P>(s.qkv);
     float* d_qkv = layer.t.d_qkv + int64_t(begin) * s.qkv_cols;
     if (s.rope)
-        tile.each_sequence(begin, end, [&](int at, int, int from, int to) {
-            rotate(s.heads, from, to, s.seq_len, layer.rotary, -1.0f, d_qkv + int64_t(at + from - begin) * s.qkv_cols);
+        tile.each_sequence(begin, end, [&](const Part& p) {
+            rotate(s.heads, p.from, p.to, s.rotary_rows, layer.rotary, -1.0f,
+                   d_qkv + int64_t(p.at + p.from - begin) * s.qkv_cols);
         });
     if (s.qk_cols)
         norm_heads_backward(layer, rows, k, norm_grads_of_chunk(s, layer.t, begin, 4),
@@ -426,13 +449,23 @@ inline void add_loop_norm_grads(int rows, const Shape& s, const Temporaries& t, 
 template <class P>
 inline void attention_backward(const LayerOf<P>& layer, const Rows& tile, const Saved<P>& k) {
     const Shape& s = layer.s;
-    tile.each_sequence(0, tile.count, [&](int at, int n, int, int) {
-        const bool every_pair = visits_every_pair(s.scoring, n, layer.t.nonfinite + at);
-        for (int g = tile.share.index; g < s.heads.n_kv_heads; g += tile.share.count)
-            attend_backward(s.heads, s.scoring, g, n, every_pair, k.qkv + int64_t(at) * s.qkv_cols,
-                            k.o + int64_t(at) * s.query_cols, k.scores + int64_t(at) * s.score_cols, s.score_cols,
-                            layer.t.d_o + int64_t(at) * s.query_cols, layer.t.d_qkv + int64_t(at) * s.qkv_cols,
-                            layer.scratch.attention);
+    const Heads& heads = s.heads;
+    tile.each_sequence(0, tile.count, [&](const Part& p) {
+        const bool every_pair = visits_every_pair(s.scoring, p.n, layer.t.nonfinite + p.at);
+        const float* qkv = k.qkv + int64_t(p.at) * s.qkv_cols;
+        float* d_qkv = layer.t.d_qkv + int64_t(p.at) * s.qkv_cols;
+        for (int g = tile.share.index; g < heads.n_kv_heads; g += tile.share.count) {
+            const int h = g * heads.group();
+            const int64_t of_o = int64_t(p.at) * s.query_cols + h * heads.head_dim;
+            const GroupRows rows{heads.group(), p.n, 0,
+                                 qkv + heads.q(h), k.o + of_o,
+                                 k.scores + int64_t(p.at) * s.score_cols + h * KEPT_OF_SCORES, layer.t.d_o + of_o,
+                                 d_qkv + heads.q(h),
+                                 s.qkv_cols, heads.head_dim, s.query_cols, heads.head_dim, s.score_cols, KEPT_OF_SCORES,
+                                 qkv + heads.k(g), qkv + heads.v(g), d_qkv + heads.k(g), d_qkv + heads.v(g), s.qkv_cols,
+                                 p.n};
+            attend_backward(s.scoring, heads.head_dim, rows, 0, every_pair, layer.scratch.attention);
+        }
     });
 }
 

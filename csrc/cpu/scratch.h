@@ -131,6 +131,23 @@ Saved<P> from_row(Saved<P> k, const Shape& s, int64_t row) {
     return k;
 }
 
+// A layer's keys and values in the cache, in one loop; k is null without a cache.
+struct Cached {
+    float *k, *v;
+    int64_t len;
+    const int64_t *before, *positions;
+
+    Cached(const Call& c, int64_t loop, int64_t layer) : k(nullptr), v(nullptr), len(c.cache_len), before(c.before), positions(c.positions) {
+        if (!c.cache) return;
+        const int64_t size = c.batch * c.n_kv_heads * c.cache_len * c.head_dim;
+        k = c.cache + ((loop - 1) % c.cache_loops * c.n_layers + layer) * 2 * size, v = k + size;
+    }
+    HeadStore of_sample(const Heads& heads, int64_t sample) const {
+        const int64_t head = len * heads.head_dim, at = sample * heads.n_kv_heads * head;
+        return {k + at, v + at, heads.head_dim, head, heads.head_dim};
+    }
+};
+
 template <class Memory>
 Temporaries place_temporaries(Memory& m, const Shape& s, int64_t rows, bool backward) {
     Temporaries t{};

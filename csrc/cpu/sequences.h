@@ -11,6 +11,7 @@ struct Lengths {  // the sequences of a tile
     int count;
     const int* lengths;
     const float* row_scale;  // of every row's branches
+    const int64_t* samples;
 };
 
 void copy_columns(int n, int columns, const float* from, int64_t ld_from, float* to, int64_t ld_to) {

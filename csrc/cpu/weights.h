@@ -10,7 +10,7 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
     int d_model, qkv, query, d_ff;
     int model_cols, qkv_cols, query_cols, ff_cols;
     int hidden_cols;  // of the first MLP map: with swiglu, gate and values are padded apart
-    int activation, norm_kind, placement, norm_factor, injection, seq_len;
+    int activation, norm_kind, placement, norm_factor, injection, rotary_rows;
     bool rope;
     float eps;
     int score_cols, kv_cols;  // what is kept of the heads' scores; keys and values with each head padded
@@ -25,7 +25,7 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
         : d_model(c.d_model), qkv(qkv_columns(c)), query(query_columns(c)), d_ff(c.d_ff), model_cols(padded(d_model)),
           qkv_cols(padded(qkv)), query_cols(padded(query)), ff_cols(padded(d_ff)),
           hidden_cols(hidden_parts(c) * ff_cols), activation(c.activation), norm_kind(c.norm), placement(c.placement),
-          norm_factor(c.norm_factor), injection(c.injection), seq_len(c.seq_len), rope(c.position == ROPE), eps(c.eps),
+          norm_factor(c.norm_factor), injection(c.injection), rotary_rows(c.rotary_rows), rope(c.position == ROPE), eps(c.eps),
           score_cols(padded(KEPT_OF_SCORES * c.n_heads)), kv_cols(2 * c.n_kv_heads * padded(c.head_dim)),
           qk_cols(c.qk_norm ? padded((c.n_heads + c.n_kv_heads) * c.head_dim) : 0), norms(c.qk_norm ? 6 : 4),
           norm_cols(c.qk_norm ? std::max(model_cols, padded(c.head_dim)) : model_cols),

@@ -6,6 +6,8 @@ Keeps what the matrix products need again in the backward; of very large batches
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from shift_kernels import compiled
 from shift_kernels.backends.base import FIRST_OPTIONS, Kind, Served, WhyNot
+from shift_kernels.cache import Step
 from shift_kernels.call import CallOptions, Problem
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import (
@@ -68,6 +71,8 @@ def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
     if (refusal := CpuBackend.served.refusal(problem)) is not None:
         return refusal
+    if problem.cache_dtype not in (None, torch.float32):
+        return f"a cache of {problem.cache_dtype} is not served (of float32 it is)"
     if problem.spec.n_layers > _MOST_LAYERS:
         return f"n_layers = {problem.spec.n_layers} > {_MOST_LAYERS}"
     return None
@@ -98,17 +103,20 @@ _ask_kept_floats._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _call(
-    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions
+    e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, rotary: Tensor | None = None
 ) -> tuple[Any, tuple[object, ...]]:
-    """The part of a call that forward and backward share, and what must live as long as it."""
+    """The part of a call that forward and backward share, and what must live as long as it.
+
+    Args:
+        rotary: the table, where it is not that of the first seq_len positions.
+    """
     batch, seq_len, _ = e.shape
     loops, lengths = (
         torch.as_tensor(x, dtype=torch.int64, device="cpu").expand(batch).contiguous()
         for x in (options.n_loops, seq_len if options.seq_lens is None else options.seq_lens)
     )
     most = max(int(loops.max()), 0) if isinstance(options.n_loops, Tensor) else options.n_loops
-    rotary = None
-    if spec.position == "rope":
+    if spec.position == "rope" and rotary is None:
         rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.to(torch.float32).contiguous()
     h0 = None if options.h0 is None else options.h0.to(torch.float32).contiguous()
@@ -131,14 +139,32 @@ def _call(
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
-        rotary=None if rotary is None else rotary.data_ptr(),
         weights=compiled.addresses(_NATIVE, values, spec),
     )
+    if rotary is not None:
+        call.rotary, call.rotary_rows = rotary.data_ptr(), rotary.shape[1]
     if h0 is not None:
         call.h0 = h0.data_ptr()
     if scales is not None:
         call.scales = scales.data_ptr()
     return call, (e, h0, loops, lengths, scales, rotary, values)
+
+
+def _rotary_of_step(spec: BlockSpec, options: CallOptions, step: Step) -> tuple[Tensor | None, Tensor]:
+    """The table of a step's rotary positions, and the row of each sample's first token, int64 [batch]."""
+    if spec.position != "rope":
+        return None, step.before
+    if options.position_offset is None:  # as a rule: one table for all steps
+        return _rotary_rows(spec.key, step.cache.max_len), step.before.contiguous()
+    first = step.before + options.position_offset.cpu()
+    rows = int(first.max() - first.min() + (step.end - step.begin).max())
+    table = rotary_table(max(rows, 1), spec, torch.device("cpu"), first.min()[None])
+    return table[:, 0, 0].to(torch.float32).contiguous(), (first - first.min()).contiguous()
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_rows(spec_key: str, rows: int) -> Tensor:
+    return rotary_table(rows, spec_from_key(spec_key), torch.device("cpu")).to(torch.float32).contiguous()
 
 
 def _allocate(new: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -258,6 +284,33 @@ class CpuBackend:
         _NATIVE.run(call, backward=False, isa=isa)
         del keep
         return out.to(e.dtype), used, saved
+
+    def extend(
+        self,
+        e: Tensor,
+        weights: dict[str, Tensor],
+        spec: BlockSpec,
+        options: CallOptions,
+        step: Step,
+        isa: str | None = None,
+    ) -> Tensor:
+        """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
+        before, cache = step.before.contiguous(), step.cache
+        rotary, positions = _rotary_of_step(spec, options, step)
+        lengths = dataclasses.replace(options, seq_lens=step.end)
+        call, keep = _call(e, weights, spec, lengths, rotary)
+        shape = (call.most_loops, *e.shape) if options.return_all_loops else e.shape
+        out, used = _allocate(torch.zeros, shape), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")
+        call.out, call.used = out.data_ptr(), used.data_ptr()
+        call.cache, call.cache_len, call.cache_loops = (
+            cache.memory.data_ptr(),
+            cache.max_len,
+            cache.keep_loops,
+        )
+        call.before, call.positions = before.data_ptr(), positions.data_ptr()
+        _NATIVE.run(call, backward=False, isa=isa)
+        del keep
+        return out.to(e.dtype)
 
     def backward(
         self,

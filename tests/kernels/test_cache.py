@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from shift_kernels import BlockSpec, LoopedBlock, LoopedCache, ShiftInputError, ShiftTypeError, explain
+from shift_kernels.backends.cpu import CPU
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpu"] if CPU.why_not(None) is None else ["torch"]
 OPTIONS = {
     "gpt": {"injection": "add"},
     "rope": {"position": "rope", "n_layers": 2, "norm": "rmsnorm", "activation": "swiglu"},

@@ -132,7 +132,7 @@ constexpr int KEPT_OF_SCORES = 2;
 inline void attend_panel(const Scoring& s, const Panel& panel, int head_dim, const float* queries_t, KeysValues keys,
                          float* o, int64_t ld_o, float* kept, int64_t ld_kept, float* scratch) {
     const int width = padded(head_dim);
-    float *scores = scratch, *sums = scores + VL * KEYS_PER_BLOCK, row_scale[VL], row_largest[VL];
+    float *scores = scratch, *sums = scores + VL * KEYS_PER_BLOCK, row_scale[16], row_largest[16];
     vf largest = all(-INFINITY), total = all(0), base = all(0);
     for (int begin = panel.begin; begin < panel.end; begin += KEYS_PER_BLOCK) {
         const int n = std::min(KEYS_PER_BLOCK, panel.end - begin);
@@ -167,37 +167,120 @@ inline void attend_panel(const Scoring& s, const Panel& panel, int head_dim, con
     }
 }
 
+// One query over a head's keys, with keys side by side where the panel has queries. Else as attend_panel().
+inline void attend_one(const Scoring& s, const Panel& panel, int head_dim, const float* q, KeysValues keys, float* o,
+                       float* kept, float* scratch) {
+    const int width = padded(head_dim);
+    float *query = scratch, *scores = query + width, *sums_of = scores + KEYS_PER_BLOCK;
+    for (int c = 0; c < width; c += VL) store(query + c, load_first(q + c, head_dim - c) * s.scale);
+    std::memset(sums_of, 0, width * sizeof(float));
+    float largest = -INFINITY, total = 0;
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    for (int begin = panel.begin; begin < panel.end; begin += KEYS_PER_BLOCK) {
+        const int n = std::min(KEYS_PER_BLOCK, panel.end - begin);
+        vf most = all(largest), sum = all(0);
+        for (int j = 0; j < n; j += VL) {
+            vf products[VL] = {};
+            for (int i = 0; i < std::min(VL, n - j); i++) {
+                const float* k = keys.k + (begin + j + i) * keys.ld;
+                for (int c = 0; c < head_dim; c += VL) products[i] += load_first(k + c, head_dim - c) * load(query + c);
+            }
+            vf score = sums(products);
+            if (s.softcap != 0) score = cap(score, s.softcap).score;
+            score = pick((lane < n - j) & (lane >= panel.all_begin - begin - j) & (lane < panel.all_end - begin - j), score,
+                         all(-INFINITY));
+            store(scores + j, score);
+            most = max(most, score);
+        }
+        float now = -INFINITY;  // a NaN is lost here, and found again in the sum
+        for (int i = 0; i < VL; i++) now = most[i] > now ? most[i] : now;
+        const float base = now == -INFINITY ? 0 : now, keep = exp(all(largest - base))[0];
+        for (int j = 0; j < n; j += VL) {
+            const vf weight = without_tiny(exp(load(scores + j) - base));
+            store(scores + j, weight);
+            sum += weight;
+        }
+        float added = 0;
+        for (int i = 0; i < VL; i++) added += sum[i];
+        total = total * keep + added, largest = now;
+        for (int c = 0; c < head_dim; c += VL) {
+            vf part[4] = {load(sums_of + c) * keep};  // several additions under way
+            const float* v = keys.v + begin * keys.ld + c;
+            int j = 0;
+            for (; j + 4 <= n; j += 4)
+                UNROLLED for (int i = 0; i < 4; i++) part[i] += scores[j + i] * load_first(v + (j + i) * keys.ld, head_dim - c);
+            for (; j < n; j++) part[0] += scores[j] * load_first(v + j * keys.ld, head_dim - c);
+            store(sums_of + c, (part[0] + part[1]) + (part[2] + part[3]));
+        }
+    }
+    for (int c = 0; c < head_dim; c += VL) store_first(o + c, load(sums_of + c) / total, head_dim - c);
+    kept[0] = largest == -INFINITY ? 0 : largest, kept[1] = 1 / total;
+}
+
 constexpr int64_t attend_scratch(int64_t head_dim) {
     return 16 * (KEYS_PER_BLOCK + padded(head_dim) + head_dim);  // 16: the widest vector
 }
 
-// Queries begin .. end of a sequence whose queries, keys and values lie side by side in the rows of qkv, over its
-// keys and values in kv: of each kv head both, [n][padded(head_dim)]. kept [n][ld_kept]. scratch: attend_scratch()
-inline void attend(const Heads& heads, const Scoring& s, int n, int begin, int end, bool every_pair, const float* qkv,
-                   const float* kv, float* o, float* kept, int64_t ld_kept, float* scratch) {
-    const int hd = heads.head_dim, width = padded(hd);
-    float *transposed = scratch, *rest = transposed + VL * hd;
-    for (int h = 0; h < heads.n_heads; h++) {
-        const float* keys = kv + int64_t(h / heads.group()) * 2 * n * width;
-        for (int i = begin; i < end; i += VL) {
-            const Panel panel(s, n, i, std::min(VL, end - i), every_pair);
-            transpose_scaled(panel.count, hd, qkv + int64_t(i) * heads.ld_qkv + heads.q(h), heads.ld_qkv, s.scale,
-                             transposed);
-            attend_panel(s, panel, hd, transposed, {keys, keys + int64_t(n) * width, width, n},
-                         o + int64_t(i) * heads.ld_o + h * hd, heads.ld_o,
-                         kept + i * ld_kept + h * KEPT_OF_SCORES, ld_kept, rest);
+// A head's queries in rows, where its results go, and what is kept of its scores. Query i is at position `first` + i of
+// the keys.
+struct HeadRows {
+    const float* q;
+    int64_t ld_q;
+    float* o;
+    int64_t ld_o;
+    float* kept;
+    int64_t ld_kept;
+    int first;
+};
+
+// Queries begin .. end of a head. scratch: attend_scratch()
+inline void attend_head(const Scoring& s, int head_dim, const HeadRows& rows, int begin, int end, bool every_pair,
+                        KeysValues keys, float* scratch) {
+    float *transposed = scratch, *rest = transposed + VL * head_dim;
+    for (int i = begin; i < end; i += VL) {
+        const Panel panel(s, keys.count, rows.first + i, std::min(VL, end - i), every_pair);
+        const float* q = rows.q + i * rows.ld_q;
+        float *o = rows.o + i * rows.ld_o, *kept = rows.kept + i * rows.ld_kept;
+        if (panel.count == 1) {
+            attend_one(s, panel, head_dim, q, keys, o, kept, scratch);
+            continue;
         }
+        transpose_scaled(panel.count, head_dim, q, rows.ld_q, s.scale, transposed);
+        attend_panel(s, panel, head_dim, transposed, keys, o, rows.ld_o, kept, rows.ld_kept, rest);
     }
 }
 
-// Rows begin .. end (which qkv begins with) of a sequence's keys and values to kv, as attend() reads them.
-inline void pack_keys_values(const Heads& heads, int n, int begin, int end, const float* qkv, float* kv) {
-    const int hd = heads.head_dim, width = padded(hd);
+// Where the keys and values of a sequence's kv heads are: head g's rows from k + g * head (and v) on.
+struct HeadStore {
+    float *k, *v;
+    int64_t ld, head;
+    int columns;  // of a row that are written: head_dim, or padded with zeros
+};
+
+// Rows of a sequence's keys and values to their places, from its row `first` on.
+inline void store_keys_values(const Heads& heads, int rows, const float* qkv, const HeadStore& to, int64_t first) {
     for (int g = 0; g < heads.n_kv_heads; g++)
-        for (int column : {heads.k(g), heads.v(g)}) {
-            pack_head(end - begin, hd, qkv + column, heads.ld_qkv, kv + int64_t(begin) * width);
-            kv += int64_t(n) * width;
-        }
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < to.columns; j += VL) {
+                const float* row = qkv + int64_t(i) * heads.ld_qkv + j;
+                const int64_t at = g * to.head + (first + i) * to.ld + j;
+                store_first(to.k + at, load_first(row + heads.k(g), heads.head_dim - j), to.columns - j);
+                store_first(to.v + at, load_first(row + heads.v(g), heads.head_dim - j), to.columns - j);
+            }
+}
+
+// Queries begin .. end of a sequence whose rows of qkv, o and kept these are, the first of them at position `first`,
+// over its `count` keys. scratch: attend_scratch()
+inline void attend(const Heads& heads, const Scoring& s, int first, int begin, int end, bool every_pair, HeadRows rows,
+                   const HeadStore& keys, int count, float* scratch) {
+    const HeadRows of_sequence = rows;
+    for (int h = 0; h < heads.n_heads; h++) {
+        const int64_t at = h / heads.group() * keys.head;
+        rows.q = of_sequence.q + heads.q(h), rows.o = of_sequence.o + h * heads.head_dim;
+        rows.kept = of_sequence.kept + h * KEPT_OF_SCORES, rows.first = first;
+        attend_head(s, heads.head_dim, rows, begin, end, every_pair, {keys.k + at, keys.v + at, keys.ld, count}, scratch);
+    }
 }
 
 // Some queries of a head, with what their gradients need.
@@ -254,51 +337,63 @@ inline void attend_block_backward(const Scoring& s, int hd, QueryBlock& b, KeysV
 
 // What the backward of kv heads' groups takes: their keys, values and the gradients of these, and a block's.
 constexpr int64_t attend_backward_scratch(int64_t n, int64_t head_dim) {
-    return 4 * n * padded(head_dim) + BACKWARD_BLOCK * (3 * padded(head_dim) + 2 * head_dim + 2 * BACKWARD_BLOCK);
+    return 4 * n * padded(head_dim) + BACKWARD_BLOCK * (3 * padded(head_dim) + 3 * head_dim + 2 * BACKWARD_BLOCK);
 }
 
-// d_qkv of the group of kv head g, from d_o. scratch: attend_backward_scratch()
-inline void attend_backward(const Heads& heads, const Scoring& s, int g, int n, bool every_pair, const float* qkv,
-                            const float* o, const float* kept, int64_t ld_kept, const float* d_o, float* d_qkv,
-                            float* scratch) {
-    const int hd = heads.head_dim, width = padded(hd);
-    const int64_t size = int64_t(n) * width, ld = heads.ld_qkv, ldo = heads.ld_o;
+// Query heads that share a kv head, in rows; from one head to the next q, o and what is kept are so far apart.
+struct GroupRows {
+    int n_heads, n_queries, first;  // first: position of the first query
+    const float *q, *o, *kept, *d_o;
+    float* dq;
+    int64_t ld_q, head_q, ld_o, head_o, ld_kept, head_kept;
+    const float *k, *v;
+    float *dk, *dv;
+    int64_t ld_k;
+    int n_keys;
+};
+
+// dq, dk and dv of a group, from d_o; of the queries from `begin` on. scratch: attend_backward_scratch()
+inline void attend_backward(const Scoring& s, int hd, const GroupRows& r, int begin, bool every_pair, float* scratch) {
+    const int width = padded(hd);
+    const int64_t size = int64_t(r.n_keys) * width;
     float *k = scratch, *v = k + size, *dk = v + size, *dv = dk + size, *at = dv + size;
     const auto place = [&](int64_t floats) { return at += floats, at - floats; };
     QueryBlock b;
     b.q = place(BACKWARD_BLOCK * width), b.d_o = place(BACKWARD_BLOCK * width), b.dq = place(BACKWARD_BLOCK * width);
     b.q_t = place(BACKWARD_BLOCK * hd), b.d_o_t = place(BACKWARD_BLOCK * hd);
     b.weights = place(BACKWARD_BLOCK * BACKWARD_BLOCK), b.d_scores = place(BACKWARD_BLOCK * BACKWARD_BLOCK);
-    pack_head(n, hd, qkv + heads.k(g), ld, k), pack_head(n, hd, qkv + heads.v(g), ld, v);
+    float* const o_t = place(VL * hd);
+    pack_head(r.n_keys, hd, r.k, r.ld_k, k), pack_head(r.n_keys, hd, r.v, r.ld_k, v);
     std::memset(dk, 0, 2 * size * sizeof(float));
-    for (int h = g * heads.group(); h < (g + 1) * heads.group(); h++)
-        for (b.begin = 0; b.begin < n; b.begin += BACKWARD_BLOCK) {
-            b.count = std::min(BACKWARD_BLOCK, n - b.begin);
-            pack_head(b.count, hd, qkv + b.begin * ld + heads.q(h), ld, b.q);
-            pack_head(b.count, hd, d_o + b.begin * ldo + h * hd, ldo, b.d_o);
+    for (int h = 0; h < r.n_heads; h++)
+        for (int row = begin; row < r.n_queries; row += BACKWARD_BLOCK) {
+            b.begin = r.first + row, b.count = std::min(BACKWARD_BLOCK, r.n_queries - row);
+            pack_head(b.count, hd, r.q + row * r.ld_q + h * r.head_q, r.ld_q, b.q);
+            pack_head(b.count, hd, r.d_o + row * r.ld_o + h * r.head_o, r.ld_o, b.d_o);
             std::memset(b.dq, 0, int64_t(b.count) * width * sizeof(float));
             for (int a = 0; a * VL < b.count; a++) {
                 const int rows = std::min(VL, b.count - a * VL);
                 const float* d_oa = b.d_o + int64_t(a) * VL * width;
                 transpose_scaled(rows, hd, b.q + int64_t(a) * VL * width, width, s.scale, b.q_t + a * VL * hd);
                 pack_transposed<F32>(d_oa, width, rows, hd, VL, b.d_o_t + a * VL * hd);
-                vf products[VL] = {};
+                pack_transposed<F32>(r.o + (row + a * VL) * r.ld_o + h * r.head_o, r.ld_o, rows, hd, VL, o_t);
+                // In the order of the products with v: where one weight is 1, their difference is 0 and not a rounding.
+                b.along[a] = all(0);
+                for (int c = 0; c < hd; c++) b.along[a] += load(o_t + c * VL) * load(b.d_o_t + (a * hd + c) * VL);
                 b.largest[a] = b.inverse[a] = all(0);
                 for (int i = 0; i < rows; i++) {
-                    const int64_t row = b.begin + a * VL + i;
-                    const float* of_scores = kept + row * ld_kept + h * KEPT_OF_SCORES;
+                    const int64_t query = row + a * VL + i;
+                    const float* of_scores = r.kept + query * r.ld_kept + h * r.head_kept;
                     b.largest[a][i] = of_scores[0], b.inverse[a][i] = of_scores[1];
-                    for (int j = 0; j < hd; j += VL)
-                        products[i] += load_first(o + row * ldo + h * hd + j, hd - j) * load(d_oa + i * width + j);
                 }
-                b.along[a] = sums(products);
             }
-            const Panel all_of_them(s, n, b.begin, b.count, every_pair);
+            const Panel all_of_them(s, r.n_keys, b.begin, b.count, every_pair);
             for (int j = all_of_them.begin / VL * VL; j < all_of_them.end; j += BACKWARD_BLOCK)
-                attend_block_backward(s, hd, b, {k, v, width, n}, j, std::min(j + BACKWARD_BLOCK, n), every_pair, dk, dv);
-            unpack_head(b.count, hd, b.dq, d_qkv + b.begin * ld + heads.q(h), ld);
+                attend_block_backward(s, hd, b, {k, v, width, r.n_keys}, j, std::min(j + BACKWARD_BLOCK, r.n_keys),
+                                      every_pair, dk, dv);
+            unpack_head(b.count, hd, b.dq, r.dq + row * r.ld_q + h * r.head_q, r.ld_q);
         }
-    unpack_head(n, hd, dk, d_qkv + heads.k(g), ld), unpack_head(n, hd, dv, d_qkv + heads.v(g), ld);
+    unpack_head(r.n_keys, hd, dk, r.dk, r.ld_k), unpack_head(r.n_keys, hd, dv, r.dv, r.ld_k);
 }
 
 // Rotate the pairs of every query and key head of rows at positions begin .. end by their position's angle, column c
