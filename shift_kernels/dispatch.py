@@ -71,7 +71,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     check_choice(LOOPED_BLOCK.function, "backend", backend, ["auto", *LOOPED_BLOCK.names()])
     if torch.compiler.is_compiling():  # sizes may be symbols, and a cache is nothing to trace
         return _plan(problem, backend)
-    return _cached_plan(problem, backend)
+    return _cached_plan(problem, backend, torch.get_num_threads())  # which the measured table speaks of
 
 
 def _plan(problem: Problem, backend: str) -> Plan:
@@ -82,7 +82,9 @@ def _plan(problem: Problem, backend: str) -> Plan:
     return _choose(LOOPED_BLOCK, problem, backend)
 
 
-_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+@functools.lru_cache(maxsize=1024)
+def _cached_plan(problem: Problem, backend: str, n_threads: int) -> Plan:
+    return _plan(problem, backend)
 
 
 def forget() -> None:
@@ -293,6 +295,7 @@ def explain_attention(
     shape |= {"k_len": seq_len if k_len is None else k_len}
     for name in options:
         check_choice(function, "options", name, OWN_ATTENTION_OPTIONS)
+    sizes: dict[str, Any]
     sizes = {name: check_int(function, name, size, 1, MAX_TOKENS) for name, size in shape.items()}
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         raise input_error(

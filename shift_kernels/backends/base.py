@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,10 +148,9 @@ class AttentionBackend(Protocol):
     def describe(self, problem: AttentionProblem) -> str:
         """How it would run a problem, in a phrase."""
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, seq_lens: Tensor | None, **own: Any
-    ) -> Tensor:
-        """The attention of checked arguments, differentiable. ``own``: what ``problem.options`` named."""
+    attention: Callable[..., Tensor]
+    """``attention(q, k, v, *, causal, seq_lens, **own)``: of checked arguments, differentiable; ``own``: what
+    ``problem.options`` named."""
 
 
 B = TypeVar("B", Backend, AttentionBackend)

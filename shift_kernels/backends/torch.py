@@ -166,8 +166,8 @@ class _FusedAttention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            o = _fused(*inputs, allowed, causal, scale)
+            q_in, k_in, v_in = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            o = _fused(q_in, k_in, v_in, allowed, causal, scale)
         ctx.save_for_backward(q, k, v, allowed)
         ctx.graph, ctx.causal, ctx.scale = (inputs, o), causal, scale
         return o.detach()
@@ -265,7 +265,7 @@ class TorchAttention:
         scale: float | None = None,
     ) -> Tensor:
         """As :func:`shift_kernels.attention`, whose checks came before."""
-        options = dict(causal=causal, seq_lens=seq_lens, k_seq_lens=k_seq_lens, window=window)
+        options: dict[str, Any] = dict(causal=causal, seq_lens=seq_lens, k_seq_lens=k_seq_lens, window=window)
         explicit = self._needs_scores(q.device, q.dtype, softcap is not None)
         if explicit or transforms_are_active((q, k, v)):
             return reference.attention(q, k, v, **options, softcap=softcap, scale=scale)

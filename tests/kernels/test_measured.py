@@ -58,6 +58,19 @@ def test_auto_takes_the_fastest_that_was_verified(device):
     assert dispatch.plan(problem(device)).backend == "fake_fast"
 
 
+def test_a_plan_follows_the_number_of_threads():
+    measured.record(problem(), {"fake_fast": right(1.0)})
+    dispatch.forget()
+    before = torch.get_num_threads()
+    assert dispatch.plan(problem()).backend == "fake_fast"
+    try:
+        torch.set_num_threads(before + 1)
+        assert dispatch.plan(problem()).backend != "fake_fast"
+    finally:
+        torch.set_num_threads(before)
+    assert dispatch.plan(problem()).backend == "fake_fast"
+
+
 def test_auto_takes_pytorch_where_it_was_faster():
     measured.record(problem(), {"torch": right(1.0), "cpu": right(2.0)})
     dispatch.forget()
