@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.backends.triton import resident_plan
@@ -22,9 +23,14 @@ def spec_of(d_model: int, **options: Any) -> BlockSpec:
     return BlockSpec(**{"d_model": d_model, "n_heads": min(d_model, max(4, d_model // HEAD_DIM))} | options)
 
 
+def chip(sm: int) -> resident_plan.Chip:
+    """What the planner asks of an architecture."""
+    return resident_plan.Chip(sm // 10, SHARED_LIMIT[sm])
+
+
 def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool) -> bool:
     """Whether the resident kernels serve a tile."""
-    return not resident_plan.too_large(spec_of(d_model), seq_len, dtype, grad=grad, capability=sm // 10)
+    return not resident_plan.too_large(spec_of(d_model), seq_len, dtype, grad=grad, chip=chip(sm))
 
 
 def block(

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.offline.instructions import per_token_and_loop
 from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels.backends.triton import backend as triton_backend
+from shift_kernels.backends.triton.resident_plan import Chip
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MATMULS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -49,7 +50,7 @@ def launches(sm: int) -> Iterator[list[Any]]:
     triton.runtime.driver.set_active(_NoGpu(sm))
     with (
         mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(triton_backend, "_capability", return_value=sm // 10),
+        mock.patch.object(triton_backend, "_chip", return_value=Chip(sm // 10, SHARED_LIMIT[sm])),
     ):
         yield found
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from shift_kernels import compiled
 from shift_kernels.backends import cuda_shapes
-from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
-from shift_kernels.backends.device import on_device_of
+from shift_kernels.backends.base import FIRST_OPTIONS, Served, WhyNot
+from shift_kernels.backends.device import DTYPES, no_device, on_device_of, why_not
 from shift_kernels.backends.weight_gradients import (
     NORM_VECTORS,
     ResidentGradients,
@@ -36,7 +36,6 @@ from shift_kernels.torch_internals import constant_for_dynamo
 
 LONG = 1024
 """Tokens that no program holds; any longer sequence is refused as one of these."""
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Limits(NamedTuple):
@@ -68,8 +67,8 @@ def _absent() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
     if _LIBRARY is None:
         return _STATUS
-    if not torch.cuda.is_available() and not _emulated():
-        return "no CUDA device"
+    if (reason := no_device(_emulated())) is not None:
+        return reason
     if _LIBRARY.driver_is_too_old:
         return "the NVIDIA driver is older than the CUDA toolkit that compiled the library"
     return None
@@ -78,16 +77,6 @@ def _absent() -> str | None:
 def _emulated() -> bool:
     """Whether the library plays a GPU on the CPU, with CPU tensors: for tests."""
     return _LIBRARY is not None and not _LIBRARY.archs
-
-
-def _foreign(problem: Problem) -> str | None:
-    """Why the problem is of a kind that this backend is not for, or None."""
-    if problem.device.type != ("cpu" if _emulated() else "cuda"):
-        return f"is for CUDA tensors, not {problem.device.type}"
-    for dtype in (problem.dtype, problem.compute_dtype):
-        if dtype not in DTYPES:
-            return f"is for float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def _unserved(problem: Problem) -> str | None:
@@ -346,11 +335,7 @@ class CudaBackend:
     served = Served(FIRST_OPTIONS)
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
-        found = WhyNot.of(Kind.ABSENT, _absent())
-        if found is None and problem is not None:
-            found = WhyNot.of(Kind.FOREIGN, _foreign(problem)) or WhyNot.of(Kind.UNSERVED, _unserved(problem))
-            found = found or UNVERIFIED
-        return found
+        return why_not(problem, absent=_absent(), emulated=_emulated(), unserved=_unserved)
 
     def describe(self, problem: Problem) -> str:
         """The tile of a program, of the backward's where there is one, and where it is."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shift_kernels.backends.device import refuse_in_capture
 from shift_kernels.call import CallOptions, without_pads
 from shift_kernels.spec import BlockSpec
 
@@ -34,8 +35,9 @@ class Forward:
     @classmethod
     def of(cls, e: Tensor, options: CallOptions, for_backward: bool) -> Forward:
         """For a call. Waits for the device only where the number of states to return or keep is needed."""
+        known = not isinstance(options.n_loops, Tensor) or options.return_all_loops or for_backward
+        refuse_in_capture(e, options, asks_for_loops=known)
         own = options.sample_loops(e.device)
-        known = own is None or options.return_all_loops or for_backward
         most = options.max_loops() if known else _FOREVER
         used = torch.full((len(e),), most, device=e.device) if own is None else own
         if own is not None and options.halt_threshold is not None:

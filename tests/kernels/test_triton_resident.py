@@ -1,5 +1,6 @@
 """The resident Triton kernels against the float64 reference: interpreted, or on a GPU if there is one."""
 
+import dataclasses
 import importlib.util
 import itertools
 
@@ -20,9 +21,9 @@ from triton.runtime.interpreter import GridExecutor
 from triton_interpreter import DEVICE, to_bits, to_float32
 
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
-from shift_kernels.backends import weight_gradients
+from shift_kernels.backends import device, weight_gradients
 from shift_kernels.backends.triton import backend as triton_backend
-from shift_kernels.backends.triton import resident_plan, tuned
+from shift_kernels.backends.triton import packing, resident_plan, tuned
 from shift_kernels.call import CallOptions, Problem
 
 F64 = torch.float64
@@ -324,6 +325,46 @@ def test_auto_never_takes_the_interpreter_for_cpu_tensors():
     assert dispatch.plan(problem).backend != "triton"
 
 
+@pytest.mark.parametrize(("capability", "shared", "fits"), [(8, 99, False), (12, 99, False), (9, 227, True)])
+def test_what_a_devices_shared_memory_does_not_hold_is_streamed_in_words(
+    monkeypatch, capability, shared, fits
+):
+    chip = resident_plan.Chip(capability, shared * 1024)
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: chip)
+    wide = dict(activation="swiglu", position="rope", norm_placement="sandwich", head_dim=128)
+    problem = Problem(
+        BlockSpec(256, 2, **wide), 8, 64, torch.bfloat16, torch.bfloat16, torch.device("cuda"), True
+    )
+    words = triton_backend.TRITON.describe(problem)
+    assert words.startswith("resident" if fits else "streamed")
+    assert fits or f"> {shared * 1024} on this device" in words
+    narrow = dataclasses.replace(problem, spec=BlockSpec(256, 8))
+    assert triton_backend.TRITON.describe(narrow).startswith("resident")
+
+
+def test_a_device_that_is_too_old_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: resident_plan.Chip(7, 64 * 1024))
+    problem = Problem(BlockSpec(64, 4), 8, 32, torch.float32, torch.float32, torch.device(DEVICE), True)
+    assert "compute capability 7.x" in triton_backend.TRITON.why_not(problem).words
+
+
+@BOTH_PATHS
+def test_a_cuda_graph_refuses_what_it_cannot_hold(monkeypatch, size):
+    """Nothing is captured here: the question whether something is has a prepared answer."""
+    monkeypatch.setattr(device, "capturing", lambda device: True)
+    monkeypatch.setattr(packing, "capturing", lambda device: True)
+    spec, e, weights = make(**size, position="rope")
+    e, weights = e.float(), cast(weights, torch.float32)
+    whole = looped_block(e, weights, spec, 2, backend="triton")
+    assert whole.isfinite().all()
+    for call in (
+        {"n_loops": torch.tensor([1] * len(e))},
+        {"n_loops": 1, "seq_lens": torch.tensor([2] * len(e))},
+    ):
+        with pytest.raises(ValueError, match="while a CUDA graph is captured"):
+            looped_block(e, weights, spec, **call, backend="triton")
+
+
 @pytest.mark.parametrize("seq_len", [1, 16, 30, 64, 100])
 @pytest.mark.parametrize("d_model", [8, 64, 96, 256])
 @pytest.mark.parametrize("grad", [False, True])
@@ -486,7 +527,7 @@ def test_a_configuration_comes_from_the_table_or_is_the_safe_one(monkeypatch):
             pack=False,
             precision="ieee",
             grad=grad,
-            capability=capability,
+            chip=resident_plan.Chip(capability, 2**18),
         )
         return tile.warps, tile.ff_chunk, tile.stages
 

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
-from shift_kernels.backends.device import matmul_precision, on_device_of
+from shift_kernels.backends.device import (
+    foreign_device,
+    matmul_precision,
+    no_device,
+    on_device_of,
+    why_not,
+)
 from shift_kernels.backends.triton import resident_plan
+from shift_kernels.backends.triton.resident_plan import HOPPER, Chip
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
 from shift_kernels.spec import ACTIVATIONS, BlockSpec
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -27,9 +32,7 @@ def _absent() -> str | None:
     """Why this backend cannot be used on this machine, or None."""
     if not _INSTALLED:
         return "Triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "no CUDA device"
-    return None
+    return no_device(_interpreted())
 
 
 def _interpreted() -> bool:
@@ -37,32 +40,24 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _foreign_device(device: torch.device) -> str | None:
-    if device.type == "cuda" or (_interpreted() and device.type == "cpu"):
-        return None
-    return f"is for CUDA tensors, not {device.type}"
-
-
-def _foreign(problem: Problem) -> str | None:
-    """Why the problem is of a kind that this backend is not for, or None."""
-    device = _foreign_device(problem.device)
-    if device is not None:
-        return device
-    for dtype in (problem.dtype, problem.compute_dtype):
-        if dtype not in _DTYPES:
-            return f"is for float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
 def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
-    return TritonBackend.served.refusal(problem) or resident_plan.unserved(problem.spec)
+    refused = TritonBackend.served.refusal(problem) or resident_plan.unserved(problem.spec)
+    return refused or _too_old(problem.device)
 
 
-def _capability(device: torch.device) -> int:
-    """Major compute capability; a Hopper's where there is no such device (``explain``, the interpreter)."""
-    exists = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.get_device_capability(device)[0] if exists else 9
+def _chip(device: torch.device) -> Chip:
+    """What the planner asks of a device; a Hopper where there is none (``explain``, the interpreter)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    return Chip(found.major, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why no kernel here runs on a device, or None."""
+    major = _chip(device).capability
+    return f"compute capability {major}.x: the kernels need 8.0 (sm_80) or later" if major < 8 else None
 
 
 def _too_large(problem: Problem) -> str | None:
@@ -72,7 +67,7 @@ def _too_large(problem: Problem) -> str | None:
         problem.seq_len,
         problem.compute_dtype,
         grad=problem.grad,
-        capability=_capability(problem.device),
+        chip=_chip(problem.device),
     )
 
 
@@ -90,7 +85,7 @@ def _tile(
         precision=matmul_precision(),
         training=training,
         backward=backward,
-        capability=_capability(e.device),
+        chip=_chip(e.device),
     )
 
 
@@ -101,11 +96,7 @@ class TritonBackend:
     served = Served({**FIRST_OPTIONS, "activation": ACTIVATIONS})
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
-        found = WhyNot.of(Kind.ABSENT, _absent())
-        if found is None and problem is not None:
-            found = WhyNot.of(Kind.FOREIGN, _foreign(problem)) or WhyNot.of(Kind.UNSERVED, _unserved(problem))
-            found = found or UNVERIFIED
-        return found
+        return why_not(problem, absent=_absent(), emulated=_interpreted(), unserved=_unserved)
 
     def describe(self, problem: Problem) -> str:
         """Resident or streamed, and why."""
@@ -181,9 +172,9 @@ class TritonAttention:
         if found is None and problem is not None:
             from shift_kernels.backends.triton import attention
 
-            device = _foreign_device(problem.device)
-            found = WhyNot.of(Kind.FOREIGN, device) or WhyNot.of(Kind.UNSERVED, attention.unserved(problem))
-            found = found or UNVERIFIED
+            foreign = foreign_device(problem.device, _interpreted())
+            unserved = foreign or attention.unserved(problem) or _too_old(problem.device)
+            found = WhyNot.of(Kind.FOREIGN, foreign) or WhyNot.of(Kind.UNSERVED, unserved) or UNVERIFIED
         return found
 
     def describe(self, problem: AttentionProblem) -> str:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shift_kernels.backends.device import capturing
 from shift_kernels.backends.triton.resident_plan import MIN_SIDE, Layout, layout
 from shift_kernels.backends.weight_gradients import NORM_VECTORS
 from shift_kernels.rotary import rotary_table
@@ -180,7 +181,7 @@ def rotary(spec: BlockSpec, seq_len: int, device: torch.device) -> Tensor:
     """cos and sin as the kernels read them, float32 [2, seq_len, head_pad]; empty without rope."""
     if spec.position != "rope":
         return torch.empty(0, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return _padded_table(
             spec, seq_len, device
         )  # no copy from the host, nothing kept from a graph's memory

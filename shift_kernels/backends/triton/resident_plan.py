@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,27 @@ MOST_FF_CHUNK = 64  # hidden columns at a time, at most; d_ff is padded to a mul
 # With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
 BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
 BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond them tiles may grow
+
+
+class Chip(NamedTuple):
+    """What the planner asks of a device: major compute capability, shared memory that a program may use."""
+
+    capability: int
+    shared_bytes: int
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Whether accumulators live in tensor memory: with compute capability 10, not with 12."""
+        return self.capability in (10, 11)
+
+    @property
+    def warpgroups(self) -> bool:
+        """Whether products read their operands from shared memory, not from registers."""
+        return self.capability in (9, 10, 11)
+
+
+HOPPER = Chip(9, 227 * 1024)
+"""The device taken where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +193,9 @@ def states(spec: BlockSpec) -> int:
     return spec.n_layers * layout(spec).halves + spec.loop_norm
 
 
-def limits(itemsize: int, *, grad: bool, capability: int) -> tuple[int, int]:
-    """Most rows, and most elements (rows x d_pad), of a tile. capability: major compute capability."""
-    if grad and capability >= 10 and itemsize == 2:
+def limits(itemsize: int, *, grad: bool, chip: Chip) -> tuple[int, int]:
+    """Most rows, and most elements (rows x d_pad), of a tile."""
+    if grad and chip.tensor_memory and itemsize == 2:
         return BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE
     return MAX_ROWS, (BACKWARD_TILE if grad else FORWARD_TILE)[itemsize]
 
@@ -187,7 +209,7 @@ def tile(
     pack: bool,
     precision: str,
     grad: bool,
-    capability: int = 9,
+    chip: Chip = HOPPER,
 ) -> Tile:
     """The tile for a block and a padded length.
 
@@ -197,19 +219,20 @@ def tile(
         pack: several short sequences may share a tile: they then leave together, so not with a T each.
         precision: ``ieee`` or ``tf32``.
         grad: for the backward kernel, which holds more and takes smaller chunks.
-        capability: major compute capability of the device.
+        chip: the device.
     """
     rows = power_of_two(seq_len)
     if pack:
-        most_rows, most = limits(itemsize, grad=grad, capability=capability)
+        most_rows, most = limits(itemsize, grad=grad, chip=chip)
         while (
             2 * rows <= min(PACKED_ROWS, most_rows)
             and 2 * rows * power_of_two(spec.d_model) <= most
             and batch * seq_len >= 2 * rows * BUSY
+            and shared_bytes(spec, 2 * rows, itemsize, grad=grad, chip=chip) <= chip.shared_bytes
         ):
             rows *= 2
     sizes = layout(spec)
-    config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, capability=capability)
+    config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, capability=chip.capability)
     return Tile(
         **dataclasses.asdict(sizes),
         rows=rows,
@@ -238,11 +261,11 @@ def unserved(spec: BlockSpec) -> str | None:
 
 
 def too_large(
-    spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool, capability: int = 9
+    spec: BlockSpec, seq_len: int, compute_dtype: torch.dtype, *, grad: bool, chip: Chip = HOPPER
 ) -> str | None:
     """Why no tile holds this block, or None."""
     rows, d_pad = power_of_two(seq_len), power_of_two(spec.d_model)
-    most_rows, most = limits(compute_dtype.itemsize, grad=grad, capability=capability)
+    most_rows, most = limits(compute_dtype.itemsize, grad=grad, chip=chip)
     if rows > most_rows:
         return f"seq_len = {seq_len} > {most_rows}{' with gradients' if grad else ''}"
     if rows * d_pad > most:
@@ -250,7 +273,24 @@ def too_large(
             f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
             f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
         )
+    shared = shared_bytes(spec, rows, compute_dtype.itemsize, grad=grad, chip=chip)
+    if shared > chip.shared_bytes:
+        return f"up to {shared} bytes of shared memory a program > {chip.shared_bytes} on this device"
     return None
+
+
+def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip: Chip) -> int:
+    """Shared memory that a program takes at most: what its products read from there at a time.
+
+    A model of what Triton 3.6 does, held against every kernel that was compiled (test_triton_offline.py).
+    """
+    s = layout(spec)
+    chunk = tuned.config(rows, s.d_pad, itemsize, grad=grad, capability=chip.capability).ff_chunk
+    tiles = 2 if grad else 1  # xn, and dy
+    heads, scores = (4, 2) if grad and chip.warpgroups else (2, 1)  # q, k, v, do; p, ds
+    attention = s.head_pad * s.d_pad + heads * rows * s.head_pad + scores * rows * rows
+    mlp = (s.hidden + 1) * chunk * s.d_pad + chip.warpgroups * rows * chunk if s.d_ff else 0
+    return itemsize * (tiles * rows * s.d_pad + max(attention, mlp))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -264,10 +304,10 @@ def plan(
     precision: str,
     training: bool,
     backward: bool,
-    capability: int,
+    chip: Chip,
 ) -> Tile | None:
     """The tile of a call's kernel; None where a block (in ``training``: its backward) is too large."""
-    if too_large(spec, seq_len, compute_dtype, grad=training, capability=capability):
+    if too_large(spec, seq_len, compute_dtype, grad=training, chip=chip):
         return None
     return tile(
         spec,
@@ -277,5 +317,5 @@ def plan(
         pack=pack,
         precision=precision,
         grad=backward,
-        capability=capability,
+        chip=chip,
     )

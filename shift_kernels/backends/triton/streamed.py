@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from shift_kernels.backends.device import refuse_in_capture
 from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward, needs_exact
@@ -364,6 +365,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """h_T (or all h_t), the loops used, and for the backward [h_0 .. h_{T-1}]; see ``torch_backend``."""
     batch, seq_len, d = e.shape
+    refuse_in_capture(e, options, asks_for_loops=True)  # launches are made by the host
     e = e.detach()
     lens = seq_lens_on(e, options)
     e = _clean(e, lens)
