@@ -14,6 +14,7 @@ from shift_kernels.call import CallOptions
 
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
 HEAD_DIM = 32
+WIDE = dict(activation="swiglu", position="rope", norm_placement="sandwich", n_heads=2, head_dim=128)
 HEAD_DIMS = (4, 16, 32, 64, 128)
 WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
 
@@ -28,9 +29,9 @@ def chip(sm: int) -> resident_plan.Chip:
     return resident_plan.Chip(sm // 10, SHARED_LIMIT[sm])
 
 
-def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool) -> bool:
+def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool, **options: Any) -> bool:
     """Whether the resident kernels serve a tile."""
-    return not resident_plan.too_large(spec_of(d_model), seq_len, dtype, grad=grad, chip=chip(sm))
+    return not resident_plan.too_large(spec_of(d_model, **options), seq_len, dtype, grad=grad, chip=chip(sm))
 
 
 def block(

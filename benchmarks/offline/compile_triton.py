@@ -1,6 +1,7 @@
 """Compile every Triton kernel without a GPU; write registers, spills and shared memory.
 
-python -m benchmarks.offline.compile_triton            # sm_80 sm_90 sm_100 -> JSON
+python -m benchmarks.offline.compile_triton                          # everything -> JSON
+python -m benchmarks.offline.compile_triton --sm 90 --only block     # replaces these rows alone
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,49 @@ from benchmarks.offline.compiling import NAMES, figures
 from benchmarks.offline.limits import SHARED_LIMIT
 
 RESULTS = Path(__file__).parents[1] / "results" / "offline" / "triton.json"
+COPIES = ("pack", "unpack")
 ROW_KERNELS = ("add_norm", "norm_backward", "activation", "rotate")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def rows(sm: int) -> Iterator[dict[str, Any]]:
-    """Figures of every kernel on one architecture."""
+def block_rows(sm: int) -> Iterator[dict[str, Any]]:
+    """Figures of the resident kernels on one architecture, and of the product that sums weight gradients."""
     for dtype, (seq_len, d_model), grad in itertools.product(DTYPES, cases.TILES, (False, True)):
         if cases.fits(seq_len, d_model, dtype, sm, grad=grad):
             # Where the backward is not resident, the forward is so in inference alone.
             training = cases.fits(seq_len, d_model, dtype, sm, grad=True)
             call = functools.partial(cases.block, seq_len, d_model, dtype, grad=grad, training=training)
-            for found in figures(sm, call):
-                yield {"case": f"block {seq_len}x{d_model} {NAMES[dtype]}"} | found
+            yield from _named(f"block {seq_len}x{d_model} {NAMES[dtype]}", sm, call)
+
+
+def wide_rows(sm: int) -> Iterator[dict[str, Any]]:
+    """The same of the block that holds most: where it fits at all."""
+    for (seq_len, d_model), grad in itertools.product(((64, 128), (64, 256)), (False, True)):
+        if cases.fits(seq_len, d_model, torch.bfloat16, sm, grad=grad, **cases.WIDE):
+            call = functools.partial(cases.block, seq_len, d_model, torch.bfloat16, grad=grad, **cases.WIDE)
+            yield from _named(f"wide {seq_len}x{d_model} bf16", sm, call)
+
+
+def attention_rows(sm: int) -> Iterator[dict[str, Any]]:
+    """Figures of flash attention."""
     for dtype, head_dim in itertools.product(DTYPES, cases.HEAD_DIMS):
-        for found in figures(sm, lambda: cases.attention(head_dim, dtype)):  # noqa: B023
-            yield {"case": f"attention head_dim {head_dim} {NAMES[dtype]}"} | found
+        call = functools.partial(cases.attention, head_dim, dtype)
+        yield from _named(f"attention head_dim {head_dim} {NAMES[dtype]}", sm, call)
+
+
+def layer_rows(sm: int) -> Iterator[dict[str, Any]]:
+    """Figures of the streamed layer's row kernels."""
     for d_model in cases.WIDTHS:
-        for found in figures(sm, lambda: cases.layer(d_model, torch.bfloat16)):  # noqa: B023
-            if found["kernel"] in ROW_KERNELS:
-                yield {"case": f"layer d_model {d_model} bf16"} | found
+        call = functools.partial(cases.layer, d_model, torch.bfloat16)
+        rows = _named(f"layer d_model {d_model} bf16", sm, call)
+        yield from (row for row in rows if row["kernel"] in ROW_KERNELS)
+
+
+def _named(case: str, sm: int, call: Callable[[], object]) -> Iterator[dict[str, Any]]:
+    return ({"case": case} | row for row in figures(sm, call) if row["kernel"] not in COPIES)
+
+
+KINDS = {"block": block_rows, "wide": wide_rows, "attention": attention_rows, "layer": layer_rows}
 
 
 def main() -> None:
@@ -49,13 +73,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--sm", type=int, nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     args = parser.parse_args()
-    found = []
-    for row in itertools.chain.from_iterable(map(rows, args.sm)):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+    kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    for sm, kind in itertools.product(args.sm, args.only):
+        kept = [row for row in kept if row["sm"] != sm or row["case"].split()[0] != kind]
+        for row in KINDS[kind](sm):
+            kept.append(row)
+            print(json.dumps(row), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"triton": triton.__version__, "rows": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
