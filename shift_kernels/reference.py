@@ -337,17 +337,20 @@ def in_reach(distance: Tensor, causal: bool, window: int | None) -> Tensor:
 
 def mlp(x: Tensor, w: Mapping[str, Tensor], spec: BlockSpec, prefix: str) -> Tensor:
     """linear -> activation -> linear; with a gate the first map's rows are the gate, then the values."""
-    y = _linear(x, w, prefix + "linear1.weight", prefix + "linear1.bias")
-    if spec.activation in GATED:
-        gate, up = y.chunk(2, dim=-1)
-        y = (F.silu(gate) if spec.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
-    elif spec.activation == "relu":
-        y = F.relu(y)
-    elif spec.activation == "relu2":
-        y = F.relu(y).square()
-    else:
-        y = F.gelu(y, approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+    y = activate(_linear(x, w, prefix + "linear1.weight", prefix + "linear1.bias"), spec.activation)
     return _linear(y, w, prefix + "linear2.weight", prefix + "linear2.bias").to(x.dtype)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The activation of linear1's result; gated ones halve its width."""
+    if activation in GATED:
+        gate, up = y.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "relu2":
+        return F.relu(y).square()
+    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _linear(x: Tensor, w: Mapping[str, Tensor], weight: str, bias: str) -> Tensor:

@@ -183,7 +183,7 @@ def test_rows_beyond_the_last_and_buffers_around_are_left_alone():
     whole = torch.full((9, 20), 123.0)
     y = whole[2:7]  # contiguous rows in the middle
     x = torch.randn(5, 20)
-    rows.add_norm(x, None, None, 1.0, None, (torch.ones(20), None), "rmsnorm", 1e-5, None, y)
+    rows.add_norm(rows.AddNorm(x, None, None, None, (torch.ones(20), None), None, y), 1.0, "rmsnorm", 1e-5)
     torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (20,), eps=1e-5))
     assert (whole[:2] == 123).all()
     assert (whole[7:] == 123).all()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -199,20 +200,33 @@ def _forward(Q, K, V, O, EXACT, L, LENS, strides, seq_len, n_heads, group, S: tl
     tl.store(L + row_base + rows, lse, mask=rows < seq_len)
 
 
+class Read(NamedTuple):
+    """What both kernels of the backward read; delta is written by the first."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    do: Tensor
+    lse: Tensor
+    delta: Tensor
+    lens: Tensor | None
+
+
 @triton.jit
-def _backward_dq(Q, K, V, O, DO, L, DELTA, DQ, LENS, strides, seq_len, n_heads, group, S: tl.constexpr):
+def _backward_dq(io, DQ, strides, seq_len, n_heads, group, S: tl.constexpr):
     """dq and delta of one program's queries."""
     b, h, m0 = _queries(seq_len, n_heads, S)
     rows = m0 + tl.arange(0, S.block_m)
-    length = _length(LENS, b, seq_len)
-    q = _load(_of(Q, strides[0], b, h), strides[0], rows, length, True, S)
-    o = _load(_of(O, strides[3], b, h), strides[3], rows, length, True, S)
-    do = _load(_of(DO, strides[4], b, h), strides[4], rows, length, True, S)
-    k_base, v_base = _of(K, strides[1], b, h // group), _of(V, strides[2], b, h // group)
+    length = _length(io.lens, b, seq_len)
+    q = _load(_of(io.q, strides[0], b, h), strides[0], rows, length, True, S)
+    o = _load(_of(io.o, strides[3], b, h), strides[3], rows, length, True, S)
+    do = _load(_of(io.do, strides[4], b, h), strides[4], rows, length, True, S)
+    k_base, v_base = _of(io.k, strides[1], b, h // group), _of(io.v, strides[2], b, h // group)
     row_base = (b * n_heads + h) * seq_len
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + row_base + rows, delta, mask=rows < seq_len)
-    lse = tl.load(L + row_base + rows, mask=rows < length, other=0.0)
+    tl.store(io.delta + row_base + rows, delta, mask=rows < seq_len)
+    lse = tl.load(io.lse + row_base + rows, mask=rows < length, other=0.0)
     dq = tl.zeros(q.shape, tl.float32)
     full, end = _keys_seen(m0, length, S)
     for part in tl.static_range(2):
@@ -228,7 +242,7 @@ def _backward_dq(Q, K, V, O, DO, L, DELTA, DQ, LENS, strides, seq_len, n_heads, 
 
 
 @triton.jit
-def _backward_dkv(Q, K, V, DO, L, DELTA, DK, DV, LENS, strides, seq_len, n_heads, group, S: tl.constexpr):
+def _backward_dkv(io, DK, DV, strides, seq_len, n_heads, group, S: tl.constexpr):
     """dk and dv of one program's keys: the sum over all query heads of their group."""
     n_blocks = tl.cdiv(seq_len, S.block_n)
     n_kv_heads = n_heads // group
@@ -236,23 +250,23 @@ def _backward_dkv(Q, K, V, DO, L, DELTA, DK, DV, LENS, strides, seq_len, n_heads
     b, kv_head = bh // n_kv_heads, bh % n_kv_heads
     n0 = (tl.program_id(0) % n_blocks) * S.block_n
     keys = n0 + tl.arange(0, S.block_n)
-    length = _length(LENS, b, seq_len)
-    k = _load(_of(K, strides[1], b, kv_head), strides[1], keys, length, True, S)
-    v = _load(_of(V, strides[2], b, kv_head), strides[2], keys, length, True, S)
+    length = _length(io.lens, b, seq_len)
+    k = _load(_of(io.k, strides[1], b, kv_head), strides[1], keys, length, True, S)
+    v = _load(_of(io.v, strides[2], b, kv_head), strides[2], keys, length, True, S)
     dk = tl.zeros(k.shape, tl.float32)
     dv = tl.zeros(k.shape, tl.float32)
     start = n0 // S.block_m * S.block_m if S.causal else 0
     start = tl.where(n0 < length, start, length)
     for head in range(group):
         h = kv_head * group + head
-        q_base, do_base = _of(Q, strides[0], b, h), _of(DO, strides[3], b, h)
+        q_base, do_base = _of(io.q, strides[0], b, h), _of(io.do, strides[3], b, h)
         row_base = (b * n_heads + h) * seq_len
         for m0 in range(start, length, S.block_m):
             rows = m0 + tl.arange(0, S.block_m)
             q = _load(q_base, strides[0], rows, length, True, S)
             do = _load(do_base, strides[3], rows, length, True, S)
-            lse = tl.load(L + row_base + rows, mask=rows < length, other=0.0)
-            delta = tl.load(DELTA + row_base + rows, mask=rows < length, other=0.0)
+            lse = tl.load(io.lse + row_base + rows, mask=rows < length, other=0.0)
+            delta = tl.load(io.delta + row_base + rows, mask=rows < length, other=0.0)
             # Transposed, [block_n, block_m]: p and ds are then left operands, as they lie in registers.
             s = tl.dot(k, tl.trans(q), input_precision=S.precision) * S.scale
             seen = (keys[:, None] < length) & (rows[None, :] < length)
@@ -334,13 +348,14 @@ def attention_backward(
     delta = torch.empty_like(lse)
     sizes = seq_len, n_heads, n_heads // k.shape[1]
     _, c, d = configs(seq_len, head_dim, q.itemsize)
+    io = Read(q, k, v, o, grad_o, lse, delta, seq_lens)
     with on_device_of(q):
         _backward_dq[(triton.cdiv(seq_len, c.own) * batch * n_heads,)](
-            q, k, v, o, grad_o, lse, delta, dq, seq_lens, _strides(q, k, v, o, grad_o, dq), *sizes,
+            io, dq, _strides(q, k, v, o, grad_o, dq), *sizes,
             _tile(q, causal, c.own, c.walk), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         _backward_dkv[(triton.cdiv(seq_len, d.own) * batch * k.shape[1],)](
-            q, k, v, grad_o, lse, delta, dk, dv, seq_lens, _strides(q, k, v, grad_o, dk, dv), *sizes,
+            io, dk, dv, _strides(q, k, v, grad_o, dk, dv), *sizes,
             _tile(q, causal, d.walk, d.own), num_warps=d.warps, num_stages=d.stages,
         )  # fmt: skip
     return dq, dk, dv

@@ -12,6 +12,9 @@ Grid: norms at most PROGRAMS programs that stride over the rows; the others one 
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,130 +26,144 @@ PROGRAMS = 512  # partial sums kept for norm gradients: enough to fill a GPU, fe
 _BLOCK = 4096  # numbers a program of a row kernel holds at once
 
 
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """Compile-time facts of a norm's kernel: width of a row, and padded; rows a program has at a time."""
+
+    d: int
+    layernorm: bool
+
+    @property
+    def block_d(self) -> int:
+        """d to the next power of two."""
+        return triton.next_power_of_2(self.d)
+
+    @property
+    def rows(self) -> int:
+        """As many as fill _BLOCK numbers, 16 at most."""
+        return max(1, min(16, _BLOCK // self.block_d))
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return 4 if self.rows * self.block_d <= _BLOCK else 8
+
+
+class AddNorm(NamedTuple):
+    """u = x + scale f(z + bias), y = norm(u); all [rows, d_model] contiguous; None: not there.
+
+    branch_norm, norm: weight and bias, of f and of y's norm.
+    """
+
+    x: Tensor
+    z: Tensor | None
+    bias: Tensor | None
+    branch_norm: tuple[Tensor, Tensor | None] | None
+    norm: tuple[Tensor, Tensor | None] | None
+    u: Tensor | None
+    y: Tensor | None
+
+
+class NormBackward(NamedTuple):
+    """dx = carry + the gradient of norm(src + bias) for dy; adds to dgamma, dbeta [PROGRAMS, d_model] f32."""
+
+    dy: Tensor
+    src: Tensor
+    bias: Tensor | None
+    gamma: Tensor
+    carry: Tensor | None
+    dx: Tensor
+    dgamma: Tensor
+    dbeta: Tensor | None
+
+
 @triton.jit
-def _normalise(x, cols, D: tl.constexpr, eps, LAYERNORM: tl.constexpr):
-    """x - mean (layernorm) and 1 / root mean square, rows of width D padded to a power of two."""
-    if LAYERNORM:
-        x = tl.where(cols < D, x - (tl.sum(x, 1) / D)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
+def _normalise(x, cols, eps, T: tl.constexpr):
+    """x - mean (layernorm) and 1 / root mean square, rows of width d padded to a power of two."""
+    if T.layernorm:
+        x = tl.where(cols < T.d, x - (tl.sum(x, 1) / T.d)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / T.d + eps)
     return x * rstd[:, None], rstd
 
 
 @triton.jit
-def _add_norm(
-    X, Z, BIAS, G0, B0, G, B, U, Y, n_rows, scale, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, LAYERNORM: tl.constexpr,
-    BRANCH_NORM: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    at, mask = rows * D + cols, (rows < n_rows) & (cols < D)
-    u = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
-    if Z is not None:
-        z = tl.load(Z + at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS is not None:
-            z += tl.load(BIAS + cols, mask=cols < D, other=0.0).to(tl.float32)
-        if BRANCH_NORM:
-            z, _ = _normalise(z, cols, D, eps, LAYERNORM)
-            z *= tl.load(G0 + cols, mask=cols < D, other=0.0).to(tl.float32)
-            if B0 is not None:
-                z += tl.load(B0 + cols, mask=cols < D, other=0.0).to(tl.float32)
-        u += scale * z
-    if U is not None:
-        # Normalise what is stored, so that the backward, which reads it, sees the same numbers.
-        u = u.to(U.dtype.element_ty)
-        tl.store(U + at, u, mask=mask)
-        u = u.to(tl.float32)
-    if Y is not None:
-        if NORM:
-            u, _ = _normalise(u, cols, D, eps, LAYERNORM)
-            u *= tl.load(G + cols, mask=cols < D, other=0.0).to(tl.float32)
-            if B is not None:
-                u += tl.load(B + cols, mask=cols < D, other=0.0).to(tl.float32)
-        tl.store(Y + at, u.to(Y.dtype.element_ty), mask=mask)
-
-
-def add_norm(
-    x: Tensor,
-    z: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    branch_norm: tuple[Tensor, Tensor | None] | None,
-    norm: tuple[Tensor, Tensor | None] | None,
-    kind: str,
-    eps: float,
-    u: Tensor | None,
-    y: Tensor | None,
-) -> None:
-    """u = x + scale f(z + bias), y = norm(u); all [rows, d_model] contiguous; u or y may be None."""
-    n_rows, d = x.shape
-    block_d = triton.next_power_of_2(d)
-    rows = max(1, min(16, _BLOCK // block_d))
-    _add_norm[(triton.cdiv(n_rows, rows),)](
-        x, z, bias, *(branch_norm or (None, None)), *(norm or (None, None)), u, y, n_rows, scale, eps,
-        D=d, BLOCK_D=block_d, ROWS=rows, NORM=norm is not None, LAYERNORM=kind == "layernorm",
-        BRANCH_NORM=branch_norm is not None, num_warps=4 if rows * block_d <= _BLOCK else 8,
-    )  # fmt: skip
+def _scaled(x, norm, cols, T: tl.constexpr):
+    """x times a norm's weight, plus its bias."""
+    x *= tl.load(norm[0] + cols, mask=cols < T.d, other=0.0).to(tl.float32)
+    if norm[1] is not None:
+        x += tl.load(norm[1] + cols, mask=cols < T.d, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
-def _norm_backward(
-    DY, SRC, BIAS, G, CARRY, DX, DG, DB, n_rows, dy_scale, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LAYERNORM: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    gamma = tl.load(G + cols, mask=cols < D, other=0.0).to(tl.float32)
-    dg = tl.zeros([1, BLOCK_D], tl.float32)
-    db = tl.zeros([1, BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        rows = (block * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-        at, mask = rows * D + cols, (rows < n_rows) & (cols < D)
-        x = tl.load(SRC + at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS is not None:
-            x += tl.load(BIAS + cols, mask=cols < D, other=0.0).to(tl.float32)
-        dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32) * dy_scale
-        x, rstd = _normalise(x, cols, D, eps, LAYERNORM)
+def _add_norm(io, n_rows, scale, eps, T: tl.constexpr):
+    rows = (tl.program_id(0) * T.rows + tl.arange(0, T.rows))[:, None].to(tl.int64)
+    cols = tl.arange(0, T.block_d)[None, :]
+    at, mask = rows * T.d + cols, (rows < n_rows) & (cols < T.d)
+    u = tl.load(io.x + at, mask=mask, other=0.0).to(tl.float32)
+    if io.z is not None:
+        z = tl.load(io.z + at, mask=mask, other=0.0).to(tl.float32)
+        if io.bias is not None:
+            z += tl.load(io.bias + cols, mask=cols < T.d, other=0.0).to(tl.float32)
+        if io.branch_norm is not None:
+            z, _ = _normalise(z, cols, eps, T)
+            z = _scaled(z, io.branch_norm, cols, T)
+        u += scale * z
+    if io.u is not None:
+        # Normalise what is stored, so that the backward, which reads it, sees the same numbers.
+        u = u.to(io.u.dtype.element_ty)
+        tl.store(io.u + at, u, mask=mask)
+        u = u.to(tl.float32)
+    if io.y is not None:
+        if io.norm is not None:
+            u, _ = _normalise(u, cols, eps, T)
+            u = _scaled(u, io.norm, cols, T)
+        tl.store(io.y + at, u.to(io.y.dtype.element_ty), mask=mask)
+
+
+def add_norm(io: AddNorm, scale: float, kind: str, eps: float) -> None:
+    """Fill u and y; kind: of both norms."""
+    n_rows, d = io.x.shape
+    tile = RowTile(d, kind == "layernorm")
+    _add_norm[(triton.cdiv(n_rows, tile.rows),)](io, n_rows, scale, eps, tile, num_warps=tile.warps)
+
+
+@triton.jit
+def _norm_backward(io, n_rows, dy_scale, eps, T: tl.constexpr):
+    cols = tl.arange(0, T.block_d)[None, :]
+    gamma = tl.load(io.gamma + cols, mask=cols < T.d, other=0.0).to(tl.float32)
+    dg = tl.zeros(cols.shape, tl.float32)
+    db = tl.zeros(cols.shape, tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, T.rows), tl.num_programs(0)):
+        rows = (block * T.rows + tl.arange(0, T.rows))[:, None].to(tl.int64)
+        at, mask = rows * T.d + cols, (rows < n_rows) & (cols < T.d)
+        x = tl.load(io.src + at, mask=mask, other=0.0).to(tl.float32)
+        if io.bias is not None:
+            x += tl.load(io.bias + cols, mask=cols < T.d, other=0.0).to(tl.float32)
+        dy = tl.load(io.dy + at, mask=mask, other=0.0).to(tl.float32) * dy_scale
+        x, rstd = _normalise(x, cols, eps, T)
         dg += tl.sum(dy * x, 0)[None, :]
         db += tl.sum(dy, 0)[None, :]
         dy *= gamma
-        dx = dy - x * (tl.sum(dy * x, 1) / D)[:, None]
-        if LAYERNORM:
-            dx -= (tl.sum(dy, 1) / D)[:, None]
+        dx = dy - x * (tl.sum(dy * x, 1) / T.d)[:, None]
+        if T.layernorm:
+            dx -= (tl.sum(dy, 1) / T.d)[:, None]
         dx *= rstd[:, None]
-        if CARRY is not None:
-            dx += tl.load(CARRY + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=mask)
-    mine = tl.program_id(0) * D + cols
-    tl.store(DG + mine, tl.load(DG + mine, mask=cols < D, other=0.0) + dg, mask=cols < D)
-    if DB is not None:
-        tl.store(DB + mine, tl.load(DB + mine, mask=cols < D, other=0.0) + db, mask=cols < D)
+        if io.carry is not None:
+            dx += tl.load(io.carry + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(io.dx + at, dx.to(io.dx.dtype.element_ty), mask=mask)
+    mine = tl.program_id(0) * T.d + cols
+    tl.store(io.dgamma + mine, tl.load(io.dgamma + mine, mask=cols < T.d, other=0.0) + dg, mask=cols < T.d)
+    if io.dbeta is not None:
+        tl.store(io.dbeta + mine, tl.load(io.dbeta + mine, mask=cols < T.d, other=0.0) + db, mask=cols < T.d)
 
 
-def norm_backward(
-    dy: Tensor,
-    src: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    kind: str,
-    eps: float,
-    carry: Tensor | None,
-    dx: Tensor,
-    dgamma: Tensor,
-    dbeta: Tensor | None,
-    dy_scale: float = 1.0,
-) -> None:
-    """dx = carry + the gradient of norm(src + bias) for dy_scale dy; adds to dgamma, dbeta.
-
-    dgamma, dbeta: [PROGRAMS, d_model] float32 partial sums.
-    """
-    n_rows, d = src.shape
-    block_d = triton.next_power_of_2(d)
-    rows = max(1, min(16, _BLOCK // block_d))
-    _norm_backward[(min(PROGRAMS, triton.cdiv(n_rows, rows)),)](
-        dy, src, bias, gamma, carry, dx, dgamma, dbeta, n_rows, dy_scale, eps,
-        D=d, BLOCK_D=block_d, ROWS=rows, LAYERNORM=kind == "layernorm",
-        num_warps=4 if rows * block_d <= _BLOCK else 8,
-    )  # fmt: skip
+def norm_backward(io: NormBackward, kind: str, eps: float, dy_scale: float = 1.0) -> None:
+    """For dy_scale dy: fill dx, add to dgamma and dbeta."""
+    n_rows, d = io.src.shape
+    tile = RowTile(d, kind == "layernorm")
+    programs = min(PROGRAMS, triton.cdiv(n_rows, tile.rows))
+    _norm_backward[(programs,)](io, n_rows, dy_scale, eps, tile, num_warps=tile.warps)
 
 
 @triton.jit

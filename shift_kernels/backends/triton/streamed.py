@@ -112,7 +112,9 @@ class Body:
 
     def _add(self, x, z, bias, scale, branch_norm, norm, u, y) -> None:
         names = self._norm(branch_norm), self._norm(norm)
-        row_kernels.add_norm(x, z, bias, scale, *names, self.spec.norm, self.spec.norm_eps, u, y)
+        row_kernels.add_norm(
+            row_kernels.AddNorm(x, z, bias, *names, u, y), scale, self.spec.norm, self.spec.norm_eps
+        )
 
     def forward(
         self, h: Tensor, e: Tensor | None, seq_lens: Tensor | None, alloc: Alloc, tape: _Tape | None = None
@@ -238,11 +240,9 @@ class Body:
         bias: Tensor | None = None, carry: Tensor | None = None, dy_scale: float = 1.0,
     ) -> None:  # fmt: skip
         gamma, beta = self.w[name + ".weight"], self.w.get(name + ".bias")
-        row_kernels.norm_backward(
-            dy, src, bias, gamma, self.spec.norm, self.spec.norm_eps, carry, dx,
-            grads.partial(name + ".weight"), None if beta is None else grads.partial(name + ".bias"),
-            dy_scale,
-        )  # fmt: skip
+        dbeta = None if beta is None else grads.partial(name + ".bias")
+        io = row_kernels.NormBackward(dy, src, bias, gamma, carry, dx, grads.partial(name + ".weight"), dbeta)
+        row_kernels.norm_backward(io, self.spec.norm, self.spec.norm_eps, dy_scale)
 
     def _branch_backward(
         self, k: int, dz: Tensor, tape: _Tape, seq_lens: Tensor | None, grads: _Gradients
