@@ -210,7 +210,7 @@ def test_the_operator_keeps_its_registered_contract(size):
     spec, e, weights = make(loop_norm=True, **size)
     weights = [w.float().requires_grad_() for w in weights.values()]
     e = e.float().requires_grad_()
-    args = (e, weights, spec.key, 2, None, None, False, None, None, torch.float32, True, "triton")
+    args = (e, weights, spec.key, 2, *[None] * 5, False, None, None, torch.float32, True, "triton")
     torch.library.opcheck(
         torch.ops.shift_kernels.looped_block,
         args,
