@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     """wide [n_layers, rows, weight_rows], narrow [parts, n_layers, rows, d_pad]; rows: loops x tokens."""
 
     wide: Tensor
-    narrow: Tensor
+    narrow: object
 
 
 class Sums(NamedTuple):
