@@ -120,9 +120,8 @@ def _call(
         rotary = rotary_table(seq_len, spec, e.device).to(torch.float32).contiguous()
     e = e.to(torch.float32).contiguous()
     h0 = None if options.h0 is None else options.h0.to(torch.float32).contiguous()
-    scale, scales = options.branch_scale(spec), None
-    if isinstance(scale, Tensor):
-        scale, scales = 1.0, scale.to("cpu", torch.float32).contiguous()
+    scale = options.branch_scale(spec)
+    scales = scale.to("cpu", torch.float32).contiguous() if isinstance(scale, Tensor) else None
     values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
     call = _NATIVE.Call(
         compiled.block(_NATIVE, spec),
@@ -135,7 +134,7 @@ def _call(
         halting=options.halt_threshold is not None,
         halt_threshold=options.halt_threshold or 0.0,
         bf16=options.compute_dtype == torch.bfloat16,
-        residual_scale=scale,
+        residual_scale=1.0 if scales is not None else scale,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
         lengths=lengths.data_ptr(),
