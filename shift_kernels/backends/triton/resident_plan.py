@@ -287,7 +287,8 @@ def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip:
     s = layout(spec)
     chunk = tuned.config(rows, s.d_pad, itemsize, grad=grad, capability=chip.capability).ff_chunk
     tiles = 2 if grad else 1  # xn, and dy
-    heads, scores = (4, 2) if grad and chip.warpgroups else (2, 1)  # q, k, v, do; p, ds
+    # q, k, v, do; p, ds: half of them are in registers where the tensor cores read those.
+    heads, scores = (4, 2) if grad and (chip.warpgroups or itemsize == 4) else (2, 1)
     head, square = rows * s.head_pad, rows * rows
     attention = max(s.head_pad * s.d_pad + heads * head + scores * square, 2 * square + head)
     mlp = (s.hidden + 1) * chunk * s.d_pad + chip.warpgroups * rows * chunk if s.d_ff else 0
