@@ -148,9 +148,10 @@ class AttentionBackend(Protocol):
     def describe(self, problem: AttentionProblem) -> str:
         """How it would run a problem, in a phrase."""
 
-    attention: Callable[..., Tensor]
-    """``attention(q, k, v, *, causal, seq_lens, **own)``: of checked arguments, differentiable; ``own``: what
-    ``problem.options`` named."""
+    @property
+    def attention(self) -> Callable[..., Tensor]:
+        """``attention(q, k, v, *, causal, seq_lens, **own)``: of checked arguments, differentiable; ``own``:
+        what ``problem.options`` named."""
 
 
 B = TypeVar("B", Backend, AttentionBackend)
