@@ -51,7 +51,9 @@ def foreign_device(device: torch.device, emulated: bool) -> str | None:
 
 def _foreign_dtype(problem: Problem) -> str | None:
     found = next((d for d in (problem.dtype, problem.compute_dtype) if d not in DTYPES), None)
-    return found and f"is for float32, float16 and bfloat16, not {str(found).removeprefix('torch.')}"
+    if found is None:
+        return None
+    return f"is for float32, float16 and bfloat16, not {str(found).removeprefix('torch.')}"
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
