@@ -146,10 +146,24 @@ def fused_attention(
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
+    if _would_hide_nan(q, k):
+        return reference.attend(q, k, v, _mask(allowed, causal, q, k), scale)
     grouped = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _would_hide_nan(q: Tensor, k: Tensor) -> bool:
+    """On a CPU the library makes 0 of a row whose scores are all NaN. A traced graph cannot ask."""
+    asks = q.device.type == "cpu" and type(q) is Tensor and not torch.compiler.is_exporting()
+    return asks and not bool(torch.isfinite(q).all() and torch.isfinite(k).all())
+
+
+def _mask(allowed: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Mask | None:
+    if causal:
+        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    return None if allowed is None else Mask(allowed, q.new_full((), -torch.inf))
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -178,10 +192,7 @@ class _FusedAttention(torch.autograd.Function):
             inputs, o = ctx.graph
             return *torch.autograd.grad(o, inputs, grad, retain_graph=True), None, None, None
         q, k, v, allowed = ctx.saved_tensors  # create_graph=True
-        if ctx.causal:
-            allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = None if allowed is None else Mask(allowed, torch.full((), -torch.inf, device=q.device))
-        o = reference.attend(q, k, v, mask, ctx.scale)
+        o = reference.attend(q, k, v, _mask(allowed, ctx.causal, q, k), ctx.scale)
         wanted = [x for x in (q, k, v) if x.requires_grad]
         grads = iter(torch.autograd.grad(o, wanted, grad, create_graph=True))
         return *(next(grads) if x.requires_grad else None for x in (q, k, v)), None, None, None

@@ -35,7 +35,8 @@ def options():
             kept |= {"n_heads": 4, "n_kv_heads": 2}
         if chosen.get("d_ff") == 0:
             kept["d_ff"] = 0
-        yield name, kept
+        if cuda_backend.CUDA.served.serves("activation", kept.get("activation", "gelu")):
+            yield name, kept
 
 
 OPTIONS = dict(options()) | {

@@ -1,12 +1,13 @@
 """The meaning of a looped block, held against torch.nn and against itself."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from shift_kernels import BlockSpec, LoopedBlock, attention, looped_block
+from shift_kernels import BlockSpec, LoopedBlock, attention, looped_block, reference
 from shift_kernels.spec import ACTIVATIONS
 
 F64 = torch.float64
@@ -379,3 +380,25 @@ def test_autocast_keeps_the_residual_stream_in_the_inputs_dtype():
     error = (mixed - truth).abs().mean()
     assert mixed.dtype == torch.float32
     assert 0 < error < (all_bf16(e.bfloat16(), 8) - truth).abs().mean()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["e", "layers.0.self_attn.in_proj_bias", "layers.0.linear1.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_fused_attention_of_the_torch_backend_hides_nothing(causal, name, value):
+    """Where scores are all NaN, PyTorch's fused attention on a CPU gives 0."""
+    torch.manual_seed(0)
+    block = LoopedBlock(BlockSpec(d_model=8, n_heads=2, d_ff=16, norm="none", causal=causal))
+    e = torch.randn(2, 5, 8)
+    weights = {key: w.detach().clone() for key, w in block.weights().items()}
+    (e if name == "e" else weights[name]).view(-1)[0] = value
+
+    def results(run):
+        inputs = [x.clone().requires_grad_() for x in (e, *weights.values())]
+        h = run(inputs[0], dict(zip(weights, inputs[1:], strict=True)))
+        return h.detach(), *torch.autograd.grad(h, inputs, torch.ones_like(h))
+
+    ours = results(lambda e, w: looped_block(e, w, block.spec, n_loops=2, backend="torch"))
+    plain = results(lambda e, w: reference.looped_block(e, w, block.spec, 2)[0])
+    for of, a, b in zip(["h", "e", *weights], ours, plain, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), of
