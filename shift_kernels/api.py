@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
 
 from shift_kernels import dispatch, reference
-from shift_kernels.autograd import EagerLoopedBlock
+from shift_kernels.autograd import EagerLoopedBlock, build_of
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.torch import TORCH
 from shift_kernels.cache import check_step
@@ -227,7 +227,7 @@ def _as_operator(
         options.halt_threshold,
         options.compute_dtype,
         grad,
-        backend,
+        build_of(backend),
     )
     return h, used
 

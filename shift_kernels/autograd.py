@@ -18,8 +18,14 @@ from shift_kernels.backends import LOOPED_BLOCK
 from shift_kernels.backends.base import Backend
 from shift_kernels.call import CallOptions, named_again
 from shift_kernels.errors import input_error
+from shift_kernels.measured import kernels_hash
 from shift_kernels.spec import BlockSpec, spec_from_key
-from shift_kernels.torch_internals import in_memory, outside_of_dynamo, without_autocast_key
+from shift_kernels.torch_internals import (
+    constant_for_dynamo,
+    in_memory,
+    outside_of_dynamo,
+    without_autocast_key,
+)
 
 
 class EagerLoopedBlock(torch.autograd.Function):
@@ -58,18 +64,19 @@ class EagerLoopedBlock(torch.autograd.Function):
 
 _LIB = torch.library.Library("shift_kernels", "DEF")
 # sample_loops: one T per sample, n_loops is then ignored. weights: in the order of weight_shapes().
-# residual_scale: [] a number, [batch] one per sample. grads: those of the weights, then of h0 if it is given.
+# residual_scale: [] a number, [batch] one per sample. build: of build_of(). grads: those of the weights, then
+# of h0 if it is given.
 _LIB.define(
     "looped_block(Tensor e, Tensor[] weights, str spec, SymInt n_loops, Tensor? sample_loops, "
     "Tensor? seq_lens, Tensor? h0, Tensor? residual_scale, Tensor? position_offset, bool return_all_loops, "
-    "SymInt? n_grad_loops, float? halt_threshold, ScalarType? compute_dtype, bool for_backward, str backend)"
+    "SymInt? n_grad_loops, float? halt_threshold, ScalarType? compute_dtype, bool for_backward, str build)"
     " -> (Tensor h, Tensor loops_used, Tensor[] saved)"
 )
 _LIB.define(
     "looped_block_backward(Tensor grad_h, Tensor e, Tensor[] weights, Tensor[] saved, str spec, "
     "SymInt n_loops, Tensor? sample_loops, Tensor? seq_lens, Tensor? h0, Tensor? residual_scale, "
     "Tensor? position_offset, bool return_all_loops, SymInt? n_grad_loops, ScalarType? compute_dtype, "
-    "str backend) -> (Tensor grad_e, Tensor[] grads)"
+    "str build) -> (Tensor grad_e, Tensor[] grads)"
 )
 _LIB.define("own_copy(Tensor x, ScalarType dtype) -> Tensor")
 
@@ -83,6 +90,20 @@ def _own_copy(x, dtype):
 @torch.library.register_fake("shift_kernels::own_copy", lib=_LIB)
 def _own_copy_fake(x, dtype):
     return x.new_empty(x.shape, dtype=dtype)
+
+
+@constant_for_dynamo
+def build_of(backend: str) -> str:
+    """The operators' last argument: a backend's name, and which build of the kernels is installed.
+
+    Sizes of what a build keeps for its backward are constants of a compiled graph. With the build among its
+    arguments a graph that torch has cached on disk is not taken for another one.
+    """
+    return f"{backend} {kernels_hash()}"
+
+
+def _backend(build: str) -> Backend:
+    return LOOPED_BLOCK.get(build.partition(" ")[0])
 
 
 def _named(weights: list[Tensor], spec_key: str) -> dict[str, Tensor]:
@@ -110,8 +131,8 @@ def _options(e, compute_dtype, *call) -> CallOptions:
 @torch.library.impl(_LIB, "looped_block", "CompositeExplicitAutograd")
 @outside_of_dynamo
 def _forward(e, weights, spec, *options):
-    *call, compute_dtype, for_backward, backend = options
-    return LOOPED_BLOCK.get(backend).forward(
+    *call, compute_dtype, for_backward, build = options
+    return _backend(build).forward(
         e, _named(weights, spec), spec_from_key(spec), _options(e, compute_dtype, *call), for_backward
     )
 
@@ -119,16 +140,16 @@ def _forward(e, weights, spec, *options):
 @torch.library.impl(_LIB, "looped_block_backward", "CompositeExplicitAutograd")
 @outside_of_dynamo
 def _backward(grad_h, e, weights, saved, spec, *options):
-    *call, compute_dtype, backend = options
-    return LOOPED_BLOCK.get(backend).backward(
+    *call, compute_dtype, build = options
+    return _backend(build).backward(
         grad_h, e, _named(weights, spec), spec_from_key(spec), _options(e, compute_dtype, *call), saved
     )
 
 
 @torch.library.register_fake("shift_kernels::looped_block", lib=_LIB)
 def _forward_fake(e, weights, spec, n_loops, sample_loops, *options):
-    *_, return_all_loops, _, _, compute_dtype, for_backward, backend = options
-    module = LOOPED_BLOCK.get(backend)
+    *_, return_all_loops, _, _, compute_dtype, for_backward, build = options
+    module = _backend(build)
     saves = for_backward and module.saves
     if sample_loops is not None and (return_all_loops or saves):
         n_loops = torch.library.get_ctx().new_dynamic_size()  # the largest entry: known only when it runs
@@ -145,11 +166,11 @@ def _backward_fake(grad_h, e, weights, saved, spec, n_loops, sample_loops, seq_l
 
 def _setup_context(ctx, inputs, output):
     e, weights, spec, n_loops, sample_loops, seq_lens, h0, scale, offset, *others = inputs
-    all_loops, n_grad_loops, _, compute_dtype, _, backend = others
+    all_loops, n_grad_loops, _, compute_dtype, _, build = others
     saved = output[2]
     ctx.n_weights = len(weights)
     ctx.save_for_backward(e, sample_loops, seq_lens, h0, scale, offset, *weights, *saved)
-    ctx.options = (spec, n_loops, all_loops, n_grad_loops, compute_dtype, backend)
+    ctx.options = (spec, n_loops, all_loops, n_grad_loops, compute_dtype, build)
     ctx.mark_non_differentiable(output[1], *saved)
 
 
@@ -180,7 +201,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _remember_backend(ctx, inputs, output):
-    ctx.backend = inputs[-1]
+    ctx.backend = _backend(inputs[-1]).name
 
 
 torch.library.register_autograd(
@@ -190,10 +211,10 @@ torch.library.register_autograd(
 
 def _autocast_rule(device_type: str, key: str) -> None:
     def rule(*args):
-        *head, compute_dtype, for_backward, backend = args
+        *head, compute_dtype, for_backward, build = args
         with without_autocast_key(key):
             return torch.ops.shift_kernels.looped_block(
-                *head, compute_dtype or torch.get_autocast_dtype(device_type), for_backward, backend
+                *head, compute_dtype or torch.get_autocast_dtype(device_type), for_backward, build
             )
 
     _LIB.impl("looped_block", rule, key)
