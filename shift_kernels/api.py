@@ -15,6 +15,7 @@ from shift_kernels.autograd import EagerLoopedBlock, build_of
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.torch import TORCH
 from shift_kernels.cache import check_step
+from shift_kernels.calibrate import at_first_use
 from shift_kernels.call import (
     AttentionProblem,
     CallKeywords,
@@ -112,6 +113,8 @@ def looped_block(
         _refuse_with_cache(problem, options.n_grad_loops)
     if exports_to_onnx():
         backend = _for_onnx(backend)
+    if backend == "auto" and not torch.compiler.is_compiling():
+        at_first_use(problem)
     chosen = dispatch.plan_and_warn(problem, backend)
     exported = chosen.backend == "torch" and torch.compiler.is_exporting()
     if chosen.backend != "torch" and not torch.compiler.is_compiling():

@@ -144,20 +144,9 @@ def plan_and_warn(problem: Problem, backend: str) -> Plan:
         ShiftInputError: as :func:`plan`; or ``auto`` would take a slow path while ``SHIFT_KERNELS_STRICT=1``.
     """
     chosen = plan(problem, backend)
-    if backend == "auto" and not torch.compiler.is_compiling() and _measures_at_first_use(problem):
-        from shift_kernels.calibrate import calibrate  # late: it calls looped blocks itself
-
-        calibrate([problem], say=lambda line: print(line, file=sys.stderr))
-        chosen = plan(problem, backend)
     if backend == "auto" and chosen.refused:
         _say_slow(problem, chosen)
     return chosen
-
-
-def _measures_at_first_use(problem: Problem) -> bool:
-    """True if the user wants shapes measured when they first occur, and this one can be."""
-    wanted = os.environ.get("SHIFT_KERNELS_CALIBRATE") == "first_use"
-    return wanted and problem.n_loops is not None and measured.lookup(problem) is None
 
 
 _SAID: set[str] = set()

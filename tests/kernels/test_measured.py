@@ -13,9 +13,10 @@ from fake_backends import FAKES
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, dispatch, explain, measured
 from shift_kernels.backends.base import LOOPED_BLOCK
-from shift_kernels.calibrate import calibrate, trial
+from shift_kernels.calibrate import calibrate
 from shift_kernels.call import Problem
 from shift_kernels.measured import CRASHED, TIMED_OUT, VERIFIED, WRONG, Verdict
+from shift_kernels.trial import trial
 
 fake_backends.forget_them()  # until a test wants them
 SPEC = BlockSpec(d_model=16, n_heads=2, d_ff=16)
