@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling
+from benchmarks.lm.suite import arms_of, load_suite
 from benchmarks.savings.families import Results, label
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
 from benchmarks.savings.restricted import Choice, best_fixed, named, restricted_mean
@@ -219,6 +220,23 @@ def options() -> str:
     return _table(["option", *(b.name for b in backends)], [["all others", *4 * ["yes"]], *some])
 
 
+def lm() -> str:
+    """Compute multipliers of language models over the best fixed T: FLOPs, then seconds, by budget."""
+    summary = read("lm/summary")
+    budgets, labels = list(next(iter(summary["multiplier"].values()))), arms_of(load_suite("quick"), Path())
+    rows = []
+    for arm, by_budget in summary["multiplier"].items():
+        cells = [
+            " / ".join(_times(by_budget[b][unit]["mean"]) for unit in ("flops", "wall")) for b in budgets
+        ]
+        rows.append([labels[arm].label, *cells])
+    return _table(["arm", *(f"{flops(float(b))}" for b in budgets)], rows)
+
+
+def _times(multiplier: float | None) -> str:
+    return "–" if multiplier is None else f"{multiplier:.2f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "savings": savings,
@@ -232,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training_all": training_all,
     "profile": profile,
     "length": length,
+    "lm": lm,
     "landscape": landscape,
     "options": options,
     "scaling": lambda: _markdown(scaling.table(scaling.Assumed())),
