@@ -113,8 +113,8 @@ def looped_block(
         _refuse_with_cache(problem, options.n_grad_loops)
     if exports_to_onnx():
         backend = _for_onnx(backend)
-    if backend == "auto" and not torch.compiler.is_compiling():
-        at_first_use(problem)
+    if isinstance(backend, str) and backend == "auto" and not torch.compiler.is_compiling():
+        at_first_use(problem)  # what is no name at all is refused by the plan
     chosen = dispatch.plan_and_warn(problem, backend)
     exported = chosen.backend == "torch" and torch.compiler.is_exporting()
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
