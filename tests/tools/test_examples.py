@@ -16,7 +16,10 @@ SAYS = {
     "own_model": r"differ by \d\.\de-0[5-9]\n(.*\n)+after 150 steps: ([7-9]\d|100)% right",
     "compare_runs": r"looped: 60% right after [\d.]+ GFLOP; .*\nswitch at a quarter: 60% right",
     "own_training_loop": r"step \d+: from here on 4 loops\nafter 150 steps: [3-9]\d% right",
-    "trm": r"relative difference \d\.\de-0[7-9]; .*\ncells right of grids never seen: [7-9]\d%",
+    "trm": r"\n".join(
+        rf"{model}, .*\n.*: relative difference \d\.\de-0[7-9]; .*\n.*of grids never seen: [7-9]\d%.*"
+        for model in ("HRM", "TRM")
+    ),
     "own_task": r"switch at step 50; ([6-9]\d|100)% of the letters right",
 }
 """What it prints, where that is more than that it ends."""
