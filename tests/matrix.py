@@ -3,13 +3,16 @@
     python tests/matrix.py                       # the pairs below
     python tests/matrix.py 3.12:2.15.0           # some of them
 
-Each pair gets a virtual environment of its own under ``.venv-matrix``, which stays. A pair whose Python is
-not here, or whose torch cannot be installed, is named and left out. The rows go to
-``benchmarks/results/matrix.json``; those of pairs that did not run stay as they are, with their date.
+What is tested is the last commit, in a copy of its own, so that nothing here is compiled over. Each pair gets
+a folder under ``.venv-matrix``, whose environment stays. A pair whose Python is not here, or whose torch
+cannot be installed, is named and left out. The rows go to ``benchmarks/results/matrix.json``, with the tests
+that ran, commit and date; those of pairs that did not run stay as they are.
 """
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,7 +21,7 @@ from pathlib import Path
 from shutil import which
 
 ROOT = Path(__file__).parent.parent
-VENVS = ROOT / ".venv-matrix"
+FOLDER = ROOT / ".venv-matrix"
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
 PAIRS = ("3.10:2.11.0", "3.11:2.13.0", "3.12:2.15.0", "3.13:2.14.1")
 """Python and torch: each from the oldest to the newest that is promised."""
@@ -48,55 +51,69 @@ def interpreter(version: str) -> str | None:
     return next(works, None)
 
 
-def installed(version: str, torch: str) -> Path | None:
-    """The Python of an environment that holds this torch and the package; None where it can't be had."""
-    venv = VENVS / f"{version}-{torch}"
-    python, ready = venv / "bin" / "python", venv / "ready"
+def environment(home: Path, version: str, torch: str) -> Path | None:
+    """The Python of an environment that holds this torch; None where it can't be had."""
+    python, ready = home / "venv" / "bin" / "python", home / "ready"
     if not ready.exists():
         base = interpreter(version)
         if base is None:
             return None
-        subprocess.run([base, "-m", "venv", "--clear", venv], check=True)
-        pip = [python, "-m", "pip", "install", "-q", f"torch=={torch}", *TOOLS]
-        if subprocess.run(pip, cwd=ROOT).returncode:
+        subprocess.run([base, "-m", "venv", "--clear", home / "venv"], check=True)
+        if subprocess.run([python, "-m", "pip", "install", "-q", f"torch=={torch}", *TOOLS]).returncode:
             return None
-    pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", EXTRAS, f"torch=={torch}"]
-    subprocess.run(pip, cwd=ROOT, check=True)
-    ready.touch()
+        ready.touch()
     return python
 
 
-def tested(python: Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped."""
-    report = python.parents[1] / "report.xml"
-    command = [python, "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    suite = ET.parse(report).getroot()[0]
+def copied(home: Path) -> Path:
+    """The files of the last commit, in a folder of their own."""
+    source = home / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    subprocess.run(["tar", "-x"], cwd=source, check=True, input=archive)
+    return source
+
+
+def tested(python: Path, source: Path, torch: str) -> dict[str, int]:
+    """Install the package from its source; how many tests passed, failed and were skipped."""
+    pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", EXTRAS, f"torch=={torch}"]
+    subprocess.run(pip, cwd=source, check=True)
+    command = [python, "-m", "pytest", "-n", "auto", "--junitxml=report.xml", *TESTS]
+    subprocess.run(command, cwd=source, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    suite = ET.parse(source / "report.xml").getroot()[0]
     count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
-    return {
-        "passed": count["tests"] - failed - count["skipped"],
-        "failed": failed,
-        "skipped": count["skipped"],
-    }
+    passed = count["tests"] - failed - count["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": count["skipped"]}
+
+
+def said(*command: str | Path) -> str:
+    """What a command prints."""
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main(pairs: list[str]) -> int:
     """Run the pairs; the exit code."""
     rows = {row["pair"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    about = {
+        "tests": "pytest " + shlex.join(TESTS),
+        "commit": said("git", "rev-parse", "HEAD"),
+        "date": date.today().isoformat(),
+    }
     failed = 0
     for pair in pairs or PAIRS:
-        python = installed(*pair.split(":"))
+        home, (version, torch) = FOLDER / pair.replace(":", "-"), pair.split(":")
+        home.mkdir(parents=True, exist_ok=True)
+        python = environment(home, version, torch)
         if python is None:
             print(f"{pair}: not to be had here")
             continue
-        words = subprocess.run(
-            [python, "-c", VERSIONS], capture_output=True, text=True, check=True
-        ).stdout.split()
-        row = {"pair": pair, **dict(zip(("python", "torch", "numpy"), words, strict=True)), **tested(python)}
-        rows[pair] = row | {"date": date.today().isoformat()}
-        failed += row["failed"]
-        print(f"{pair}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped", flush=True)
+        found = tested(python, copied(home), torch)
+        versions = dict(zip(("python", "torch", "numpy"), said(python, "-c", VERSIONS).split(), strict=True))
+        rows[pair] = {"pair": pair, **versions, **found, **about}
+        failed += found["failed"]
+        print(f"{pair}: " + ", ".join(f"{n} {outcome}" for outcome, n in found.items()), flush=True)
         RESULTS.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n")
     return int(failed > 0)
 
