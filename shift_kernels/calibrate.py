@@ -12,6 +12,7 @@ A candidate that crashes, hangs or is wrong costs its child process and is marke
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -68,11 +69,35 @@ def calibrate(
 
 
 def at_first_use(problem: Problem) -> None:
-    """With ``SHIFT_KERNELS_CALIBRATE=first_use``: measure a problem of whose shape no table speaks."""
+    """With ``SHIFT_KERNELS_CALIBRATE=first_use``: measure a problem of whose shape no table speaks.
+
+    Not where several processes work together. They should choose alike, and ranks need not come to a shape at
+    the same time, or at all: a broadcast here could wait for ever.
+    """
     wanted = os.environ.get("SHIFT_KERNELS_CALIBRATE") == "first_use"
     speaks = problem.n_loops is not None and problem.cache_dtype is None  # only of such there are rows
     if wanted and speaks and measured.lookup(problem) is None:
-        calibrate([problem], say=lambda line: print(line, file=sys.stderr))
+        if _several_ranks():
+            _say_that_ranks_only_look_up()
+        else:
+            calibrate([problem], say=_to_stderr)
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+@functools.cache
+def _say_that_ranks_only_look_up() -> None:
+    _to_stderr(
+        "shift_kernels: SHIFT_KERNELS_CALIBRATE=first_use measures nothing where several processes work "
+        "together. Run shift-calibrate before; shift-train measures its shapes on rank 0 for all."
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _in_child(problem: Problem, backend: str, limit_s: float) -> Verdict:

@@ -1,14 +1,19 @@
 """``shift-calibrate`` and what ``shift-train`` measures before it starts."""
 
+import contextlib
+import io
 import json
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from tiny_runs import processes
 
 from shift import calibrate as command
 from shift.config import TrainConfig, load_config
 from shift.run import shapes
-from shift_kernels import dispatch, measured
+from shift_kernels import LoopedBlock, dispatch, measured
 from shift_kernels.measured import VERIFIED, Verdict
 
 ROW = {"torch": Verdict(VERIFIED, "", 1.0, 2.0, 0.0)}
@@ -107,3 +112,39 @@ def test_all_ranks_take_what_rank_0_measured(rank, measurements, monkeypatch):
     shapes.calibrate_shapes(config, "always", print)
     assert len(measurements) == (3 if rank == 0 else 0)
     assert dispatch.plan(problem).backend == "torch"
+
+
+def choose_on_rank(rank, folder, store):
+    """Child process, with a cache folder and a table of its own; rank 1 alone comes to a new shape."""
+    os.environ |= {
+        "SHIFT_KERNELS_CACHE": str(folder / f"cache {rank}"),
+        "SHIFT_KERNELS_CALIBRATE": "first_use",
+    }
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    config = TrainConfig(device="cpu")
+    problem = shapes.problems_of(config)[0]
+    fast, slow = (Verdict(VERIFIED, "", 1.0, ms, 0.0) for ms in (1.0, 2.0))
+    measured.record(problem, {"torch": fast, "cpu": slow} if rank == 0 else {"torch": slow, "cpu": fast})
+    shapes.calibrate_shapes(config, "auto", print)
+    said = io.StringIO()
+    if rank == 1:
+        with contextlib.redirect_stderr(said):
+            for _ in range(2):
+                LoopedBlock(problem.spec)(torch.zeros(1, 1, problem.spec.d_model), 1)
+    (folder / f"{rank}.json").write_text(json.dumps([dispatch.plan(problem).backend, said.getvalue()]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_hosts_choose_alike_and_none_measures_in_a_call(tmp_path):
+    context, store = processes(), tmp_path / "store"
+    ranks = [context.Process(target=choose_on_rank, args=(rank, tmp_path, store)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (first, _), (second, said) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second == "torch"  # as the table of rank 0 says
+    assert said.count("\n") == 1
+    assert "Run shift-calibrate" in said
