@@ -25,6 +25,7 @@ from shift_kernels import BlockSpec
 from shift_kernels.backends.cpu import CPU
 from shift_kernels.backends.cuda import CUDA
 from shift_kernels.backends.torch import TORCH
+from shift_kernels.backends.torch_graph import TORCH_GRAPH
 from shift_kernels.backends.triton.backend import TRITON
 from shift_kernels.bench.cases import LIBRARY
 from shift_kernels.bench.timing import speedup
@@ -199,7 +200,7 @@ def landscape() -> str:
 
 def options() -> str:
     """Options of the block and of a call, and the backends that serve them, as these say themselves."""
-    backends = (TORCH, CPU, TRITON, CUDA)
+    backends = (TORCH, TORCH_GRAPH, CPU, TRITON, CUDA)
     samples: dict[str, Sequence[object]] = {
         **CHOICES,
         "residual_scale": (ONE_OVER_T,),
@@ -217,7 +218,7 @@ def options() -> str:
         found[f"{name} of a call"] = [b is TORCH or name in b.served.call for b in backends]
     rows = [[word, *("yes" if x else "no" for x in served)] for word, served in found.items()]
     some = [row for row in rows if "no" in row]
-    return _table(["option", *(b.name for b in backends)], [["all others", *4 * ["yes"]], *some])
+    return _table(["option", *(b.name for b in backends)], [["all others", *len(backends) * ["yes"]], *some])
 
 
 def lm() -> str:

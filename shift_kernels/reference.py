@@ -78,7 +78,9 @@ def looped_block(
     if isinstance(scale, Tensor):
         scale = _column(scale.to(e.device))
 
-    loops = torch.as_tensor(n_loops, device=e.device).expand(batch).to(torch.int64)
+    # A number is filled in on the device: a copy from the host could be in no CUDA graph.
+    loops = n_loops.to(e.device) if isinstance(n_loops, Tensor) else torch.full((), n_loops, device=e.device)
+    loops = loops.expand(batch).to(torch.int64)
     per_sample = isinstance(n_loops, Tensor)
     max_loops = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
     min_loops = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
