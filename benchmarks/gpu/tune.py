@@ -164,14 +164,14 @@ def _patch_resident(config: Config, backward: bool, asked: dict[str, Any]) -> It
 
     in_use = tuned.config
 
-    def chosen(*shape: int, grad: bool, capability: int) -> tuned.Config:
-        found = in_use(*shape, grad=grad, capability=capability)
+    def chosen(*shape: int, grad: bool, sm: int) -> tuned.Config:
+        found = in_use(*shape, grad=grad, sm=sm)
         if grad != backward:
             return found
         if isinstance(config, Mapping):
             found = found._replace(**config)
-        family = tuned.family(capability)
-        asked.update(config=found._asdict(), family=family, shape_class=tuned.shape_class(*shape, grad=grad))
+        shape_class = tuned.shape_class(*shape, grad=grad)
+        asked.update(config=found._asdict(), architecture=tuned.architecture(sm), shape_class=shape_class)
         return found
 
     with mock.patch.object(tuned, "config", chosen):
@@ -254,17 +254,17 @@ def with_fastest(table: dict[str, Any], found: Sequence[Mapping[str, Any]], name
     """The table with the fastest of what was found.
 
     Args:
-        table: family -> shape class -> entry, as ``tuned.json`` holds it.
+        table: architecture -> shape class -> entry, as ``tuned.json`` holds it.
         found: data of this stage's rows.
         name: of the device.
     """
     best: dict[tuple[str, str], Mapping[str, Any]] = {}
     for one in found:
         if one.get("kind") == "resident" and one.get("ms") is not None:
-            key = one["family"], one["shape_class"]
+            key = one["architecture"], one["shape_class"]
             if key not in best or one["ms"] < best[key]["ms"]:
                 best[key] = one
-    for (family, shape), one in best.items():
+    for (architecture, shape), one in best.items():
         entry = dict(one["config"]) | {"chosen_by": name, "ms": one["ms"]}
-        table.setdefault(family, {})[shape] = entry
+        table.setdefault(architecture, {})[shape] = entry
     return table

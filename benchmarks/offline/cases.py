@@ -26,7 +26,7 @@ def spec_of(d_model: int, **options: Any) -> BlockSpec:
 
 def chip(sm: int) -> resident_plan.Chip:
     """What the planner asks of an architecture."""
-    return resident_plan.Chip(sm // 10, SHARED_LIMIT[sm])
+    return resident_plan.Chip(sm, SHARED_LIMIT[sm])
 
 
 def fits(seq_len: int, d_model: int, dtype: torch.dtype, sm: int, *, grad: bool, **options: Any) -> bool:

@@ -50,7 +50,7 @@ def launches(sm: int) -> Iterator[list[Any]]:
     triton.runtime.driver.set_active(_NoGpu(sm))
     with (
         mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(triton_backend, "_chip", return_value=Chip(sm // 10, SHARED_LIMIT[sm])),
+        mock.patch.object(triton_backend, "_chip", return_value=Chip(sm, SHARED_LIMIT[sm])),
     ):
         yield found
 

@@ -48,7 +48,7 @@ def weighted(code: list[tuple[int, str]], trips: list[int]) -> int | None:
     """Instructions of the outermost loop, its innermost ones ``trips`` times each, by address."""
     loops = []
     for address, text in code:
-        branch = re.search(r"\bBRA (?:`\(\S+\)|)(0x[0-9a-f]+)", text)
+        branch = re.search(r"\bBRA(?:\.U !?UP\d,)? (?:`\(\S+\)|)(0x[0-9a-f]+)", text)  # .U: from sm_100 on
         if branch and int(branch[1], 16) < address:
             loops.append((int(branch[1], 16), address))
     if not loops:

@@ -71,7 +71,7 @@ def main() -> None:
         rows, d_pad = resident_plan.power_of_two(seq_len), resident_plan.power_of_two(d_model)
         shape = tuned.shape_class(rows, d_pad, 2, grad=grad)
         table = json.loads(tuned.TABLE.read_text())
-        family = table.setdefault(tuned.family(sm // 10), {})
+        family = table.setdefault(tuned.architecture(sm), {})
         if family.get(shape, {}).get("chosen_by", "compiling") == "compiling":
             family[shape] = best(seq_len, d_model, torch.bfloat16, sm, grad=grad)
             print(sm, shape, family[shape], flush=True)

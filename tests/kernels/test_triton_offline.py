@@ -162,10 +162,10 @@ def test_every_entry_of_the_table_was_compiled_as_it_is_launched():
         if r["case"].startswith("block"):
             _, tile, dtype = r["case"].split()
             name = f"{r['kernel'].removeprefix('resident_')} {tile} {32 if dtype == 'fp32' else 16}-bit"
-            recorded[tuned.family(r["sm"] // 10), name] = r["warps"]
-    for family, classes in tuned.table().items():
+            recorded[tuned.architecture(r["sm"]), name] = r["warps"]
+    for architecture, classes in tuned.table().items():
         for name, config in classes.items():
-            assert recorded[family, name] == config.warps, (family, name)
+            assert recorded[architecture, name] == config.warps, (architecture, name)
 
 
 def test_instructions_are_weighted_by_the_trips_of_their_loop():

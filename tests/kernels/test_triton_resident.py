@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -325,11 +326,18 @@ def test_auto_never_takes_the_interpreter_for_cpu_tensors():
     assert dispatch.plan(problem).backend != "triton"
 
 
-@pytest.mark.parametrize(("capability", "shared", "fits"), [(8, 99, False), (12, 99, False), (9, 227, True)])
-def test_what_a_devices_shared_memory_does_not_hold_is_streamed_in_words(
-    monkeypatch, capability, shared, fits
-):
-    chip = resident_plan.Chip(capability, shared * 1024)
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_cpu_tensors_are_no_slow_path_where_the_interpreter_is_on(monkeypatch):
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    block = LoopedBlock(BlockSpec(8, 2, qk_norm=True))  # which triton does not serve
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block(torch.zeros(1, 2, 8), 1)
+
+
+@pytest.mark.parametrize(("sm", "shared", "fits"), [(89, 99, False), (120, 99, False), (90, 227, True)])
+def test_what_a_devices_shared_memory_does_not_hold_is_streamed_in_words(monkeypatch, sm, shared, fits):
+    chip = resident_plan.Chip(sm, shared * 1024)
     monkeypatch.setattr(triton_backend, "_chip", lambda device: chip)
     wide = dict(activation="swiglu", position="rope", norm_placement="sandwich", head_dim=128)
     problem = Problem(
@@ -343,9 +351,9 @@ def test_what_a_devices_shared_memory_does_not_hold_is_streamed_in_words(
 
 
 def test_a_device_that_is_too_old_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(triton_backend, "_chip", lambda device: resident_plan.Chip(7, 64 * 1024))
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: resident_plan.Chip(75, 64 * 1024))
     problem = Problem(BlockSpec(64, 4), 8, 32, torch.float32, torch.float32, torch.device(DEVICE), True)
-    assert "compute capability 7.x" in triton_backend.TRITON.why_not(problem).words
+    assert triton_backend.TRITON.why_not(problem).words.startswith("sm_75: ")
 
 
 @BOTH_PATHS
@@ -518,7 +526,7 @@ def test_a_configuration_comes_from_the_table_or_is_the_safe_one(monkeypatch):
     found = tuned.Config(2, 16, 3)
     monkeypatch.setattr(tuned, "table", lambda: {"sm_90": {"forward 16x32 16-bit": found}})
 
-    def config(capability, grad=False):
+    def config(sm, grad=False):
         tile = resident_plan.tile(
             BlockSpec(d_model=32, n_heads=2),
             16,
@@ -527,10 +535,17 @@ def test_a_configuration_comes_from_the_table_or_is_the_safe_one(monkeypatch):
             pack=False,
             precision="ieee",
             grad=grad,
-            chip=resident_plan.Chip(capability, 2**18),
+            chip=resident_plan.Chip(sm, 2**18),
         )
         return tile.warps, tile.ff_chunk, tile.stages
 
-    assert config(9) == found
-    assert config(12) == tuned.safe(16, 32, 2, grad=False) != found  # an unknown family
-    assert config(9, grad=True) == tuned.safe(16, 32, 2, grad=True)
+    assert config(90) == found
+    assert config(100) == tuned.safe(16, 32, 2, grad=False) != found  # an unknown architecture
+    assert config(90, grad=True) == tuned.safe(16, 32, 2, grad=True)
+
+
+@pytest.mark.parametrize(
+    ("sm", "entry"), [(80, 80), (86, 86), (87, 86), (89, 89), (103, 100), (121, 120), (110, 110)]
+)
+def test_an_architecture_without_entries_takes_those_of_the_one_it_revises(sm, entry):
+    assert tuned.nearest(sm, [f"sm_{known}" for known in (80, 86, 89, 90, 100, 120)]) == f"sm_{entry}"

@@ -247,7 +247,7 @@ def test_tuning_tries_no_tile_longer_than_the_sequence_and_every_chunk_once():
 def test_the_fastest_configuration_replaces_its_own_class_alone():
     def found(ms, warps, shape_class="forward 64x64 16-bit"):
         config = dict(warps=warps, ff_chunk=32, stages=1)
-        return dict(kind="resident", ms=ms, config=config, family="sm_90", shape_class=shape_class)
+        return dict(kind="resident", ms=ms, config=config, architecture="sm_90", shape_class=shape_class)
 
     before = {"sm_90": {"other": {"warps": 1}}, "sm_80": {"forward 64x64 16-bit": {"warps": 2}}}
     after = tune.with_fastest(before, [found(2.0, 4), found(1.0, 8), {}, found(None, 16)], "H100")

@@ -51,13 +51,13 @@ def _chip(device: torch.device) -> Chip:
     if device.type != "cuda" or not torch.cuda.is_available():
         return HOPPER
     found = torch.cuda.get_device_properties(device)
-    return Chip(found.major, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return Chip(10 * found.major + found.minor, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _too_old(device: torch.device) -> str | None:
     """Why no kernel here runs on a device, or None."""
-    major = _chip(device).capability
-    return f"compute capability {major}.x: the kernels need 8.0 (sm_80) or later" if major < 8 else None
+    sm = _chip(device).sm
+    return None if sm >= 80 else f"sm_{sm}: the kernels need compute capability 8.0 (sm_80) or later"
 
 
 def _too_large(problem: Problem) -> str | None:

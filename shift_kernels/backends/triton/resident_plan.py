@@ -30,23 +30,23 @@ BUSY = 132  # programs that keep a large GPU busy (H100, H200: 132 SMs): beyond 
 
 
 class Chip(NamedTuple):
-    """What the planner asks of a device: major compute capability, shared memory that a program may use."""
+    """What the planner asks of a device: compute capability (86 for 8.6), shared memory a program may use."""
 
-    capability: int
+    sm: int
     shared_bytes: int
 
     @property
     def tensor_memory(self) -> bool:
         """Whether accumulators live in tensor memory: with compute capability 10, not with 12."""
-        return self.capability in (10, 11)
+        return self.sm // 10 in (10, 11)
 
     @property
     def warpgroups(self) -> bool:
         """Whether products read their operands from shared memory, not from registers."""
-        return self.capability in (9, 10, 11)
+        return self.sm // 10 in (9, 10, 11)
 
 
-HOPPER = Chip(9, 227 * 1024)
+HOPPER = Chip(90, 227 * 1024)
 """The device taken where there is none."""
 
 
@@ -232,7 +232,7 @@ def tile(
         ):
             rows *= 2
     sizes = layout(spec)
-    config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, capability=chip.capability)
+    config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, sm=chip.sm)
     return Tile(
         **dataclasses.asdict(sizes),
         rows=rows,
@@ -285,7 +285,7 @@ def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip:
     A model of what Triton 3.6 does, held against every kernel that was compiled (test_triton_offline.py).
     """
     s = layout(spec)
-    chunk = tuned.config(rows, s.d_pad, itemsize, grad=grad, capability=chip.capability).ff_chunk
+    chunk = tuned.config(rows, s.d_pad, itemsize, grad=grad, sm=chip.sm).ff_chunk
     tiles = 2 if grad else 1  # xn, and dy
     # q, k, v, do; p, ds: half of them are in registers where the tensor cores read those.
     heads, scores = (4, 2) if grad and (chip.warpgroups or itemsize == 4) else (2, 1)

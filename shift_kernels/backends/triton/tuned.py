@@ -1,6 +1,6 @@
-"""Warps and hidden columns at a time of the resident kernels, by GPU family and shape class.
+"""Warps and hidden columns at a time of the resident kernels, by GPU architecture and shape class.
 
-``tuned.json`` holds what was found: fewest warp instructions, by compiling for the family
+``tuned.json`` holds what was found: fewest warp instructions, by compiling for the architecture
 (``benchmarks/offline/tune_triton.py``), or least time, on a device (``benchmarks/gpu/tune.py``).
 What it does not hold takes :func:`safe`.
 Nothing is tuned when a kernel is imported or called.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-def family(capability: int) -> str:
-    """Name of a GPU family, by major compute capability."""
-    return f"sm_{capability}0"
+def architecture(sm: int) -> str:
+    """Name of a GPU architecture, by its compute capability: 86 for 8.6."""
+    return f"sm_{sm}"
 
 
 def shape_class(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> str:
@@ -34,10 +35,16 @@ def shape_class(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> str:
     return f"{'backward' if grad else 'forward'} {rows}x{d_pad} {8 * itemsize}-bit"
 
 
-def config(rows: int, d_pad: int, itemsize: int, *, grad: bool, capability: int) -> Config:
-    """The configuration of a kernel on a GPU family of major compute ``capability``."""
-    found = table().get(family(capability), {}).get(shape_class(rows, d_pad, itemsize, grad=grad))
+def config(rows: int, d_pad: int, itemsize: int, *, grad: bool, sm: int) -> Config:
+    """The configuration of a kernel on an architecture."""
+    found = table().get(nearest(sm, table()), {}).get(shape_class(rows, d_pad, itemsize, grad=grad))
     return safe(rows, d_pad, itemsize, grad=grad) if found is None else found
+
+
+def nearest(sm: int, names: Iterable[str]) -> str:
+    """Of the listed architectures the newest that ``sm`` is a minor revision of; ``sm`` where none is."""
+    known = [int(name.removeprefix("sm_")) for name in names]
+    return architecture(max((k for k in known if k // 10 == sm // 10 and k <= sm), default=sm))
 
 
 def warps(rows: int, itemsize: int) -> int:
@@ -59,9 +66,9 @@ def safe(rows: int, d_pad: int, itemsize: int, *, grad: bool) -> Config:
 
 @functools.cache
 def table() -> dict[str, dict[str, Config]]:
-    """The found configurations: family -> shape class -> configuration."""
-    families = json.loads(TABLE.read_text())
+    """The found configurations: architecture -> shape class -> configuration."""
+    architectures = json.loads(TABLE.read_text())
     return {
         name: {shape: Config(*(entry[field] for field in Config._fields)) for shape, entry in classes.items()}
-        for name, classes in families.items()
+        for name, classes in architectures.items()
     }
