@@ -29,7 +29,12 @@ from shift_kernels.checks import check_bool, check_floating, check_int, check_po
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.layouts import Packed, rolled
 from shift_kernels.spec import MAX_TOKENS, BlockSpec
-from shift_kernels.torch_internals import exports_to_onnx, must_be_observed, transforms_are_active
+from shift_kernels.torch_internals import (
+    exports_to_onnx,
+    must_be_observed,
+    transforms_are_active,
+    without_negations,
+)
 
 _FUNCTION = "shift_kernels.looped_block"
 
@@ -87,8 +92,9 @@ def looped_block(
     if left_pad is not None:
         e, checked = _moved_left(e, left_pad, checked)
     compute_dtype = e.dtype
-    can_autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
-    if can_autocast and torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
+    autocast = autocast and torch.is_autocast_enabled(e.device.type)
+    if autocast and e.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     cache = checked.pop("cache", None)
     options = CallOptions(n_loops, compute_dtype, **checked)  # type: ignore[misc]
@@ -119,7 +125,7 @@ def looped_block(
     exported = chosen.backend == "torch" and torch.compiler.is_exporting()
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
-    with torch.autocast(e.device.type, enabled=False) if can_autocast else contextlib.nullcontext():
+    with torch.autocast(e.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if step is not None:
             h = LOOPED_BLOCK.get(chosen.backend).extend(e, ordered, spec, options, step)  # type: ignore[attr-defined]
             step.commit(n_loops)
@@ -130,11 +136,12 @@ def looped_block(
         elif chosen.backend == "torch":
             h, used = TORCH.looped_block(e, ordered, spec, options)
         elif grad:
-            inputs = tuple(x.resolve_neg() for x in inputs)
+            inputs = without_negations(inputs)
             plain = options if options.h0 is None else dataclasses.replace(options, h0=None)
             h, used = EagerLoopedBlock.apply(LOOPED_BLOCK.get(chosen.backend), spec, plain, *inputs)
         else:
-            e, ordered, options = named_again([x.resolve_neg() for x in inputs], spec, options)
+            if (plain_inputs := without_negations(inputs)) is not inputs:
+                e, ordered, options = named_again(plain_inputs, spec, options)
             h, used, _ = LOOPED_BLOCK.get(chosen.backend).forward(
                 e, ordered, spec, options, for_backward=False
             )

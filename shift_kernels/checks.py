@@ -99,7 +99,13 @@ def check_dtype(function: str, name: str, value: Any) -> None:
         raise type_error(function, name, value, allowed, "Pass one of these.")
 
 
+def is_floating(x: Tensor) -> bool:
+    """Whether :func:`check_floating` accepts x."""
+    return isinstance(x, Tensor) and x.dtype in DTYPES and x.layout is torch.strided and not x.is_nested
+
+
 def check_floating(function: str, name: str, x: Tensor) -> None:
+    """Refuse what is no dense tensor of a floating dtype."""
     if not isinstance(x, Tensor):
         raise type_error(function, name, type(x).__name__, "a torch.Tensor", "Convert it first.")
     if x.dtype not in DTYPES:

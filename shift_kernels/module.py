@@ -169,6 +169,8 @@ class LoopedBlock(nn.Module):
             found.update(self.named_parameters(remove_duplicate=False))
         else:
             _collect_parameters(self, "", found)
+        if found.keys() == self.spec.weight_shapes().keys():
+            return found
         for name in self.spec.weight_shapes():
             if name not in found:
                 path, _, leaf = name.rpartition(".")

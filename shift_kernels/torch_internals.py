@@ -39,23 +39,30 @@ def exports_to_onnx() -> bool:
     return torch.compiler.is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
 def must_be_observed(tensors: tuple[Tensor, ...]) -> bool:
     """True if a tracer, dispatch mode or tensor subclass must observe the call.
 
     It then goes through the operator: kernels read memory by its address, which these do not notice, or do
     not have.
     """
-    plain = (Tensor, nn.Parameter)
     return (
         torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in plain for x in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def has_no_values(x: Tensor) -> bool:
     """True of fake and meta tensors."""
     return isinstance(x, torch._subclasses.FakeTensor) or x.is_meta
+
+
+def without_negations(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same values, and none that autograd has left a negation to do."""
+    return tuple(x.resolve_neg() for x in tensors) if any(map(Tensor.is_neg, tensors)) else tensors
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def shape_kernels(library: Any, cases: Sequence[Any] = SHAPES) -> Iterator[dict[
     scratch = build_native.SCRATCH / "offline"
     scratch.mkdir(parents=True, exist_ok=True)
     for case, backward in itertools.product(cases, (False, True)):
-        prepared = cuda_backend._prepared(
+        prepared = cuda_backend.prepared(
             library,
             BlockSpec(**case.options),
             (case.batch, case.seq_len),

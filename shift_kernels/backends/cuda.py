@@ -156,6 +156,7 @@ def sizes(
     )
 
 
+@functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -172,10 +173,13 @@ class _Prepared(NamedTuple):
     shape: cuda_shapes.Shape
     kernel: int
     """The shape's own, or 0: looked up here, once."""
+    weights: tuple[str, ...]
+    """Names of those that the block has."""
+    places: tuple[int, ...]
+    """Of every weight in the library's order the place in ``weights``; -1 where the block has none."""
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepared(
+def prepared(
     library: ModuleType,
     spec: BlockSpec,
     shape: tuple[int, int],
@@ -187,7 +191,7 @@ def _prepared(
     halting: bool,
     backward: bool,
 ) -> _Prepared:
-    """The planner asked, once for every such call.
+    """The planner asked.
 
     Args:
         shape: batch and seq_len.
@@ -201,21 +205,32 @@ def _prepared(
     operand = "bf16" if dtypes[1] is torch.bfloat16 else "fp16"
     words = tuple(library.shape(call, plan, backward=backward))
     of = cuda_shapes.Shape(words, "sm_90a" if plan.tiles else arch, operand)
-    return _Prepared(call, plan, packed, workspace, of, cuda_shapes.kernel(of))
+    ordered = compiled.weight_names(library, spec.n_layers)
+    names = tuple(n for n in ordered if n in spec.weight_shapes())
+    places = tuple(names.index(n) if n in names else -1 for n in ordered)
+    return _Prepared(call, plan, packed, workspace, of, cuda_shapes.kernel(of), names, places)
 
 
-def _prepare(spec: BlockSpec, e: Tensor, options: CallOptions, backward: bool) -> _Prepared:
-    return _prepared(
-        _LIBRARY,
-        spec,
-        (e.shape[0], e.shape[1]),
-        (e.dtype, options.compute_dtype),
-        Limits(*_limits(e.device)),
-        _arch(e.device),
-        own_loops=isinstance(options.n_loops, Tensor),
-        halting=options.halt_threshold is not None,
-        backward=backward,
-    )
+@functools.lru_cache(maxsize=4096)
+def _prepared_on(
+    device: torch.device,
+    no_device: Limits,
+    library: ModuleType,
+    spec: BlockSpec,
+    sizes: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    own_loops: bool,
+    halting: bool,
+    backward: bool,
+) -> _Prepared:
+    """The same on a device, whose limits are ``no_device`` where there is none: one look for every such call.
+
+    Args:
+        sizes: those of e.
+    """
+    limits, arch = Limits(*_limits(device)), _arch(device)
+    ways = dict(own_loops=own_loops, halting=halting, backward=backward)
+    return prepared(library, spec, (sizes[0], sizes[1]), dtypes, limits, arch, **ways)
 
 
 class _Launch:
@@ -228,20 +243,22 @@ class _Launch:
     def __init__(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, backward: bool
     ) -> None:
-        self.e, self.backward = aligned(e), backward
-        self.prepared = _prepare(spec, e, options, backward)
-        self.plan = self.prepared.plan
+        own_loops, halting = isinstance(options.n_loops, Tensor), options.halt_threshold is not None
+        dtypes = e.dtype, options.compute_dtype
+        self.prepared = found = _prepared_on(
+            e.device, HOPPER, _LIBRARY, spec, e.shape, dtypes, own_loops, halting, backward
+        )
+        self.e, self.plan, self.backward = aligned(e), found.plan, backward
         loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
         rotary = _rotary(e.shape[1], spec, e.device) if spec.position == "rope" else None
-        weight_dtype = _common_dtype(weights)
-        values = [aligned(w if w.dtype is weight_dtype else w.to(weight_dtype)) for w in weights.values()]
-        found = dict(zip(weights, map(Tensor.data_ptr, values), strict=True))
-        self.call = call = self.prepared.call.copy()
+        values = _readable([weights[name] for name in found.weights])
+        addresses = [*map(Tensor.data_ptr, values), None]
+        self.call = call = found.call.copy()
         call.return_all, call.ragged = options.return_all_loops, lengths is not None
         call.halt_threshold = options.halt_threshold or 0.0
-        call.weight_dtype = _name(weight_dtype)
+        call.weight_dtype = _name(values[0].dtype)
         call.e = self.e.data_ptr()
-        call.weights = [found.get(n) for n in compiled.weight_names(_LIBRARY, spec.n_layers)]
+        call.weights = [addresses[place] for place in found.places]
         call.loops, call.lengths, call.rotary = _address(loops), _address(lengths), _address(rotary)
         self._alive = loops, lengths, rotary, values
         self._memory: Tensor | None = None
@@ -289,11 +306,13 @@ def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor
     return table
 
 
-def _common_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """The weights' dtype as they are, where the kernels read it and all have the same; else float32."""
-    found = {w.dtype for w in weights.values()}
-    (first, *others) = found
-    return torch.float32 if others or first not in DTYPES else first
+def _readable(weights: list[Tensor]) -> list[Tensor]:
+    """Of one dtype that the kernels read, float32 where they are of several, and each :func:`aligned`."""
+    first, *others = {w.dtype for w in weights}
+    if others or first not in DTYPES:
+        weights = [w.to(torch.float32) for w in weights]
+    fit = [w.data_ptr() % 16 == 0 and w.is_contiguous() for w in weights]
+    return weights if all(fit) else [aligned(w) for w in weights]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -312,18 +331,9 @@ def _address(x: Tensor | None) -> int | None:
 
 def _of_problem(p: Problem) -> list[_Prepared]:
     """Of the forward, and of the backward where there is one; all samples have the same number of loops."""
+    sizes, dtypes = (p.batch, p.seq_len, p.spec.d_model), (p.dtype, p.compute_dtype)
     return [
-        _prepared(
-            _LIBRARY,
-            p.spec,
-            (p.batch, p.seq_len),
-            (p.dtype, p.compute_dtype),
-            Limits(*_limits(p.device)),
-            _arch(p.device),
-            own_loops=False,
-            halting=p.halting,
-            backward=backward,
-        )
+        _prepared_on(p.device, HOPPER, _LIBRARY, p.spec, sizes, dtypes, False, p.halting, backward)
         for backward in (False, True)[: 1 + p.grad]
     ]
 
@@ -341,30 +351,30 @@ class CudaBackend:
         """The tile of a program, of the backward's where there is one, and where it is."""
         assert _LIBRARY is not None, "asked only if available"
         parts: list[str] = []
-        for prepared in _of_problem(problem):
-            plan, backward = prepared.plan, len(parts) > 0
+        for found in _of_problem(problem):
+            plan, backward = found.plan, len(parts) > 0
             where = "in shared memory" if plan.tile_in_shared else "in L2"
             if plan.split > 1:
                 where += f" of {plan.split} programs a sequence"
             parts.append(
                 f"{'backward' if backward else 'forward'} {plan.programs} programs of {plan.rows} tokens, "
                 f"residual stream {where}, {plan.shared_bytes / 1024:.0f} KiB shared memory, compiled for "
-                + ("this shape" if prepared.kernel else "any shape")
+                + ("this shape" if found.kernel else "any shape")
             )
         kernels = "sm_90a" if plan.tiles else "sm_80 and newer"
         return "; ".join([f"resident, all loops in one launch, kernels for {kernels}", *parts])
 
     def prepare(self, problem: Problem, say: Callable[[str], object]) -> None:
         """Compile the kernels of the problem's shape: a sixth of the instructions of those for any shape."""
-        for prepared, direction in zip(_of_problem(problem), ("forward", "backward"), strict=False):
+        for found, direction in zip(_of_problem(problem), ("forward", "backward"), strict=False):
             start = time.perf_counter()
             try:
-                cuda_shapes.compile_kernel(prepared.shape)
+                cuda_shapes.compile_kernel(found.shape)
                 seconds = time.perf_counter() - start
                 say(f"  cuda    the {direction} for this shape: {seconds:.0f} s to compile")
             except RuntimeError as error:
                 say(f"  cuda    no {direction} for this shape, the one for any serves: {error}")
-        _prepared.cache_clear()
+        _prepared_on.cache_clear()
 
     def saved_bytes(self, problem: Problem) -> int:
         """Bytes kept for the backward pass, per loop: its boundary."""

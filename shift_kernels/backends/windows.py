@@ -39,10 +39,11 @@ class Forward:
         refuse_in_capture(e, options, asks_for_loops=known)
         own = options.sample_loops(e.device)
         most = options.max_loops() if known else _FOREVER
-        used = torch.full((len(e),), most, device=e.device) if own is None else own
+        used = torch.full((e.shape[0],), most, device=e.device) if own is None else own
         if own is not None and options.halt_threshold is not None:
             used = own.clone()
-        return cls(own, most, used, e.new_empty((most, *e.shape) if options.return_all_loops else e.shape))
+        shape = (most, *e.shape) if options.return_all_loops else e.shape
+        return cls(own, most, used, torch.empty(shape, dtype=e.dtype, device=e.device))
 
 
 def seq_lens_on(e: Tensor, options: CallOptions) -> Tensor | None:

@@ -41,10 +41,10 @@ def on(monkeypatch, tmp_path):
         module, _ = compiled.load("_native_cuda", Path(emulated(*LIBRARY).library._name))
         monkeypatch.setattr(cuda_backend, "_LIBRARY", module)
         monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, arch == "sm_90a"))
-        cuda_backend._prepared.cache_clear()
+        cuda_backend._prepared_on.cache_clear()
 
     yield choose
-    cuda_backend._prepared.cache_clear()
+    cuda_backend._prepared_on.cache_clear()
 
 
 def own_kernels(monkeypatch, tmp_path):
@@ -60,7 +60,7 @@ def own_kernels(monkeypatch, tmp_path):
         return ctypes.cast(library.shift_cuda_run_shape, ctypes.c_void_p).value
 
     monkeypatch.setattr(cuda_shapes, "kernel", kernel)
-    cuda_backend._prepared.cache_clear()
+    cuda_backend._prepared_on.cache_clear()
     return asked
 
 
