@@ -329,6 +329,8 @@ class TrainConfig(Checked):
     the last loop alone."""
     parallel: str = word("ddp", ("ddp", "fsdp"))
     """How ranks share the model: ddp (whole on each) or fsdp (in shards, gathered once a step)."""
+    hang_timeout: float = real(300.0, "a finite float > 0", positive)
+    """Seconds without a sign of life after which ranks give up one that works alone: evaluates, say."""
     compile: bool = False
     """torch.compile around the training forward: what is not the loop body gets fused."""
     checkpoint_core: bool = False
@@ -371,10 +373,10 @@ class TrainConfig(Checked):
                 "TrainConfig", "micro_batch", "auto", "sizes with parallel = 'fsdp'",
                 "Ranks that try sizes would wait for each other: give a number, or numbers by loops.",
             )  # fmt: skip
-        if self.parallel == "fsdp" and (self.optimiser.kind != "adamw" or self.landscape.every):
+        if self.parallel == "fsdp" and self.landscape.every:
             raise input_error(
-                "TrainConfig", "parallel", self.parallel, "ddp with Muon, or where landscape.every is not 0",
-                "Both read whole matrices: set optimiser.kind = 'adamw' and landscape.every = 0.",
+                "TrainConfig", "parallel", self.parallel, "ddp where landscape.every is not 0",
+                "Snapshots are of all weights, which no rank has: set landscape.every = 0.",
             )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -397,6 +399,7 @@ RESULT_FREE = (
     "checkpoint_every",
     "keep",
     "device",
+    "hang_timeout",
     "landscape.every",
     "landscape.burst",
     "min_flops",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def evaluate(
     bf16: bool = False,
     backend: str = "auto",
     split: str = "eval",
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Loss and accuracy over the read positions of ``n_samples`` held-out sequences, always the same ones.
 
@@ -48,6 +49,7 @@ def evaluate(
         micro_batch: of them, as many at once; None: all.
         bf16, backend: of the forward.
         split: of the task's data.
+        progress: called before every forward.
 
     Returns:
         ``loss`` (mean cross-entropy, nats; None if not finite), ``accuracy`` (share of read positions right),
@@ -64,6 +66,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch in _batches(task, n_samples, batch_size, micro_batch or batch_size, split):
+        progress()
         loops = loops_of(batch, n_loops)
         batch = batch.to(device)
         with autocast(device, bf16):

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from shift.config import TrainConfig
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
-from shift.run.optim import parameter_groups
+from shift.run.optim import for_muon, parameter_groups
 from shift.run.ranks import Ranks
 from shift.run.sharded import ShardedAdamW
+from shift.run.sharded_muon import ShardedMuon
 from shift.run.shards import tensors_of
 from shift_kernels import LoopedBlock
 from shift_kernels.errors import input_error
@@ -59,7 +60,13 @@ class Sharded:
             for group, own in zip(groups, named, strict=True)
         ]
         optimiser = config.optimiser
-        self.optimizer = ShardedAdamW(groups, ranks, lr=optimiser.lr, betas=optimiser.betas)
+        options: dict[str, Any] = {"lr": optimiser.lr, "betas": optimiser.betas}
+        self.optimizer: ShardedAdamW
+        if optimiser.kind == "muon":
+            matrices, others = for_muon(model, groups)
+            self.optimizer = ShardedMuon(matrices, others, optimiser.momentum, ranks, **options)
+        else:
+            self.optimizer = ShardedAdamW(groups, ranks, **options)
 
     def begin_micro_batch(self, last: bool) -> None:
         """See :class:`shift.run.parallel.Replicated`."""
@@ -99,7 +106,8 @@ class Sharded:
         names = [name for name, _ in model.named_parameters()]
         whole = self.optimizer.whole([p for _, p in model.named_parameters()])
         weights = dict(zip(names, whole, strict=True)) if whole else {}
-        state: Any = {key: self.optimizer.whole(part) for key, part in self.optimizer.moments().items()}
+        moments = self.optimizer.moments()
+        state: Any = {key: self.optimizer.whole(of.values()) for key, of in moments.items()}
         state["state"] = self.optimizer.state_dict()
         return {"weights_sha256": checkpoint.digest(weights), "optimizer_sha256": checkpoint.digest(state)}
 

@@ -75,13 +75,20 @@ def build_optimizer(model: nn.Module, config: OptimiserConfig) -> FlatAdamW | Fl
     groups = parameter_groups(model, config)
     if config.kind == "adamw":
         return FlatAdamW(groups, lr=config.lr, betas=config.betas)
+    return FlatMuon(*for_muon(model, groups), config.momentum, lr=config.lr, betas=config.betas)
+
+
+def for_muon(
+    model: nn.Module, groups: Iterable[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups that Muon moves, matrices of blocks, and those that AdamW does."""
     kinds, parameters = kinds_of(model), dict(model.named_parameters())
-    matrix = {id(parameters[name]) for name, kind in kinds.items() if kind == "matrices"}
-    mine: list[dict[str, Any]] = []
+    matrices = {id(parameters[name]) for name, kind in kinds.items() if kind == "matrices"}
+    own: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for group in groups:
-        (mine if id(group["params"][0]) in matrix else others).append(group)
-    return FlatMuon(mine, others, config.momentum, lr=config.lr, betas=config.betas)
+        (own if id(group["params"][0]) in matrices else others).append(group)
+    return own, others
 
 
 def learning_rate(

@@ -51,7 +51,7 @@ def run(
         try:
             calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
             trainer = Trainer(config, run_dir, resume=resume, extend=True, console=console)
-            with _stopped_by_signals(trainer), _silence_named():
+            with _stopped_by_signals(trainer), _silence_named(config.hang_timeout):
                 trainer.fit()
         finally:
             if console:
@@ -79,7 +79,7 @@ def _process_group(parallel: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _silence_named() -> Iterator[None]:
+def _silence_named(hang_timeout: float) -> Iterator[None]:
     """Say in plain words that another rank does not answer."""
     try:
         yield
@@ -89,7 +89,8 @@ def _silence_named() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise OtherRankFailed(
             f"rank {dist.get_rank()}: another rank has died, or has not answered for "
-            f"{PATIENCE.total_seconds():.0f} s ({reason}); the last checkpoint is good: --resume auto"
+            f"{PATIENCE.total_seconds():.0f} s in a step, or {hang_timeout:g} s (hang_timeout) while another "
+            f"waited for what it does alone ({reason}); the last checkpoint is good: --resume auto"
         ) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,8 +16,8 @@ from shift_kernels import ShiftInputError
 
 T = TypeVar("T")
 
-LONGEST = timedelta(minutes=30)
-"""That ranks wait for one that works alone. A rank that died is noticed at once all the same."""
+SIGNS = 10
+"""Signs of life in a hang timeout."""
 
 
 class OtherRankFailed(Exception):
@@ -27,15 +29,22 @@ class Ranks:
 
     A failure of one rank must reach all, or the others would wait for it for ever: what may fail while the
     ranks depend on each other goes through :meth:`together` or :meth:`from_first`.
+
+    Args:
+        hang_timeout: seconds that ranks wait for one that works alone and gives no sign of life. One that
+            died is noticed at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_timeout: float) -> None:
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
         # Objects go by a group of their own, on the CPU: what one rank does alone, such as a measurement or a
         # save, may take longer than a step may wait for a rank.
-        self.control = dist.new_group(backend="gloo", timeout=LONGEST) if self.size > 1 else None
+        patience = timedelta(seconds=hang_timeout)
+        self.control = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
+        self._every = hang_timeout / SIGNS
+        self._next_sign = math.inf  # of rank 0, while it works alone
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, in place."""
@@ -82,17 +91,37 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """What an action returns on rank 0, the only one that runs it; its failure there is one on all."""
-        result, error = _attempt(action) if self.rank == 0 else (None, None)
-        if self.size > 1:
-            outcome: list[Any] = [(result, None if error is None else _description(0, error))]
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
-            result, failure = outcome[0]
-            if error is None:
-                _raise_first([failure])
+        """What an action returns on rank 0, the only one that runs it; its failure there is one on all.
+
+        An action that may take longer than the hang timeout calls :meth:`sign_of_life` as it gets on.
+        """
+        if self.rank > 0:
+            while (outcome := self._spread(None)) is None:
+                pass  # a sign of life
+            result, failure = outcome
+            _raise_first([failure])
+            return result
+        self._next_sign = time.monotonic() + self._every
+        done, error = _attempt(action)
+        self._next_sign = math.inf
+        self._spread((done, None if error is None else _description(0, error)))
         if error is not None:
             raise error
-        return result  # type: ignore[return-value]
+        return done  # type: ignore[return-value]
+
+    def sign_of_life(self) -> None:
+        """Tell the ranks that wait for this one, if any do, that it gets on; cheap enough for any loop."""
+        if time.monotonic() >= self._next_sign:
+            self._spread(None)
+            self._next_sign = time.monotonic() + self._every
+
+    def _spread(self, value: Any) -> Any:
+        """The value of rank 0."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -49,15 +49,18 @@ def calibrate_shapes(config: TrainConfig, when: When, say: Callable[[str], objec
     """
     if when == "never" or config.backend != "auto":
         return
-    problems = problems_of(config)
+    problems, ranks = problems_of(config), Ranks(config.hang_timeout)
+
+    def told(line: str) -> None:
+        say(line)
+        ranks.sign_of_life()
 
     def measure() -> dict[str, measured.Row]:
         new = [p for p in problems if p.device.type != "cpu" and measured.lookup(p) is None]
-        calibrate(problems if when == "always" else new, say=say)
+        calibrate(problems if when == "always" else new, say=told)
         known = {measured.shape_class(p): measured.lookup(p) for p in problems}
         return {key: row for key, row in known.items() if row is not None}
 
-    ranks = Ranks()
     rows = ranks.from_first(measure)
     if ranks.size > 1:
         measured.adopt(rows)

@@ -6,7 +6,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,9 @@ class ShardedAdamW:
 
     def __init__(self, groups: Sequence[dict[str, Any]], ranks: Ranks, **options: Any) -> None:
         self._ranks = ranks
-        self.parameters: list[DTensor] = [p for group in groups for p in group["params"]]
-        # The same memory as the shards', so that what is written here is what is gathered.
-        self._shards = [torch.nn.Parameter(p.to_local().detach()) for p in self.parameters]
-        shards = iter(self._shards)
-        local = [{**group, "params": [next(shards) for _ in group["params"]]} for group in groups]
-        self._adamw = torch.optim.AdamW(local, fused=True, **options)
+        self.parameters: list[DTensor] = []
+        self._shards: list[torch.nn.Parameter] = []
+        self._adamw = torch.optim.AdamW(self._in_shards(groups), fused=True, **options)
         for shard in self._shards:
             zeros = {key: torch.zeros_like(shard) for key in MOMENTS}
             self._adamw.state[shard] = {"step": torch.zeros((), device=shard.device), **zeros}
@@ -42,11 +39,24 @@ class ShardedAdamW:
             {**group, "params": outer["params"]}
             for group, outer in zip(self._adamw.param_groups, groups, strict=True)
         ]
+        self._adamw_groups = list(zip(self._adamw.param_groups, self.param_groups, strict=True))
+
+    def _in_shards(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take groups of parameters in; returns the same groups of this rank's shards."""
+        local = []
+        for group in groups:
+            # The same memory as the shards', so that what is written here is what is gathered.
+            shards = [torch.nn.Parameter(p.to_local().detach()) for p in group["params"]]
+            self.parameters += group["params"]
+            self._shards += shards
+            local.append({**group, "params": shards})
+        return local
 
     @property
     def state(self) -> dict[Any, Any]:
         """The state of each parameter: of its shard."""
-        return {p: self._adamw.state[s] for p, s in zip(self.parameters, self._shards, strict=True)}
+        pairs = zip(self.parameters, self._shards, strict=True)
+        return {p: self._adamw.state[shard] for p, shard in pairs if shard in self._adamw.state}
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -63,7 +73,7 @@ class ShardedAdamW:
 
     def clip_and_step(self, norm: Tensor, clip: float, skipped: Tensor) -> None:
         """See :meth:`shift.run.flat.FlatAdamW.clip_and_step`; after :meth:`gradient_norm`."""
-        for mine, theirs in zip(self._adamw.param_groups, self.param_groups, strict=True):
+        for mine, theirs in self._adamw_groups:
             mine["lr"] = theirs["lr"]
         self._adamw.grad_scale = (norm / clip).clamp_(min=1.0)  # type: ignore[attr-defined]
         self._adamw.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -83,21 +93,17 @@ class ShardedAdamW:
         for p in self.parameters:
             p.grad = None
 
-    def sharded(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like :attr:`pieces` as the sharded tensors that they are parts of."""
-        return [
-            DTensor.from_local(
-                shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
-            for shard, p in zip(shards, self.parameters, strict=True)
-        ]
+    def sharded(self, shards: Sequence[Tensor]) -> dict[DTensor, DTensor]:
+        """Tensors like :attr:`pieces` as the sharded tensors that they are parts of, by their parameters."""
+        return {p: joined(shard, p) for p, shard in zip(self.parameters, shards, strict=True)}
 
-    def moments(self) -> dict[str, list[Tensor]]:
-        """Each moment of all parameters, sharded, in this optimiser's memory."""
-        states = [self._adamw.state[shard] for shard in self._shards]
-        return {key: self.sharded([state[key] for state in states]) for key in MOMENTS}
+    def moments(self) -> dict[str, dict[DTensor, DTensor]]:
+        """Each moment, sharded, in this optimiser's memory, by the parameters that have it."""
+        return {
+            key: {p: joined(own[key], p) for p, own in self.state.items() if key in own} for key in MOMENTS
+        }
 
-    def whole(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def whole(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Sharded tensors put together, on rank 0; called on all ranks."""
         found = []
         for x in tensors:
@@ -108,7 +114,7 @@ class ShardedAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """What no shard holds: the steps of each parameter."""
-        return {"steps": [self._adamw.state[shard]["step"].item() for shard in self._shards]}
+        return {"steps": [own["step"].item() for own in self._adamw.state.values()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` gave; the moments are read into :meth:`moments`.
@@ -117,10 +123,17 @@ class ShardedAdamW:
             ValueError: it is of other parameters.
         """
         steps = state_dict["steps"]
-        if len(steps) != len(self._shards):
+        if len(steps) != len(self._adamw.state):
             raise ValueError("the state of other parameters")
-        for shard, step in zip(self._shards, steps, strict=True):
-            self._adamw.state[shard]["step"].fill_(step)
+        for own, step in zip(self._adamw.state.values(), steps, strict=True):
+            own["step"].fill_(step)
+
+
+def joined(shard: Tensor, like: DTensor) -> DTensor:
+    """The sharded tensor that a shard of this rank is a part of, as a parameter's is."""
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def _local(x: Tensor) -> Tensor:

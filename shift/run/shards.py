@@ -6,7 +6,7 @@ They hold where each part belongs, so any number of ranks reads them, or one pro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,10 @@ WEIGHTS, AVERAGE = "weights", "average"
 def tensors_of(model: nn.Module, optimizer: ShardedAdamW, average: WeightAverage | None) -> dict[str, Tensor]:
     """All that is in shards, by the names in the files, in the memory of its owners."""
     names = {id(p): name for name, p in model.named_parameters()}
-    parts: dict[str, Sequence[Tensor]] = {WEIGHTS: optimizer.parameters, **optimizer.moments()}
+    parts = {WEIGHTS: {p: p for p in optimizer.parameters}, **optimizer.moments()}
     if average is not None:
         parts[AVERAGE] = optimizer.sharded(average.pieces)
-    return {
-        f"{part}.{names[id(p)]}": x.detach()
-        for part, tensors in parts.items()
-        for p, x in zip(optimizer.parameters, tensors, strict=True)
-    }
+    return {f"{part}.{names[id(p)]}": x.detach() for part, of in parts.items() for p, x in of.items()}
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None:

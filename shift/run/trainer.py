@@ -90,7 +90,7 @@ class Trainer:
         extend: bool = False,
         console: Watcher | None = None,
     ) -> None:
-        self.ranks = Ranks()
+        self.ranks = Ranks(config.hang_timeout)
         self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)
         self.model = build_model(config, self.task).to(self.device)
@@ -278,6 +278,7 @@ class Trainer:
                     micro_batch=self.micro_batches.of(n_loops),
                     bf16=c.precision == "bf16",
                     backend=c.backend,
+                    progress=self.ranks.sign_of_life,
                 )
                 self._parallel.release()
                 return scores

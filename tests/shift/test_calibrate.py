@@ -103,6 +103,9 @@ def test_all_ranks_take_what_rank_0_measured(rank, measurements, monkeypatch):
 
         size = 2
 
+        def __init__(self, hang_timeout):
+            pass
+
         def from_first(self, action):
             if rank == 0:
                 action()

@@ -20,6 +20,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 from shift.build import build_model, build_task
 from shift.config import LandscapeConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from shift.run import process
+from shift.run import trainer as training
 from shift.run.checkpoint import newest_valid
 from shift.run.evaluate import evaluate
 from shift.run.global_batch import GlobalBatch
@@ -37,6 +38,7 @@ BASE = tiny(
     optimiser=OptimiserConfig(warmup=4, ema=0.9, keep_moments=0.5),
 )
 PACKED = dataclasses.replace(BASE, micro_batch=3, optimiser=OptimiserConfig(warmup=4))
+MUON = dataclasses.replace(BASE, optimiser=OptimiserConfig(kind="muon", warmup=4, ema=0.9, keep_moments=0.5))
 SAME = ("weights_sha256", "optimizer_sha256", "metrics_sha256")
 
 
@@ -111,6 +113,9 @@ def runs(tmp_path_factory):
         (sharded(PACKED), folder / "fsdp in micro-batches"),
         (dataclasses.replace(sharded(BASE), checkpoint_core=True), folder / "fsdp with checkpoints"),
         (BASE, folder / "ddp"),
+        (sharded(MUON), folder / "fsdp muon"),
+        (sharded(MUON), folder / "fsdp muon resumed", 6),
+        (sharded(MUON), folder / "fsdp muon resumed"),
         (sharded(BASE), folder / "fsdp 2 to 1", 6),
         (BASE, folder / "ddp 2 to 1", 6),
     )
@@ -126,10 +131,10 @@ def test_micro_batches_of_shards_give_the_losses_of_whole_batches(runs):
     assert_same_numbers_of_training(runs / "fsdp in micro-batches", runs / "ddp")
 
 
-def test_a_sharded_run_that_was_stopped_goes_on_exactly(runs):
-    assert [result(runs / "fsdp resumed")[key] for key in SAME] == [
-        result(runs / "fsdp")[key] for key in SAME
-    ]
+@pytest.mark.parametrize("name", ["fsdp", "fsdp muon"])
+def test_a_sharded_run_that_was_stopped_goes_on_exactly(runs, name):
+    resumed, whole = result(runs / f"{name} resumed"), result(runs / name)
+    assert [resumed[key] for key in SAME] == [whole[key] for key in SAME]
 
 
 @pytest.mark.parametrize("name", ["fsdp 2 to 1", "ddp 2 to 1"])
@@ -141,12 +146,14 @@ def test_one_process_goes_on_with_the_batches_of_two(runs, name):
 
 
 def test_other_numbers_of_ranks_go_on_with_the_batches_of_one(runs, tmp_path):
-    jobs = {name: dataclasses.replace(BASE, parallel=name) for name in ("ddp", "fsdp")}
+    jobs = {"ddp": BASE, "fsdp": sharded(BASE), "fsdp muon": sharded(MUON)}
     together(1, tmp_path / "1", *((config, tmp_path / name, 6) for name, config in jobs.items()))
-    fit(BASE, tmp_path / "whole")
+    fit(BASE, tmp_path / "adamw alone")
+    fit(MUON, tmp_path / "muon alone")
     together(4, tmp_path / "4", *((config, tmp_path / name) for name, config in jobs.items()))
     for name in jobs:  # of four ranks two have no part of the contexts: the embedding has two rows
-        assert_same_numbers(tmp_path / name, tmp_path / "whole")
+        alone = "muon alone" if "muon" in name else "adamw alone"
+        assert_same_numbers(tmp_path / name, tmp_path / alone)
 
 
 def test_a_process_without_shards_reads_the_averaged_weights_that_were_evaluated(runs):
@@ -241,6 +248,46 @@ def test_a_rank_that_is_gone_ends_the_others_with_a_message(tmp_path, how):
     assert "--resume auto" in last
 
 
+def hang_in_the_second_evaluation(rank, port, folder, argv):
+    """Child process: what torchrun starts; the first evaluation takes longer than the hang timeout."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    real, calls = evaluate, iter(range(1, 100))
+
+    def slow(*args, progress, **options):
+        if next(calls) == 2:
+            (folder / "began to hang").touch()
+            time.sleep(600)
+        for _ in range(9):
+            time.sleep(0.5)
+            progress()
+        return real(*args, **options)
+
+    training.evaluate = slow
+    with open(folder / f"{rank}.txt", "w") as sys.stderr:
+        raise SystemExit(main(argv))
+
+
+def test_a_rank_that_hangs_while_others_wait_ends_them_but_a_long_evaluation_does_not(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = ["--run-dir", str(tmp_path / "run"), "--config", "demo", "--steps", "2", "--eval-every", "1"]
+    argv += ["--batch-size", "2", "--eval-samples", "4", "--device", "cpu", "--hang-timeout", "3"]
+    target, arguments = hang_in_the_second_evaluation, (port, tmp_path, argv)
+    ranks = [processes().Process(target=target, args=(rank, *arguments)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    ranks[1].join(60)
+    code = ranks[1].exitcode
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert code == 1
+    assert (tmp_path / "began to hang").exists()
+    assert "or 3 s (hang_timeout)" in (tmp_path / "1.txt").read_text().splitlines()[-1]
+
+
 # --- what is gathered -------------------------------------------------------------------------------------
 
 
@@ -310,7 +357,6 @@ def test_more_ranks_than_sequences_are_refused():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"optimiser": OptimiserConfig(kind="muon")}, "parallel"),
         ({"landscape": LandscapeConfig(every=5)}, "parallel"),
         ({"micro_batch": "auto"}, "micro_batch"),
     ],
