@@ -393,6 +393,15 @@ class TrainConfig(Checked):
         return _build(TrainConfig, table, source, "")
 
 
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``: tables are merged, but for a task, which is another one altogether."""
+    both = dict(base)
+    for key, value in changes.items():
+        merge = isinstance(value, Mapping) and key != "task"
+        both[key] = merged(base.get(key, {}), value) if merge else value
+    return both
+
+
 RESULT_FREE = (
     "sweep_loops",
     "log_every",
@@ -418,7 +427,10 @@ def differing_key(
         theirs: :meth:`TrainConfig.to_dict` of another.
         free: keys that may differ.
     """
-    a, b = _flat(ours.to_dict()), _flat(TrainConfig().to_dict()) | _flat(theirs)  # older runs hold fewer
+    a, b = (
+        flat_keys(ours.to_dict()),
+        flat_keys(TrainConfig().to_dict()) | flat_keys(theirs),
+    )  # older runs hold fewer
     for key in sorted(a.keys() | b.keys()):
         if key not in free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)
@@ -550,8 +562,9 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as one of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from shift.comparison.arms import make_arm
+from shift.comparison.arms import Variants, make_arm
 from shift.comparison.results import collect
 from shift.config import TrainConfig
 from shift.run.record import Run, read_run
@@ -110,24 +110,34 @@ def write_run(
 def write_arm(out: Path, name: str, seeds: Mapping[int, Accuracy], loops: Loops, **options: Any) -> None:
     """An arm's run directories, one for each seed."""
     base = options.pop("base", TrainConfig(steps=100, eval_every=10))
+    arm = make_arm(name, base, variants=options.pop("variants", None))
     for seed, accuracy in seeds.items():
-        arm = make_arm(name, base)
         task = dataclasses.replace(base.task, seed=seed)
         config = dataclasses.replace(arm.config, seed=seed, task=task)
         write_run(out / arm.directory / f"seed-{seed}", config, accuracy, loops, **options)
 
 
-def read_arms(out: Path, names: list[str], seeds: list[int]) -> dict[str, dict[int, Run]]:
+def read_arms(
+    out: Path, names: list[str], seeds: list[int], variants: Variants | None = None
+) -> dict[str, dict[int, Run]]:
     """What :func:`write_arm` wrote."""
     base = TrainConfig()
-    directories = {name: out / make_arm(name, base).directory for name in names}
+    directories = {name: out / make_arm(name, base, variants=variants).directory for name in names}
     return {name: {s: read_run(path / f"seed-{s}") for s in seeds} for name, path in directories.items()}
 
 
-def collected(out: Path, names: list[str], seeds: list[int], target: float | None = 0.99) -> dict[str, Any]:
-    """``results.json`` of the written arms."""
-    labels = {name: make_arm(name, TrainConfig()).label for name in names}
-    return collect(read_arms(out, names, seeds), labels, target, PLAN)
+def collected(
+    out: Path,
+    names: list[str],
+    seeds: list[int],
+    target: float | None = 0.99,
+    variants: Variants | None = None,
+    declared: Variants | None = None,
+) -> dict[str, Any]:
+    """``results.json`` of the written arms, whose plan declared ``variants``, or others."""
+    labels = {name: make_arm(name, TrainConfig(), variants=variants).label for name in names}
+    plan = PLAN | {"variants": variants if declared is None else declared} if variants else PLAN
+    return collect(read_arms(out, names, seeds, variants), labels, target, plan)
 
 
 def _look(step: int, fired: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shift.comparison.arms import MATCHED, SMALLEST, colours
+from shift.comparison.arms import MATCHED, SMALLEST, colours, split
 
 Results = Mapping[str, Mapping[str, Any]]
 """Task -> ``results.json`` of its comparison, with ``used_for``."""
@@ -41,5 +41,5 @@ def colour_of(results: Results) -> dict[str, str]:
 
 
 def _name(own: str) -> str:
-    key, colon, _ = own.partition(":")
-    return {"looped": SMALLEST, MATCHED: MATCHED}.get(key, own) if colon else own
+    key, value, variant = split(own)
+    return {"looped": SMALLEST, MATCHED: MATCHED}.get(key, own) if value and not variant else own

@@ -72,6 +72,7 @@ def main() -> int:
                     args.jobs,
                     command_line,
                     case.rates,
+                    case.variants,
                 )
                 results[case.name] = found | {"used_for": case.used_for}
                 progress.advance(1)

@@ -3,6 +3,7 @@
 waves        lists of seeds: all tasks with the first list, then with the next
 overtime     whether runs that are not at the target go on until they have spent what Looped has
 arms         of every task, by their names in shift.comparison.arms
+variants     variants.<name> = changes of the config that the arms <arm>@<name> have: the model's, for example
 everywhere   changes of the demo preset that all tasks share
 tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] for this task alone
 """
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from shift.build import build_task
-from shift.comparison.arms import DERIVED, Rates, make_arm
-from shift.config import TrainConfig, load_config
+from shift.comparison.arms import DERIVED, Rates, Variants, check_variants, make_arm
+from shift.config import TrainConfig, load_config, merged
 from shift.reading import read_json, read_toml
 from shift_kernels.errors import input_error
 
@@ -34,6 +35,7 @@ class Case:
         config: of every arm, but for the schedule.
         arms: the suite's, and the task's own ``more_arms``.
         rates: learning rates found by ``benchmarks.savings.tune``; arms without have the config's.
+        variants: of the suite, which arms may name.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     config: TrainConfig
     arms: tuple[str, ...]
     rates: Rates = field(default_factory=dict)
+    variants: Variants = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
         raise input_error("load_suite", "suite", name_or_path, f"a .toml file, or {known}", "Check it.")
     table = read_toml(path, "load_suite", "suite")
-    declared, arms = table["tasks"], tuple(table["arms"])
+    declared, arms, variants = table["tasks"], tuple(table["arms"]), table.get("variants", {})
+    check_variants(variants)
     for task in tasks:
         if task not in declared:
             raise input_error("load_suite", "tasks", task, ", ".join(declared), "Check the spelling.")
@@ -81,14 +85,18 @@ def load_suite(name_or_path: str, tasks: tuple[str, ...] = ()) -> Suite:
     tuned = rates_path(path)
     rates = read_json(tuned, "load_suite", "rates")["rates"] if tuned.is_file() else {}
     cases = tuple(
-        replace(_case(name, everywhere | declared[name], arms, str(path)), rates=rates.get(name, {}))
+        replace(
+            _case(name, merged(everywhere, declared[name]), arms, str(path)),
+            rates=rates.get(name, {}),
+            variants=variants,
+        )
         for name in tasks or declared
     )
     for case in cases:
         build_task(case.config)
         for arm in case.arms:
             if arm not in DERIVED:
-                make_arm(arm, case.config)
+                make_arm(arm, case.config, variants=variants)
     return Suite(cases, tuple(map(tuple, table["waves"])), table["overtime"])
 
 
@@ -103,14 +111,5 @@ def _case(name: str, table: Mapping[str, Any], arms: tuple[str, ...], source: st
         raise input_error("load_suite", f"tasks.{name}.set", table.get("set"), " or ".join(SETS), "Set it.")
     # The demo's criterion was chosen for the demo: elsewhere SHIFT has the criterion's own defaults.
     base = load_config("demo").to_dict() | {"schedule": {"kind": "shift"}}
-    config = TrainConfig.from_dict(_merged(base, changes), source)
+    config = TrainConfig.from_dict(merged(base, changes), source)
     return Case(name, table["set"], config, arms + tuple(table.get("more_arms", ())))
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``: tables are merged, but for a task, which is another one altogether."""
-    merged = dict(base)
-    for key, value in changes.items():
-        merge = isinstance(value, Mapping) and key != "task"
-        merged[key] = _merged(base.get(key, {}), value) if merge else value
-    return merged

@@ -93,7 +93,8 @@ def _compared(case: Case, factor: float, seeds: Sequence[int], out: Path, jobs: 
     lr = factor * case.config.optimiser.lr
     arms = [arm for arm in case.arms if arm != AGAIN]  # it has Looped's
     same = dict.fromkeys([*map(rate_name, arms)], lr)
-    results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, " ".join(sys.argv), same)
+    command = " ".join(sys.argv)
+    results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, command, same, case.variants)
     return results
 
 

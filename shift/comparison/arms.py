@@ -1,12 +1,17 @@
-"""The arms of a comparison: each is a schedule; two differ in nothing else but tuned learning rates."""
+"""The arms of a comparison: each is a schedule, in a variant of the model where it names one.
+
+``climb``, ``fixed:0.25`` (a family and its value), ``climb@scaled`` (in the variant ``scaled``). But for the
+schedule, the variant and tuned learning rates, two arms differ in nothing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from shift.config import ScheduleConfig, TrainConfig
+from shift.config import ScheduleConfig, TrainConfig, merged
 from shift.schedules import SCHEDULES, Declaration, Family
 from shift_kernels.errors import input_error
 
@@ -41,14 +46,21 @@ FAMILIES = {family.name: family for declared in SCHEDULES.values() for family in
 """Those that the schedules declare, and two that only a comparison has. Colours: Okabe-Ito, Tol's muted."""
 
 
+def split(name: str) -> tuple[str, str, str]:
+    """Family, value and variant of an arm; the last two may be empty."""
+    schedule, _, variant = name.partition("@")
+    family, _, value = schedule.partition(":")
+    return family, value, variant
+
+
 def declared(arm: str) -> Declaration:
     """The declaration of the schedule of the arm of that name."""
-    return SCHEDULES[KIND_OF[arm.partition(":")[0]]]
+    return SCHEDULES[KIND_OF[split(arm)[0]]]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One schedule among those compared. ``config`` is what the trainer is given but for the seeds."""
+    """One of those compared. ``config`` is what the trainer is given but for the seeds."""
 
     name: str
     label: str
@@ -63,34 +75,59 @@ class Arm:
 Rates = Mapping[str, float]
 """Name of an arm -> its learning rate; arms that are not named have that of the config they share."""
 
+Variants = Mapping[str, Mapping[str, Any]]
+"""Name of a variant -> its changes of the config that all arms share, in tables as a config's."""
+
+VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss")
+"""Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same."""
+
+
+def check_variants(variants: Variants) -> None:
+    """Refuse changes of what all arms must share.
+
+    Raises:
+        ShiftInputError: it names the variant and the key.
+    """
+    for name, changes in variants.items():
+        for key in changes:
+            if key not in VARIED:
+                raise input_error(
+                    "shift-compare", f"variants.{name}", key, ", ".join(VARIED), "Drop it: arms share it."
+                )
+
 
 def rate_name(name: str) -> str:
     """Where :data:`Rates` hold an arm: all fewer loops share a rate; Looped on other data has Looped's."""
-    family, colon, _ = name.partition(":")
-    if colon:
+    family, value, variant = split(name)
+    if value and not variant:
         return {"looped": SMALLEST, MATCHED: MATCHED}.get(family, name)
     return "looped" if name == AGAIN else name
 
 
-def make_arm(name: str, base: TrainConfig, rates: Rates | None = None) -> Arm:
+def make_arm(
+    name: str, base: TrainConfig, rates: Rates | None = None, variants: Variants | None = None
+) -> Arm:
     """The arm of that name.
 
     Args:
         name: a key of :data:`FAMILIES`, or ``key:value`` where the family takes one (``looped:2``,
-            ``fixed:0.25`` as a fraction of all steps, ``fixed:200`` as a step).
+            ``fixed:0.25`` as a fraction of all steps, ``fixed:200`` as a step); then ``@variant`` for one.
         base: all but the schedule. Options of its schedule are kept where the
             arm is of that kind, or uses its criterion.
         rates: learning rates of arms that have one of their own.
+        variants: that there are.
 
     Raises:
         ShiftInputError: no such arm.
     """
-    key, colon, value = name.partition(":")
-    family = FAMILIES.get(key)
-    if family is None or (colon and family.value_option is None) or (colon and not value):
+    key, value, variant = split(name)
+    family, known = FAMILIES.get(key), {"": {}, **(variants or {})}
+    wrong = family is None or variant not in known or name != _joined(key, value, variant)
+    if family is None or wrong or (value and family.value_option is None):
         with_value = ", ".join(f"{k}:<{f.value_option}>" for k, f in FAMILIES.items() if f.value_option)
+        in_variant = "".join(f", and any of these @{v}" for v in known if v)
         raise input_error(
-            "shift-compare", "arms", name, f"{', '.join(FAMILIES)}, {with_value} or {SMALLEST}",
+            "shift-compare", "arms", name, f"{', '.join(FAMILIES)}, {with_value} or {SMALLEST}{in_variant}",
             "Check the spelling.",
         )  # fmt: skip
     schedule = declared(name)
@@ -99,13 +136,18 @@ def make_arm(name: str, base: TrainConfig, rates: Rates | None = None) -> Arm:
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    lr = (rates or {}).get(rate_name(name), base.optimiser.lr)
+    config = TrainConfig.from_dict(merged(base.to_dict(), known[variant]), f"variants.{variant}")
+    lr = (rates or {}).get(rate_name(name), config.optimiser.lr)
     config = dataclasses.replace(
-        base,
+        config,
         schedule=ScheduleConfig(schedule.kind, options),
-        optimiser=dataclasses.replace(base.optimiser, lr=lr),
+        optimiser=dataclasses.replace(config.optimiser, lr=lr),
     )
-    return Arm(name, label, config)
+    return Arm(name, f"{label}, {variant}" if variant else label, config)
+
+
+def _joined(family: str, value: str, variant: str) -> str:
+    return family + f":{value}" * bool(value) + f"@{variant}" * bool(variant)
 
 
 def seeded(arm: Arm, seed: int) -> TrainConfig:
@@ -116,7 +158,7 @@ def seeded(arm: Arm, seed: int) -> TrainConfig:
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour (``#rrggbb``) for each arm: its family's, and lighter for the family's further members."""
-    families = [name.partition(":")[0] for name in names]
+    families = [split(name)[0] for name in names]
     found: dict[str, str] = {}
     for i, (name, key) in enumerate(zip(names, families, strict=True)):
         # Half white, no more: the last one must still be seen.

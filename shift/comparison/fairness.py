@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shift.comparison.arms import AGAIN, Rates, declared
-from shift.config import TrainConfig, differing_key
+from shift.comparison.arms import AGAIN, Variants, declared, split
+from shift.config import RESULT_FREE, TrainConfig, differing_key, flat_keys
 from shift.run.record import Run, Runs
 
 Check = dict[str, Any]
@@ -16,19 +16,30 @@ Check = dict[str, Any]
 def fairness(runs: Runs, target: float | None, plan: Mapping[str, Any]) -> list[Check]:
     """All checks, in the order in which a sceptic would ask."""
     return [
-        _same_hash(runs, "Every arm starts from the same initial weights", "initial_weights_sha256"),
+        _same_weights(runs),
         _same_hash(
             {arm: by_seed for arm, by_seed in runs.items() if arm != AGAIN},
             "Every arm sees the same data in the same order",
             "first_batches_sha256",
             "last_batches_sha256",
         ),
-        _same_settings(runs, plan.get("rates", {})),
+        _same_settings(runs, plan),
         _all_seeds(runs),
         _target_fixed(target, plan),
         _strong_baselines(runs),
         _same_environment(runs),
     ]
+
+
+def _same_weights(runs: Runs) -> Check:
+    """A variant may have weights that others have not, so its arms are held against each other."""
+    by_variant: dict[str, dict[str, Any]] = {}
+    for arm, by_seed in runs.items():
+        by_variant.setdefault(split(arm)[2], {})[arm] = by_seed
+    rule = "Every arm starts from the same initial weights"
+    checks = {v: _same_hash(found, rule, "initial_weights_sha256") for v, found in by_variant.items()}
+    detail = "; ".join((f"{v}: " if v else "") + check["detail"] for v, check in checks.items())
+    return {"rule": rule, "ok": all(check["ok"] for check in checks.values()), "detail": detail}
 
 
 def _same_hash(runs: Runs, rule: str, *keys: str) -> Check:
@@ -44,25 +55,43 @@ def _same_hash(runs: Runs, rule: str, *keys: str) -> Check:
     return {"rule": rule, "ok": ok, "detail": "sha256 " + ", ".join(details)}
 
 
-def _same_settings(runs: Runs, rates: Rates) -> Check:
-    """One config but for the schedule, which is the arm, the seeds, and learning rates that were tuned."""
+def _same_settings(runs: Runs, plan: Mapping[str, Any]) -> Check:
+    """One config but for the schedule, the seeds, tuned learning rates, and what a variant declares."""
+    rates, variants = plan.get("rates", {}), plan.get("variants", {})
+    by_variant = sorted(runs.items(), key=lambda item: bool(split(item[0])[2]))  # plain arms first
     configs = [
-        _without_arm(run.config, tuned=bool(rates))
-        for by_seed in runs.values()
+        (arm, _without_arm(run.config, tuned=bool(rates)))
+        for arm, by_seed in by_variant
         for run in by_seed.values()
         if run.config
     ]
-    found = {differing_key(configs[0], config.to_dict()) for config in configs}
+    found = {
+        differing_key(configs[0][1], config.to_dict(), (*RESULT_FREE, *_varied(arm, variants)))
+        for arm, config in configs
+    }
     differing = sorted({difference[0] for difference in found if difference is not None})
     allowed = "only the schedule differs"
     if rates:
         each = ", ".join(f"{arm} {lr:g}" for arm, lr in sorted(rates.items()))
         allowed += f", and the learning rate, tuned for each arm alike on other seeds: {each}"
+    used = {variant: None for arm in runs if (variant := split(arm)[2])}
+    if used:
+        each = "; ".join(f"{name}: {_words(variants.get(name, {}))}" for name in used)
+        allowed += f"; and what a variant says: {each}"
     return {
         "rule": "Same model, optimiser, learning rate (or its tuning), batch and number of steps",
         "ok": not differing,
         "detail": f"they differ in {', '.join(differing)}" if differing else allowed,
     }
+
+
+def _varied(arm: str, variants: Variants) -> dict[str, Any]:
+    """What the arm's variant changes, by dotted keys."""
+    return flat_keys(variants.get(split(arm)[2], {}))
+
+
+def _words(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in flat_keys(changes).items())
 
 
 def _without_arm(config: Mapping[str, Any], tuned: bool) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shift.comparison.arms import AGAIN
+from shift.comparison.arms import split
 
 CI_PAIRS = 5
 """Fewer pairs of seeds than this have no interval worth printing."""
@@ -85,11 +85,18 @@ def smallest_sufficient(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         ``tried`` (all constant numbers of loops among the arms), ``n_loops`` and ``arm`` (None: none did).
     """
     constant = {
-        arm["n_loops"]: name for name, arm in arms.items() if arm["n_loops"] is not None and name != AGAIN
+        arm["n_loops"]: name
+        for name, arm in arms.items()
+        if arm["n_loops"] is not None and _is_plainly_constant(name)
     }
     enough = [t for t, name in constant.items() if reached_on_all(arms[name]["seeds"])]
     best = min(enough, default=None)
     return {"tried": sorted(constant), "n_loops": best, "arm": None if best is None else constant[best]}
+
+
+def _is_plainly_constant(name: str) -> bool:
+    family, _, variant = split(name)
+    return family in ("single", "looped") and not variant
 
 
 def reached_on_all(seeds: Seeds) -> bool:

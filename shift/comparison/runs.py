@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shift.build import build_schedule, build_task
-from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, Rates, make_arm, seeded
+from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, Rates, Variants, make_arm, seeded
 from shift.comparison.plan import LOOPED_SHARE, alone_in, matched_mean, write_plan
 from shift.comparison.pool import train_all
 from shift.comparison.ratios import reached_on_all
@@ -33,6 +33,7 @@ def compare_arms(
     jobs: int,
     command_line: str,
     rates: Rates | None = None,
+    variants: Variants | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Train what is not yet trained, write results and reports.
 
@@ -46,6 +47,7 @@ def compare_arms(
         jobs: runs at a time.
         command_line: what the report says to type.
         rates: learning rates of arms that have one of their own, found on other seeds.
+        variants: of the model, that arms may name.
 
     Returns:
         The content of ``results.json`` and the paths of the two reports.
@@ -54,10 +56,16 @@ def compare_arms(
         ShiftInputError: unusable arguments, run directories in ``out`` that other settings made, or another
             process that compares in ``out``.
     """
-    arms = {name: make_arm(name, base, rates) for name in dict.fromkeys(names) if name not in DERIVED}
+    arms = {
+        name: make_arm(name, base, rates, variants) for name in dict.fromkeys(names) if name not in DERIVED
+    }
     _check(seeds, jobs, base, target, overtime, names, arms)
     with alone_in(out):
-        plan = write_plan(out, target, command_line) | {"overtime": overtime, "rates": dict(rates or {})}
+        plan = write_plan(out, target, command_line) | {
+            "overtime": overtime,
+            "rates": dict(rates or {}),
+            "variants": dict(variants or {}),
+        }
         comparison = Comparison(out, seeds, jobs)
         target = _train(comparison, base, names, arms, target, overtime, rates)
         labels = {arm.name: arm.label for arm in arms.values()}

@@ -20,7 +20,7 @@ from synthetic_runs import (
 from tiny_runs import processes
 
 from shift.compare import main
-from shift.comparison.arms import colours, make_arm, seeded
+from shift.comparison.arms import SMALLEST, check_variants, colours, make_arm, rate_name, seeded
 from shift.comparison.fairness import fairness
 from shift.comparison.plan import alone_in, matched_mean
 from shift.comparison.pool import Display
@@ -72,6 +72,44 @@ def test_options_of_the_config_reach_the_arm_of_their_kind_only():
     base = TrainConfig(schedule=ScheduleConfig("shift", {"delta_1": 0.03}))
     assert make_arm("shift", base).config.schedule.options == {"delta_1": 0.03}
     assert make_arm("looped:2", base).config.schedule.options == {"n_loops": 2}
+
+
+VARIANTS = {
+    "normed": {"model": {"loop_norm": True}},
+    "scaled": {"model": {"residual_scale": "1/T"}, "optimiser": {"lr": 0.5}},
+}
+
+
+def test_a_variant_changes_what_it_declares_and_has_a_rate_of_its_own():
+    base = TrainConfig(schedule=ScheduleConfig("shift", {}))
+    plain = make_arm("fixed:0.25", base, {}, VARIANTS)
+    normed = make_arm("fixed:0.25@normed", base, {"fixed:0.25": 0.1}, VARIANTS)
+    model = dataclasses.replace(base.model, loop_norm=True)
+    assert normed.config == dataclasses.replace(plain.config, model=model)
+    assert (normed.label, normed.directory) == ("Fixed switch at 0.25, normed", "fixed-0.25@normed")
+    assert make_arm("looped@scaled", base, {}, VARIANTS).config.optimiser.lr == 0.5
+    assert make_arm("looped@scaled", base, {"looped@scaled": 0.2}, VARIANTS).config.optimiser.lr == 0.2
+    names = ["looped:2", "looped:2@scaled", "again", "climb@scaled"]
+    assert [rate_name(name) for name in names] == [SMALLEST, "looped:2@scaled", "looped", "climb@scaled"]
+    for wrong in ("climb@", "climb@nosuch", "@normed", "climb:@normed"):
+        with pytest.raises(ShiftInputError, match="'arms'"):
+            make_arm(wrong, base, {}, VARIANTS)
+    with pytest.raises(ShiftInputError, match=r"variants\.more.*'steps'"):
+        check_variants({"more": {"steps": 10}})
+
+
+def test_arms_in_a_variant_are_fair_if_they_differ_in_what_it_declares_alone(out):
+    arms = {"looped@normed": VARIANTS, "climb@normed": VARIANTS}
+    for name in arms:
+        write_arm(out, name, {0: reaches(40), 1: reaches(40)}, always(4), weights="w1", variants=VARIANTS)
+    found = collected(out, [*NAMES, *arms], SEEDS, variants=VARIANTS)
+    assert check(found, "initial weights")["ok"]
+    assert check(found, "Same model")["ok"]
+    assert "normed: model.loop_norm = True" in check(found, "Same model")["detail"]
+    # The smallest T that is enough, and the target, are the plain model's.
+    assert found["smallest_sufficient"]["arm"] == "looped:2"
+    unsaid = collected(out, [*NAMES, *arms], SEEDS, variants=VARIANTS, declared={})
+    assert check(unsaid, "Same model")["detail"] == "they differ in model.loop_norm"
 
 
 def test_looped_again_has_the_same_weights_and_other_data():
