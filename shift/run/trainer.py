@@ -186,7 +186,7 @@ class Trainer:
             if decision.switched:
                 self._switch(decision.keep)
             if p.step == 0:
-                self._evaluate(n_loops)
+                self._evaluate(decision.evaluated)
             self._snapshots.take(p.step)
             self._train_step(n_loops, decision.n_grad_loops)
 
@@ -198,7 +198,7 @@ class Trainer:
             # Where the steps end, too: a run that goes on must not differ from one that was resumed there.
             ends = last or p.step == c.steps
             if ends or _due(p.step, c.eval_every):
-                self._evaluate(n_loops)
+                self._evaluate(decision.evaluated)
             stop = self._should_stop()
             if ends or stop or _due(p.step, c.checkpoint_every):
                 self._save()

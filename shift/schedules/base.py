@@ -28,6 +28,7 @@ class Decision:
             Adam's moments, which belong to the weights that are left, are forgotten too.
         looks: what the criterion saw before this step; none where no look was due, or there is no criterion.
         n_grad_loops: the last loops, through which the gradient passes; None: through all.
+        n_eval_loops: loops to evaluate with after this step; None: ``n_loops``.
     """
 
     n_loops: int
@@ -35,6 +36,12 @@ class Decision:
     keep: float = 1.0
     looks: tuple[Look, ...] = ()
     n_grad_loops: int | None = None
+    n_eval_loops: int | None = None
+
+    @property
+    def evaluated(self) -> int:
+        """Loops to evaluate with after this step."""
+        return self.n_loops if self.n_eval_loops is None else self.n_eval_loops
 
 
 class LoopSchedule(ABC):

@@ -1,4 +1,4 @@
-"""Loops drawn anew at every step."""
+"""Loops drawn anew at every step. What such steps train is meant to run T loops, and is evaluated so."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Random(LoopSchedule):
             1 / (t + rest), so that every depth gets the same compute.
         mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
         ramp: share of the steps over which T (and the mean) rises linearly from 1; 0: none.
+        until: share of the steps that draw; after it T.
         rest: of ``inverse_flops``: FLOPs of all that is not looped over those of one loop; a run takes its
             model's.
     """
@@ -34,6 +35,7 @@ class Random(LoopSchedule):
         distribution: str = "uniform",
         mean: float | None = None,
         ramp: float = 0.0,
+        until: float = 1.0,
         rest: float = 0.0,
     ) -> None:
         super().__init__(max_loops, total_steps)
@@ -43,12 +45,15 @@ class Random(LoopSchedule):
         mean = (1 + max_loops) / 2 if mean is None else mean
         check(is_number(mean) and mean >= 1, "mean", mean, "a number >= 1")
         check(is_number(ramp) and 0 <= ramp <= 1, "ramp", ramp, "a number in [0, 1]")
+        check(is_number(until) and 0 < until <= 1, "until", until, "a number in (0, 1]")
         check(is_number(rest) and rest >= 0, "rest", rest, "a number >= 0")
         self.seed, self.distribution, self.rest = seed, distribution, rest
         self.mean, self.ramp_steps = mean, ramp * total_steps
+        self.drawn_steps = math.inf if until == 1 else until * total_steps
 
     def step(self, step: int, signals: Signals | None) -> Decision:
-        return Decision(self._draw(step))
+        n_loops = self._draw(step) if step < self.drawn_steps else self.max_loops
+        return Decision(n_loops, n_eval_loops=self.max_loops)
 
     def _draw(self, step: int) -> int:
         reached = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
@@ -73,5 +78,15 @@ RANDOM = Declaration(
     Random,
     decided_by="chance",
     baseline=True,
-    families=(Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),),
+    families=(
+        Family("random", "Random T", "#332288", {}, "distribution", "Random T, {value}"),
+        Family(
+            "inverse_flops",
+            "Random T by 1/FLOPs",
+            "#44AA99",
+            {"distribution": "inverse_flops"},
+            "until",
+            "Random T by 1/FLOPs, until {value}",
+        ),
+    ),
 )

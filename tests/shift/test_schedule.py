@@ -202,6 +202,22 @@ def test_two_points_have_the_mean_they_are_given():
     assert sum(got) / 4000 == pytest.approx(2.2, abs=0.12)  # five standard errors
 
 
+def test_draws_may_end_and_t_follow():
+    arm = make_arm("inverse_flops:0.25", TrainConfig())
+    assert arm.config.schedule.options == {"distribution": "inverse_flops", "until": 0.25}
+    got = loops(make("random", distribution="inverse_flops", until=0.25), 800)
+    assert set(got[:200]) == {1, 2, 3, 4}
+    assert set(got[200:]) == {4}
+
+
+def test_what_drawn_loops_have_trained_is_evaluated_with_all_of_them(tmp_path):
+    schedule = ScheduleConfig("random", {"distribution": "two_point", "mean": 1.5})
+    Trainer(tiny(steps=12, eval_every=1, schedule=schedule), tmp_path).fit()
+    run = read_run(tmp_path)
+    assert {row["n_loops"] for row in run.of_kind("eval")} == {3}
+    assert {row["n_loops"] for row in run.of_kind("train")} == {1, 3}
+
+
 def test_random_ramp_starts_with_one_loop():
     got = loops(make("random", ramp=0.5), 800)
     assert set(got[:20]) == {1}
@@ -294,6 +310,7 @@ def test_one_loop_is_a_schedule_too(kind):
         ("random", {"distribution": "poisson_lognormal", "mean": 0.5}, "mean"),
         ("random", {"ramp": 2.0}, "ramp"),
         ("random", {"rest": -1}, "rest"),
+        ("random", {"until": 0}, "until"),
         ("grow", {"first": 5}, "first"),
         ("grow", {"at": 1.0}, "at"),
         ("backward_warmup", {"first": 0}, "first"),
