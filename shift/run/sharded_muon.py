@@ -61,7 +61,7 @@ class ShardedMuon(ShardedAdamW):
         for group in self._matrices:
             for p in group["params"]:
                 shard, momentum = self._shard_of[p], self._momentum[p]
-                gradient = shard.grad / share  # type: ignore[operator]
+                gradient = shard.grad / share
                 after = momentum.lerp(gradient, 1 - self._factor)
                 moved = _direction(joined(gradient.lerp(after, self._factor), p), group["lr"])
                 decayed = shard * (1 - group["lr"] * group["weight_decay"])
