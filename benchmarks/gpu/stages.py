@@ -33,4 +33,5 @@ STAGES = {
     "bench": Stage("benchmarks.gpu.bench", "times, beside eager, compiled, graphed and flex"),
     "tune": Stage("benchmarks.gpu.tune", "fastest configurations; the table that auto chooses by"),
     "training": Stage("benchmarks.gpu.training", "a language model's sizes, the demo, Fan's tasks"),
+    "lm": Stage("benchmarks.gpu.lm", "language models: loops held against each other, by compute and time"),
 }

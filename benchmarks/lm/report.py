@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lm.multiplier import COSTS, Curve, best_fixed, multiplier
 from benchmarks.lm.suite import DEEP, Suite
+from shift.build import find_device
 from shift.comparison.arms import Arm, colours
 from shift.report.document import Block, Cell, Code, Heading, Key, Paragraph, Picture, Table, markdown
 from shift.report.style import INK, WIDTH, literal, save_figures
@@ -29,7 +28,12 @@ DEEP_COLOUR = "#444444"
 
 
 def write_report(
-    suite: Suite, arms: Mapping[str, Arm], rates: Mapping[str, float], curves: Mapping[str, Curve], out: Path
+    suite: Suite,
+    arms: Mapping[str, Arm],
+    rates: Mapping[str, float],
+    curves: Mapping[str, Curve],
+    out: Path,
+    command: str,
 ) -> Path:
     """Write everything; returns the path of ``report.md``.
 
@@ -39,8 +43,9 @@ def write_report(
         rates: the factor of the learning rate that each arm was given.
         curves: what has finished.
         out: the suite's directory.
+        command: that made it.
     """
-    found = summary(suite, arms, rates, curves, out)
+    found = summary(suite, arms, rates, curves, command)
     replace_atomically(out / "summary.json", json_bytes(found))
     picture = save_figures({"loss": lambda: loss_figure(arms, curves)}, out)["loss"]
     path = out / "report.md"
@@ -51,20 +56,25 @@ def write_report(
 
 
 def summary(
-    suite: Suite, arms: Mapping[str, Arm], rates: Mapping[str, float], curves: Mapping[str, Curve], out: Path
+    suite: Suite,
+    arms: Mapping[str, Arm],
+    rates: Mapping[str, float],
+    curves: Mapping[str, Curve],
+    command: str,
 ) -> dict[str, Any]:
     """``about``, ``multiplier`` (arm -> budget -> {flops, wall}) and a row a run."""
     reference = best_fixed(curves, suite.fixed, suite.budgets)
     shared = next(iter(arms.values())).config
+    data, device = str(shared.task.options["path"]), device_name(find_device(shared.device))
     return {
         "about": {
             "reference": reference,
-            "command": f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:])}",
-            "text": {**suite.text, **json.loads((out / "text" / INDEX).read_text())["splits"]},
+            "command": command,
+            "text": {**suite.text, **json.loads((Path(data) / INDEX).read_text())["splits"]},
             "rates": {name: factor * shared.optimiser.lr for name, factor in rates.items()},
             "tuning_seeds": list(suite.tuning_seeds),
             "config": {name: arm.config.to_dict() for name, arm in arms.items()},
-            "machine": {"device": device_name(torch.device("cpu")), "python": platform.python_version()},
+            "machine": {"device": device, "python": platform.python_version()},
             "torch": torch.__version__,
         },
         "multiplier": {

@@ -6,17 +6,18 @@
 First every arm's learning rate is chosen on seeds of their own, at the middle budget, from a grid that is
 widened while its best is at an end. Then all arms run at all budgets, seed by seed, and after each seed the
 report is written. The same command again goes on where an interrupted one stopped. ``out`` gets
-``summary.json``, ``report.md`` and ``loss.png``.
+``summary.json``, ``report.md`` and ``loss.png``. On a GPU: ``benchmarks.gpu.lm``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from benchmarks.lm.multiplier import COSTS, Curve, Point
@@ -41,8 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=default_jobs())
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command = f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
-        print(run(load_suite(args.suite), args.out, args.jobs))
+        suite = load_suite(args.suite)
+        data = make_shards(args.out / "text", suite.text, args.jobs)
+        print(run(suite, data, args.out, lambda runs: train_all(runs, args.jobs), command))
     except ShiftInputError as error:
         print(f"lm: {error}", file=sys.stderr)
         return 2
@@ -52,9 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(suite: Suite, out: Path, jobs: int) -> Path:
-    """Train what is not yet trained; returns the report."""
-    arms = arms_of(suite, make_shards(out / "text", suite.text, jobs))
+def run(
+    suite: Suite, data: Path, out: Path, train: Callable[[Mapping[Path, TrainConfig]], object], command: str
+) -> Path:
+    """Train what is not yet trained; returns the report.
+
+    Args:
+        suite: what to run.
+        data: the folder of its shards.
+        out: directory for everything else.
+        train: trains all runs that it is given, or raises.
+        command: what the report says to type.
+    """
+    arms = arms_of(suite, data)
     each = {name: step_flops(arm.config) for name, arm in arms.items()}
     tuned = tuning_budget(suite.budgets)
 
@@ -72,7 +86,7 @@ def run(suite: Suite, out: Path, jobs: int) -> Path:
     tried = {name: set(suite.rates) for name in arms}
     missing = [(name, factor) for factor in suite.rates for name in arms]
     while missing:
-        train({place: config for pair in missing for place, config in tuning(*pair).items()}, jobs)
+        train(unfinished({place: config for pair in missing for place, config in tuning(*pair).items()}))
         rates = {name: best_rate({f: list(tuning(name, f)) for f in tried[name]}) for name in arms}
         missing = [(name, wider) for name, f in rates.items() for wider in beyond(f, tried[name])]
         for name, wider in missing:
@@ -87,14 +101,12 @@ def run(suite: Suite, out: Path, jobs: int) -> Path:
             for name in arms
         }
         seed = suite.seeds[n - 1]
-        train(
-            {
-                of_seed[seed]: run_config(arms[name], budget, each[name], rates[name], seed)
-                for name, of_budget in places.items()
-                for budget, of_seed in of_budget.items()
-            },
-            jobs,
-        )
+        runs = {
+            of_seed[seed]: run_config(arms[name], budget, each[name], rates[name], seed)
+            for name, of_budget in places.items()
+            for budget, of_seed in of_budget.items()
+        }
+        train(unfinished(runs))
         curves = {
             name: {
                 budget: {s: p for s, place in of_seed.items() if (p := point(place)) is not None}
@@ -102,13 +114,13 @@ def run(suite: Suite, out: Path, jobs: int) -> Path:
             }
             for name, of_budget in places.items()
         }
-        report = write_report(suite, arms, rates, curves, out)
+        report = write_report(suite, arms, rates, curves, out, command)
     return report
 
 
-def train(runs: Mapping[Path, TrainConfig], jobs: int) -> None:
+def unfinished(runs: Mapping[Path, TrainConfig]) -> dict[Path, TrainConfig]:
     """Those that are not finished."""
-    train_all({path: config for path, config in runs.items() if not finished(path, config)}, jobs)
+    return {path: config for path, config in runs.items() if not finished(path, config)}
 
 
 def beyond(best: float, tried: Collection[float]) -> list[float]:

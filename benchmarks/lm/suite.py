@@ -6,7 +6,8 @@ budgets       training FLOPs of a run, from the smallest on
 seeds         of weights and order of the text
 tuning_seeds  others, on which every arm's learning rate is chosen
 rates         that are tried, times the config's
-text          megabytes of the standard library's sources; tokenizer = "bytes" or "bpe" with its vocab_size
+text          megabytes of the standard library's sources; tokenizer = "bytes" or "bpe" with its vocab_size.
+              Empty: shards that are given (benchmarks.gpu.lm --data)
 config        of every run, but for what an arm is: its schedule, steps and learning rate
 """
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from token_data import token_folder
 
+from benchmarks.gpu import lm as gpu
 from benchmarks.lm import run as lm
 from benchmarks.lm.multiplier import Point, best_fixed, cost_at, interval, multiplier
 from benchmarks.lm.suite import BEYOND, SUITES, Suite, arms_of, load_suite, run_config, step_flops
@@ -135,22 +136,21 @@ def test_deep_has_the_flops_of_looped_and_more_weights(mini, shards):
     assert sizes["deep"] > sizes["looped:4"]
 
 
-def here(runs, jobs):
-    for path, config in runs.items():
-        Trainer(config, path, resume=True).fit()
-
-
 def test_the_whole_in_miniature_resumes_and_reports(mini, shards, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    shutil.copytree(shards, tmp_path / "text")
     trained = []
+
+    def train(runs):
+        trained.extend(runs)
+        for path, config in runs.items():
+            Trainer(config, path, resume=True).fit()
+
     monkeypatch.setattr(lm, "WIDEST", (1.0, 1.0))
-    monkeypatch.setattr(lm, "train_all", lambda runs, jobs: (trained.extend(runs), here(runs, jobs)))
-    report = lm.run(mini, tmp_path, 1)
+    report = lm.run(mini, shards, tmp_path, train, "the command")
     assert len(trained) == 2 + 3 + 5  # tuning; three budgets, and two more for a fixed number of loops
     trained.clear()
     shutil.rmtree(lost := next((tmp_path / "runs" / "grow").glob("*/seed-0")))
-    lm.run(mini, tmp_path, 1)
+    lm.run(mini, shards, tmp_path, train, "the command")
     assert trained == [lost]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["multiplier"]) == set(mini.arms)
@@ -163,6 +163,42 @@ def test_the_whole_in_miniature_resumes_and_reports(mini, shards, tmp_path, monk
     assert set(summary["about"]["rates"]) == set(mini.arms)
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert "1 seed;" in report.read_text()
+    assert "Made by `the command`" in report.read_text()
+
+
+def test_calls_on_a_gpu_go_on_until_the_time_is_up_and_leave_no_checkpoint(
+    mini, shards, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(lm, "WIDEST", (1.0, 1.0))
+    monkeypatch.setattr(gpu, "load_suite", lambda _: mini)
+    calls, real = iter(range(1, 100)), gpu.train_for_a_while
+    monkeypatch.setattr(gpu, "train_for_a_while", lambda *run: next(calls) != 4 and real(*run))
+    argv = ["--data", str(shards), "--out", str(tmp_path)]
+    assert gpu.main(argv) == 75
+    assert gpu.main(argv) == 0
+    assert next(calls) == 1 + 10 + 1  # the fourth one twice
+    assert not list(tmp_path.glob("**/checkpoints"))
+    assert "python -m benchmarks.gpu.lm --data" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    assert gpu.main(["--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "as shift-data writes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "applications", "flops", "steps"),
+    [("looped:2", 4 + 2 * 2, 4.647766e17, 1370), ("grow", 4 + 2 * (0.75 * 2 + 0.25 * 4), 5.453049e17, 1488)],
+)
+def test_a_step_of_d6_costs_what_its_source_says(name, applications, flops, steps, shards):
+    """FLOPs and steps are published; of attention's square they count half, since it is causal."""
+    suite = load_suite(str(gpu.D6))
+    short = {"name": "tokens", "options": {"seq_len": 256}}  # as these shards are
+    suite = dataclasses.replace(suite, config={**suite.config, "task": short, "batch_size": 256 * 8})
+    config = arms_of(suite, shards)[name].config
+    n_tokens, d_model = 256 * 2048, 768
+    read_out = 6 * n_tokens * d_model * (50257 - build_task(config).vocab_size)
+    attention = 6 * n_tokens * d_model * applications * (2048 - 2 * 256)
+    assert step_flops(config) + read_out + attention == pytest.approx(flops / steps, rel=1e-3)
 
 
 @pytest.mark.parametrize(
