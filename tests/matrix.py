@@ -29,7 +29,15 @@ VERSIONS = (
     "import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)"
 )
 EXTRAS = ".[train,plots,landscape,hf,data]"
-TESTS = ["tests/kernels", "tests/shift", "-k", "not triton and not cuda and not fuzz", "-m", "not gpu"]
+LEFT_OUT = ("compare", "document", "landscape", "length", "report", "resume", "snapshots")
+"""Files of tests/shift that take long and ask little of torch."""
+TESTS = [
+    "tests/kernels",
+    "tests/shift",
+    *("-k", "not triton and not cuda and not fuzz"),
+    *("-m", "not gpu"),
+    *(f"--ignore=tests/shift/test_{name}.py" for name in LEFT_OUT),
+]
 TOOLS = [
     "setuptools>=77",
     "pybind11>=2.13",
