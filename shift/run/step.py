@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,9 @@ from shift.tasks.base import IGNORE, Batch
 
 if TYPE_CHECKING:
     from shift.run.fsdp import Sharded
+
+
+SummedLoss = Callable[[Batch, "int | torch.Tensor"], torch.Tensor]
 
 
 class TrainStep:
@@ -42,6 +47,9 @@ class TrainStep:
         loops: int | torch.Tensor,
         micro_batch: int | None = None,
         n_grad_loops: int | None = None,
+        *,
+        every_loop: bool = False,
+        summed_loss: SummedLoss | None = None,
     ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
 
@@ -50,8 +58,14 @@ class TrainStep:
             loops: T, or an int tensor [batch].
             micro_batch: sequences that go through the model at once; None: all.
             n_grad_loops: the last loops, through which the gradient passes; None: through all.
+            every_loop: the loss is the mean of those after every loop, and these are returned, [T].
+            summed_loss: of a micro-batch with its loops, instead of the model's own.
         """
         ranks = self._ranks
+        if summed_loss is None:
+            summed_loss = functools.partial(
+                self._summed_loss, n_grad_loops=n_grad_loops, every_loop=every_loop
+            )
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
         # those of the mean over all read positions, however uneven the ranks are, and micro-batches too.
         n_read = ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
@@ -63,11 +77,11 @@ class TrainStep:
             self._parallel.begin_micro_batch(last=start + size >= n)
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
-            loss = self._summed_loss(part, own, n_grad_loops) / n_read
-            loss.backward()
+            loss = summed_loss(part, own) / n_read
+            (loss.mean() if every_loop else loss).backward()
             losses.append(loss.detach())
         self._parallel.average_gradients()
-        return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+        return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum(0))
 
     def try_out(self, batch: Batch, size: int, n_loops: int) -> None:
         """Forward and backward of the first ``size`` sequences; the next step forgets their gradients."""
@@ -75,8 +89,10 @@ class TrainStep:
         self._parallel.begin_micro_batch(last=True)
         self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops).backward()
 
-    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:
-        """The sum of the loss over the read positions of a micro-batch."""
+    def _summed_loss(
+        self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None, every_loop: bool = False
+    ) -> torch.Tensor:
+        """The sum of the loss over the read positions of a micro-batch; ``every_loop``: after each, [T]."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
             return self._forward(
@@ -86,7 +102,8 @@ class TrainStep:
                 cu_seqlens=batch.cu_seqlens,
                 n_grad_loops=n_grad_loops,
                 targets=batch.targets,
-                loop_weights=c.loop_loss,
+                return_all_loops=every_loop,
+                loop_weights=() if every_loop else c.loop_loss,
                 backend=c.backend,
             )
 

@@ -26,6 +26,7 @@ from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
+from shift.run.by_sample import DearestDeeper
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import culprit
 from shift.run.directory import CHECKPOINTS, RunDirectory
@@ -44,7 +45,7 @@ from shift.run.snapshots import SnapshotRecorder
 from shift.run.speed import Pace, matmul_peak, memory_bytes
 from shift.run.step import TrainStep
 from shift.run.summary import summarise
-from shift.schedules import Signals
+from shift.schedules import Decision, Signals
 from shift_kernels.errors import ShiftInputError, input_error
 
 MAX_SKIPS = 5
@@ -180,7 +181,6 @@ class Trainer:
         self._started = time.perf_counter() - p.wall_s, time.process_time() - p.cpu_s
         while not self._done():
             decision = self.schedule.step(p.step, self.signals)
-            n_loops = decision.n_loops
             for look in decision.looks:
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
             if decision.switched:
@@ -188,7 +188,7 @@ class Trainer:
             if p.step == 0:
                 self._evaluate(decision.evaluated)
             self._snapshots.take(p.step)
-            self._train_step(n_loops, decision.n_grad_loops)
+            self._train_step(decision)
 
             last = self._done()
             if last:
@@ -222,29 +222,44 @@ class Trainer:
     def _done(self) -> bool:
         return self.progress.step >= self.config.steps and self.progress.flops >= self.config.min_flops
 
-    def _train_step(self, n_loops: int, decided: int | None) -> None:
-        """One optimiser step. What it measured stays on the device, in ``_rows``.
-
-        Args:
-            n_loops: of the schedule.
-            decided: loops that carry gradient, if the schedule says so.
-        """
+    def _train_step(self, decision: Decision) -> None:
+        """One optimiser step. What it measured stays on the device, in ``_rows``."""
         c, p = self.config, self.progress
+        n_loops, decided = decision.n_loops, decision.n_grad_loops
         n_grad_loops = min((k for k in (c.n_grad_loops, decided) if k is not None), default=None)
         self._timer.start()
         batch = self.batches.part(self.task, p.step)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps, p.switch_step)
-        micro_batch = self.micro_batches.of(n_loops)
-        loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops)
+        deeper = None
+        if decision.by_sample is not None:
+            seed = c.seed, p.step, self.ranks.rank
+            deeper = DearestDeeper(decision.by_sample, self.model, c, seed)
+        losses = self._step.backward(
+            batch.to(self.device),
+            loops,
+            self.micro_batches.of(n_loops),
+            n_grad_loops,
+            every_loop=decision.every_loop,
+            summed_loss=deeper and deeper.summed_loss,
+        )
+        loss = losses.mean() if decision.every_loop else losses
         grad_norm, skipped = self._step.update(loss, lr)
         if self.average is not None:
             self.average.update()
         self._timer.stop()
 
-        self.signals = Signals(loss, grad_norm)
+        self.signals = Signals(loss, grad_norm, losses if decision.every_loop else None)
         self._tokens = enter_step(
-            p, self.model, batch, loops, n_grad_loops, self.batches, self.ranks, bool(c.loop_loss)
+            p,
+            self.model,
+            batch,
+            deeper.used if deeper else loops,
+            n_grad_loops,
+            self.batches,
+            self.ranks,
+            bool(c.loop_loss) or decision.every_loop,
+            chosen_by_loss=deeper is not None,
         )
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
@@ -340,7 +355,7 @@ class Trainer:
         state = {
             "progress": self.progress.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
+            "signals": self.signals.numbers(),
             "micro_batches": self.micro_batches.state_dict(),
             "planned_steps": self._planned_steps,
         }
@@ -383,8 +398,7 @@ class Trainer:
                 self.schedule = build_schedule(dataclasses.replace(self.config, steps=planned))
             self.schedule.load_state_dict(saved.state["schedule"])
             self.micro_batches.load_state_dict(saved.state.get("micro_batches", {}))
-            loss, grad_norm = (torch.tensor(float(x), device=self.device) for x in saved.state["signals"])
-            self.signals = Signals(loss, grad_norm)
+            self.signals = Signals.of_numbers(saved.state["signals"], self.device)
             if self.ranks.size == 1:  # a state that it can use; with others it may wait for them
                 copy.deepcopy(self.schedule).step(self.progress.step, self.signals)
 
