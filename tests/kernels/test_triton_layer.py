@@ -68,25 +68,24 @@ def check(spec, n_loops=2, dtype=torch.float32, **call):
     return ours
 
 
-BLOCKS = {
+BLOCKS = {  # every value of every option in one of them
     "plain": {},
-    "injection": dict(injection="add"),
-    "no bias": dict(bias=False),
-    "post-norm": dict(norm_placement="post", injection="add"),
-    "post-norm with loop norm": dict(norm_placement="post", loop_norm=True),
-    "sandwich": dict(norm_placement="sandwich", residual_scale=0.5),
-    "rms sandwich": dict(norm="rmsnorm", norm_placement="sandwich", loop_norm=True),
-    "rmsnorm": dict(norm="rmsnorm", bias=False, injection="add"),
-    "no norm": dict(norm="none", residual_scale=0.3, injection="add"),
-    "bare": dict(norm="none", bias=False),
-    "two layers, loop norm": dict(n_layers=2, loop_norm=True),
-    **{name: dict(activation=name) for name in ACTIVATIONS if name != "gelu"},  # which all others have
-    "rotary": dict(position="rope"),
-    "full attention": dict(causal=False),
-    "attention only": dict(d_ff=0, loop_norm=True),
-    "grouped heads": dict(n_kv_heads=1, position="rope"),
-    "head_dim 4": dict(head_dim=4, n_heads=6),
+    "post, relu": dict(norm_placement="post", injection="add", activation="relu"),
+    "post with loop norm, rotary": dict(norm_placement="post", loop_norm=True, position="rope"),
+    "sandwich, swiglu": dict(norm_placement="sandwich", residual_scale=0.5, activation="swiglu"),
+    "rms sandwich, gelu_tanh": dict(
+        norm="rmsnorm", norm_placement="sandwich", loop_norm=True, activation="gelu_tanh"
+    ),
+    "rmsnorm, no bias, grouped heads": dict(norm="rmsnorm", bias=False, injection="add", n_kv_heads=1),
+    "no norm, full attention": dict(norm="none", residual_scale=0.3, injection="add", causal=False),
+    "bare, relu2, head_dim 4": dict(norm="none", bias=False, activation="relu2", head_dim=4, n_heads=6),
+    "two layers with loop norm, geglu_tanh": dict(n_layers=2, loop_norm=True, activation="geglu_tanh"),
+    "attention only": dict(d_ff=0, loop_norm=True, n_kv_heads=1, position="rope"),
 }
+
+
+def test_every_activation_is_among_the_blocks():
+    assert {"gelu", *(options.get("activation", "gelu") for options in BLOCKS.values())} == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
@@ -107,18 +106,22 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("injection", ["none", "add"])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_every_option_of_a_call_is_served(call, injection):
-    check(BlockSpec(**BASE, injection=injection), **call)
+def test_every_option_of_a_call_is_served(call):
+    check(BlockSpec(**BASE, injection="add"), **call)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("call", ["own loops", "everything"])
+def test_a_state_that_starts_from_the_input_ends_with_each_sample(call):
+    check(BlockSpec(**BASE, injection="none"), **CALLS[call])
+
+
+@pytest.mark.parametrize("placement", ["pre", "sandwich"])
 def test_half_precision_is_as_good_as_the_reference(placement):
     check(BlockSpec(**BASE, norm_placement=placement), dtype=torch.float16)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("placement", ["pre", "post"])
 def test_half_precision_matmuls_leave_the_residual_stream_in_float32(placement):
     spec = BlockSpec(**BASE, norm_placement=placement, injection="add")
     h, *_ = check(spec, compute_dtype=torch.float16)
@@ -152,7 +155,7 @@ def test_halting_stops_each_sample_where_the_reference_does(seq_lens, threshold)
     assert saved == []
 
 
-@pytest.mark.parametrize("n_loops", [3, OWN], ids=["alike", "own"])
+@pytest.mark.parametrize("n_loops", [2, OWN], ids=["alike", "own"])
 def test_chunks_and_small_operand_memory_change_nothing_but_rounding(monkeypatch, n_loops):
     spec = BlockSpec(**BASE, injection="add")
     e, weights = problem(spec)

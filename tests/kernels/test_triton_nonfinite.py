@@ -66,12 +66,13 @@ def assert_same_pattern(ours, plain, names, about):
         assert not wrong.any(), f"{about}: {name} is {a[wrong][:3]}, not {b[wrong][:3]}"
 
 
-@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
-def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here_and_nothing_else(options):
+@pytest.mark.parametrize(("half", "options"), list(enumerate(BLOCKS.values())), ids=BLOCKS)
+def test_what_is_not_finite_in_plain_pytorch_is_not_finite_here_and_nothing_else(half, options):
+    """Planted in e, and in every second weight: each is so in two of the blocks."""
     dtype = torch.float16 if options["activation"] in ("relu", "swiglu") else torch.float32
     spec, e, weights, grad_h = make(dtype, **options)
     values = itertools.cycle((math.nan, math.inf, -math.inf))
-    for target, value in zip(("e", *weights), values):  # noqa: B905
+    for target, value in zip(("e", *list(weights)[half % 2 :: 2]), values):  # noqa: B905
         planted = {name: x.clone() for name, x in (("e", e), *weights.items())}
         x = planted[target]
         x[(1, 3, 2) if target == "e" else tuple(min(3, n - 1) for n in x.shape)] = value
