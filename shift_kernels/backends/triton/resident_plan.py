@@ -23,6 +23,8 @@ PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
+# Numbers that a thread of the backward may hold at a time; beyond, it spills 5 to 15 KB (NOTES.md).
+MOST_HELD = 256
 MOST_FF_CHUNK = 64  # hidden columns at a time, at most; d_ff is padded to a multiple
 # With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
 BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
@@ -248,7 +250,7 @@ def tile(
         rope=spec.position == "rope",
         inject=spec.injection == "add",
         loop_norm=spec.loop_norm,
-        direct=spec.norm_placement != "sandwich" and spec.residual_scale == 1,
+        direct=adds_directly(spec),
         scale=float(spec.residual_scale),
         eps=float(spec.norm_eps),
         precision=precision,
@@ -273,10 +275,24 @@ def too_large(
             f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
             f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
         )
+    if grad and held(spec, rows, compute_dtype.itemsize) > MOST_HELD:
+        return f"{held(spec, rows, compute_dtype.itemsize)} numbers a thread > {MOST_HELD} with gradients"
     shared = shared_bytes(spec, rows, compute_dtype.itemsize, grad=grad, chip=chip)
     if shared > chip.shared_bytes:
         return f"up to {shared} bytes of shared memory a program > {chip.shared_bytes} on this device"
     return None
+
+
+def held(spec: BlockSpec, rows: int, itemsize: int) -> int:
+    """Numbers of tiles that a thread holds at a time: residual, a branch beside it, one head's q, k and v."""
+    s = layout(spec)
+    tiles = s.d_pad * (1 if adds_directly(spec) else 2) + 3 * s.head_pad
+    return rows * tiles // (32 * tuned.warps(rows, itemsize))
+
+
+def adds_directly(spec: BlockSpec) -> bool:
+    """Whether a branch is accumulated straight into the residual tile."""
+    return spec.norm_placement != "sandwich" and spec.residual_scale == 1
 
 
 def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip: Chip) -> int:
@@ -287,10 +303,14 @@ def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip:
     s = layout(spec)
     chunk = tuned.config(rows, s.d_pad, itemsize, grad=grad, sm=chip.sm).ff_chunk
     tiles = 2 if grad else 1  # xn, and dy
-    # q, k, v, do; p, ds: half of them are in registers where the tensor cores read those.
-    heads, scores = (4, 2) if grad and (chip.warpgroups or itemsize == 4) else (2, 1)
+    # q, k, v, do; p, ds. Tensor cores that read left operands from registers leave fewer of them there.
+    staged = chip.warpgroups or itemsize == 4
+    heads = 4 if grad and staged else 2
+    scores = grad + staged
     head, square = rows * s.head_pad, rows * rows
-    attention = max(s.head_pad * s.d_pad + heads * head + scores * square, 2 * square + head)
+    attention = s.head_pad * s.d_pad + heads * head + scores * square
+    if scores:
+        attention = max(attention, 2 * square + head)
     mlp = (s.hidden + 1) * chunk * s.d_pad + chip.warpgroups * rows * chunk if s.d_ff else 0
     return itemsize * (tiles * rows * s.d_pad + max(attention, mlp))
 
