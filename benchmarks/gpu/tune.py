@@ -1,6 +1,6 @@
 """The fastest configurations of the Triton kernels on this device, and the table that ``auto`` chooses by.
 
-    resident    warps, hidden columns at a time, stages: forward and backward kernel of each shape class
+    resident    hidden columns at a time, stages: forward and backward kernel of each shape class
     attention   tiles; what is fastest goes into ``attention.configs`` by hand
     streamed    samples in a chunk
     calibrate   every backend, verified and timed
@@ -36,10 +36,10 @@ SECONDS = 0.2
 """Of timed calls of a configuration."""
 RESIDENT = tuple(case for case in BLOCKS if case.seq_len * case.d_model <= 64 * 256)
 STREAMED = tuple(case for case in BLOCKS if case not in RESIDENT)
-CANDIDATES: dict[str, tuple[int, ...]] = dict(warps=(4, 8), ff_chunk=(16, 32, 64), stages=(1, 2, 3))
-"""Values of ``tuned.Config``'s fields."""
+CANDIDATES: dict[str, tuple[int, ...]] = dict(stages=(1, 2), ff_chunk=(16, 32, 64))
+"""Values of fields of ``tuned.Config``. Warps follow from the rows: more of them compute products twice."""
 if rehearsing():
-    CANDIDATES = dict(warps=(4,), ff_chunk=(16,), stages=(1,))
+    CANDIDATES = dict(stages=(1,), ff_chunk=(16,))
     RESIDENT, STREAMED = (Block(1, 5, 16, 2, 1),), (Block(1, 136, 16, 2, 1),)
     CASES |= {case.name: case for case in (*RESIDENT, *STREAMED)}
 DIRECTIONS = {"forward": "forward", "backward": "both"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,7 +15,12 @@ from shift_kernels.call import CallOptions
 
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256))  # seq_len, d_model
 HEAD_DIM = 32
-WIDE = dict(activation="swiglu", position="rope", norm_placement="sandwich", n_heads=2, head_dim=128)
+WIDE = {
+    "wide": dict(activation="swiglu", position="rope", norm_placement="sandwich", n_heads=2, head_dim=128),
+    "wide-heads": dict(n_heads=2, head_dim=128),
+}
+"""Blocks that hold more than those of TILES: the most there is, and wide heads alone."""
+PACKED = ((32, 64), (64, 128), (64, 256))  # seq_len, d_model of tiles that short sequences may share
 HEAD_DIMS = (4, 16, 32, 64, 128)
 WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
 
@@ -64,6 +70,20 @@ def block(
         triton_backend.TRITON.backward(grad_h, e, weights, spec, call_options, saved)
     else:
         triton_backend.TRITON.forward(e, weights, spec, call_options, for_backward=training and not halt)
+
+
+def packed(seq_len: int, d_model: int, rows: int) -> None:
+    """A training forward of sequences that share tiles of ``rows``, whether that would be planned or not."""
+    batch = 2 * rows * resident_plan.BUSY // seq_len
+    spec, e = spec_of(d_model), torch.zeros(batch, seq_len, d_model, dtype=torch.bfloat16)
+    weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=e.dtype).weights().items()}
+    resident_plan.plan.cache_clear()
+    with (
+        mock.patch.object(resident_plan, "PACKED_ROWS", rows),
+        mock.patch.dict(resident_plan.FORWARD_TILE, {2: rows * 256}),
+    ):
+        triton_backend.TRITON.forward(e, weights, spec, CallOptions(1, e.dtype), for_backward=True)
+    resident_plan.plan.cache_clear()
 
 
 def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> None:

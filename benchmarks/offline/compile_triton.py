@@ -31,18 +31,28 @@ def block_rows(sm: int) -> Iterator[dict[str, Any]]:
     """Figures of the resident kernels on one architecture, and of the product that sums weight gradients."""
     for dtype, (seq_len, d_model), grad in itertools.product(DTYPES, cases.TILES, (False, True)):
         if cases.fits(seq_len, d_model, dtype, sm, grad=grad):
-            # Where the backward is not resident, the forward is so in inference alone.
-            training = cases.fits(seq_len, d_model, dtype, sm, grad=True)
-            call = functools.partial(cases.block, seq_len, d_model, dtype, grad=grad, training=training)
-            yield from _named(f"block {seq_len}x{d_model} {NAMES[dtype]}", sm, call)
+            yield from _block(
+                f"block {seq_len}x{d_model} {NAMES[dtype]}", (seq_len, d_model, dtype), sm, grad
+            )
 
 
 def wide_rows(sm: int) -> Iterator[dict[str, Any]]:
-    """The same of the block that holds most: where it fits at all."""
-    for (seq_len, d_model), grad in itertools.product(((64, 128), (64, 256)), (False, True)):
-        if cases.fits(seq_len, d_model, torch.bfloat16, sm, grad=grad, **cases.WIDE):
-            call = functools.partial(cases.block, seq_len, d_model, torch.bfloat16, grad=grad, **cases.WIDE)
-            yield from _named(f"wide {seq_len}x{d_model} bf16", sm, call)
+    """The same of the block that holds most, where it is resident, and of one of wide heads alone."""
+    tiles = ((64, 128), (64, 256))
+    for (name, options), tile, grad in itertools.product(cases.WIDE.items(), tiles, (False, True)):
+        if cases.fits(*tile, torch.bfloat16, sm, grad=grad, **options):
+            yield from _block(
+                f"{name} {tile[0]}x{tile[1]} bf16", (*tile, torch.bfloat16), sm, grad, **options
+            )
+
+
+def packed_rows(sm: int) -> Iterator[dict[str, Any]]:
+    """Forward tiles that sequences share, of as many rows as now and of twice as many: on Hopper."""
+    if sm != 90:
+        return
+    for (seq_len, d_model), rows in itertools.product(cases.PACKED, (64, 128)):
+        call = functools.partial(cases.packed, seq_len, d_model, rows)
+        yield from _named(f"packed-{rows} {seq_len}x{d_model} bf16", sm, call)
 
 
 def attention_rows(sm: int) -> Iterator[dict[str, Any]]:
@@ -60,11 +70,25 @@ def layer_rows(sm: int) -> Iterator[dict[str, Any]]:
         yield from (row for row in rows if row["kernel"] in ROW_KERNELS)
 
 
+def _block(
+    case: str, tile: tuple[int, int, torch.dtype], sm: int, grad: bool, **options: Any
+) -> Iterator[dict[str, Any]]:
+    # Where the backward is not resident, the forward is so in inference alone.
+    training = cases.fits(*tile, sm, grad=True, **options)
+    return _named(case, sm, functools.partial(cases.block, *tile, grad=grad, training=training, **options))
+
+
 def _named(case: str, sm: int, call: Callable[[], object]) -> Iterator[dict[str, Any]]:
     return ({"case": case} | row for row in figures(sm, call) if row["kernel"] not in COPIES)
 
 
-KINDS = {"block": block_rows, "wide": wide_rows, "attention": attention_rows, "layer": layer_rows}
+KINDS = {
+    "block": block_rows,
+    "wide": wide_rows,
+    "packed": packed_rows,
+    "attention": attention_rows,
+    "layer": layer_rows,
+}
 
 
 def main() -> None:
@@ -77,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for sm, kind in itertools.product(args.sm, args.only):
-        kept = [row for row in kept if row["sm"] != sm or row["case"].split()[0] != kind]
+        kept = [row for row in kept if row["sm"] != sm or row["case"].split()[0].split("-")[0] != kind]
         for row in KINDS[kind](sm):
             kept.append(row)
             print(json.dumps(row), flush=True)

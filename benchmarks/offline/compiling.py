@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.offline.instructions import per_token_and_loop
+from benchmarks.offline.instructions import per_token_and_loop, tile_of
 from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels.backends.triton import backend as triton_backend
 from shift_kernels.backends.triton.resident_plan import Chip
@@ -82,7 +82,7 @@ def _figures(kernel: Any, sm: int) -> dict[str, Any]:
         "matmuls": {name: ptx.count(name) for name in MATMULS if name in ptx},
     }
     if found["kernel"].startswith("resident"):
-        found["instructions"] = per_token_and_loop(kernel)
+        found |= {"rows": tile_of(kernel).rows, "instructions": per_token_and_loop(kernel)}
     return found
 
 

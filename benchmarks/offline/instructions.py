@@ -23,13 +23,18 @@ ISSUES_PER_CYCLE = 4
 
 def per_token_and_loop(kernel: Any) -> int | None:
     """Of a compiled resident forward or backward; None where its loops are not those of one plain layer."""
-    tile = next(value for value in kernel.src.constants.values() if isinstance(value, Tile))
+    tile = tile_of(kernel)
     trips = [tile.n_kv_heads, *([tile.ff_end // tile.ff_chunk] if tile.d_ff else [])]
     if kernel.metadata.name == "resident_backward":  # which walks the MLP first, and rows before and after
         steps = tile.rows // tile.step
         trips = [n for branch in reversed(trips) for n in (steps, branch, steps)]
     count = weighted(listing(kernel.asm["cubin"]), [n for n in trips if n > 1])
     return count and round(count * kernel.metadata.num_warps / tile.rows)
+
+
+def tile_of(kernel: Any) -> Tile:
+    """The tile that a resident kernel was compiled for."""
+    return next(value for value in kernel.src.constants.values() if isinstance(value, Tile))
 
 
 def listing(cubin: bytes) -> list[tuple[int, str]]:
