@@ -14,6 +14,7 @@ from benchmarks.lm.suite import arms_of, load_suite
 from benchmarks.savings.families import Results, label
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
 from benchmarks.savings.restricted import Choice, best_fixed, named, restricted_mean
+from benchmarks.savings.scp_sweep import front_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
 from shift.comparison.summary import read_summary
@@ -102,6 +103,14 @@ def savings_arms() -> str:
 def savings_restricted() -> str:
     """Every arm, with no run left out."""
     return _markdown(restricted_table(comparisons("savings/full")))
+
+
+def scp_sweep() -> str:
+    """The criterion's settings that no other beats, and its defaults."""
+    path = RESULTS / "savings/scp/summary.json"
+    if not path.is_file():
+        return "Not run yet: `python -m benchmarks.savings.scp_sweep`."
+    return _markdown(front_table(*read_rows(path)))
 
 
 def savings_sentences() -> str:
@@ -245,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings_arms": savings_arms,
     "savings_restricted": savings_restricted,
     "savings_sentences": savings_sentences,
+    "scp_sweep": scp_sweep,
     "cpu": cpu,
     "cpu_all": cpu_all,
     "training": training,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.savings.families import Results, arm_names, arm_of, colour_of, label
 from benchmarks.savings.paired import best_fixed_switch
@@ -22,6 +23,30 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
     """``ratios.png`` (compute to the target over Looped's) and ``loss.png`` (loss against compute)."""
     pictures = {"ratios": lambda: ratios_figure(results), "loss": lambda: loss_figure(results)}
     return save_figures(pictures, folder, STYLE | {"font.size": 8, "axes.titlesize": 8.5})
+
+
+def draw_front(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """``front.png``: what each setting of the criterion costs and loses; see ``scp_sweep``."""
+    return save_figures({"front": lambda: front_figure(rows)}, folder)["front"]
+
+
+def front_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A dot a setting, spread a little sideways; the front as a line, the defaults as a star."""
+    figure = Figure(figsize=(WIDTH, 3.6))
+    axes = figure.subplots()
+    spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(rows))
+    lost, mean = ([row[key] for row in rows] for key in ("lost", "restricted_mean"))
+    axes.plot(np.array(lost) + spread, mean, "o", ms=3, color=FAMILIES["shift"].colour, alpha=0.4, mew=0)
+    best = sorted((row["lost"], row["restricted_mean"]) for row in rows if row["front"])
+    axes.plot(*zip(*best, strict=True), color=INK, lw=1.2, drawstyle="steps-post", label="front")
+    default = next(row for row in rows if row["default"])
+    at = default["lost"], default["restricted_mean"]
+    axes.plot(*at, "*", ms=15, color=FAMILIES["looped"].colour, mec="white", label="defaults", zorder=3)
+    axes.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))
+    axes.set(xlabel="runs lost that Looped won", ylabel="compute to the target, × Looped")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    return figure
 
 
 def ratios_figure(results: Results) -> Figure:

@@ -74,9 +74,8 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         Paragraph(
             "Each arm trains the same model on the same data from the same weights; arms differ in how many "
             "times they apply the block at each step. Compared is the training compute until an arm first "
-            "gave 98% of the answers that Looped gave in the end, over what Looped itself needed. Every arm "
-            "has Looped's compute to get there: one that has not when its steps are over goes on until it "
-            "has spent as much as Looped in all."
+            "gave 98% of the answers that Looped gave in the end, over what Looped itself needed. "
+            + _when_it_ends(results)
         ),
         Heading("Compute to the target, times Looped's"),
         summary_table(results),
@@ -130,6 +129,15 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
         Heading("Fairness"),
         fairness_table(results),
     ]  # fmt: skip
+
+
+def _when_it_ends(results: Results) -> str:
+    if all(r["plan"].get("overtime", True) for r in results.values()):
+        return (
+            "Every arm has Looped's compute to get there: one that has not when its steps are over goes on "
+            "until it has spent as much as Looped in all."
+        )
+    return "Every arm has Looped's steps to get there, over the last of which the learning rate falls to 0."
 
 
 def sentences(results: Results) -> Items:
@@ -217,8 +225,8 @@ def quality_table(results: Results) -> Table:
     for name in ours(results):
         cells: list[Cell] = []
         for r in results.values():
-            if name not in r["arms"]:
-                cells.append(NONE)
+            if name not in r["arms"] or r["config"]["optimiser"]["lr_schedule"] != "constant":
+                cells.append(NONE)  # a rate that decays depends on the steps to come
                 continue
             budgets = {s["seed"]: s["flops_total"] for s in r["arms"][name]["seeds"]}
             cells.append(percent(mean_accuracy(stopped_at(r["arms"]["looped"]["seeds"], budgets))))

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,6 +170,25 @@ class SCP:
             self._pending = []
             return self._look(pairs)
         self._pending = [p for p, good in zip(self._pending, finite, strict=True) if good]
+        return None
+
+    @staticmethod
+    def replay(config: SCPConfig, losses: Sequence[float], grad_norms: Sequence[float]) -> int | None:
+        """The step at which a criterion would have fired that had watched a run on record; None: never.
+
+        Args:
+            config: of the criterion.
+            losses, grad_norms: of the run's steps.
+        """
+        scp, pending = SCP(config), []
+        for step, pair in enumerate(zip(losses, grad_norms, strict=True), start=1):
+            if all(map(math.isfinite, pair)):
+                pending.append(list(pair))
+            if len(pending) == config.interval:
+                look = scp._look(pending)
+                if look is not None and look.fired:
+                    return step
+                pending = []
         return None
 
     def _stacked(self) -> Tensor:

@@ -56,6 +56,18 @@ def test_a_falling_loss_does_not_fire_and_its_plateau_does(seed):
     assert 240 < fired_at([*trace, *[trace[-1]] * 300]) <= 540
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_replay_fires_where_the_criterion_that_watched_did(seed):
+    losses, grads = any_trace(np.random.default_rng(seed))
+    losses[[17, 118]] = [math.nan, math.inf]
+    losses, grads = losses.astype(np.float32).tolist(), grads.astype(np.float32).tolist()
+    for options in ({}, {"patience": 2, "beta": 0.9}, {"max_steps": 240}):
+        watched = enumerate(each_step(losses, grads), start=1)
+        scp = SCP(SCPConfig(**options))
+        fired = (step for step, signals in watched if (look := scp.observe(signals)) and look.fired)
+        assert SCP.replay(SCPConfig(**options), losses, grads) == next(fired, None)
+
+
 def test_a_rising_loss_is_no_plateau():
     assert fired_at(1.01 ** np.arange(600)) is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import LOOP_FLOPS, collected, reaches, switches, write_arm
 
-from benchmarks.savings import tune
+from benchmarks.savings import scp_sweep, tune
 from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
 from benchmarks.savings.report import (
@@ -23,12 +23,14 @@ from benchmarks.savings.report import (
     test_table as paired_test_table,
 )
 from benchmarks.savings.restricted import best_fixed, headline, named, restricted_mean, smallest_t
+from benchmarks.savings.restricted import costs as costs_of
 from benchmarks.savings.run import Progress, cost, finished
 from benchmarks.savings.suite import SUITES, load_suite
 from shift.comparison.arms import make_arm
 from shift.comparison.summary import read_summary, write_summary
 from shift.report.document import block_markdown
 from shift.report.rows import read_rows, write_rows
+from shift.schedules import SCPConfig
 from shift_kernels import ShiftInputError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/savings/full"
@@ -245,6 +247,38 @@ def test_arms_run_at_their_tuned_rates():
     arms = {name: make_arm(name, base, rates) for name in ("looped", "again", "looped:2", "climb")}
     lr = {name: arm.config.optimiser.lr for name, arm in arms.items()}
     assert lr == {"looped": 0.01, "again": 0.01, "looped:2": 0.02, "climb": base.optimiser.lr}
+
+
+def test_a_setting_of_the_criterion_is_the_fixed_switch_that_it_makes():
+    case = load_suite("full", ("hop_d12",)).cases[0]
+    flat = [1.0] * 600, [1.0] * 600
+    assert scp_sweep.arm_of(SCPConfig(), flat, case) == "fixed:120"
+    assert scp_sweep.arm_of(SCPConfig(patience=3, interval=10), flat, case) == "fixed:30"  # 40, rounded
+    falling = [0.9**step for step in range(600)], [1.0] * 600
+    assert scp_sweep.arm_of(SCPConfig(), falling, case) == "single"
+
+
+def test_the_sweep_costs_a_setting_what_its_switches_cost(results, monkeypatch):
+    monkeypatch.setattr(scp_sweep, "SWEPT", {"patience": (5,)})
+    case = load_suite("full", ("hop_d12",)).cases[0]
+    r = results["a_task"]
+    r["arms"]["fixed:120"] = r["arms"]["fixed:0.25"]
+    records = {seed: ([1.0] * 600, [1.0] * 600) for seed in range(4)} | {
+        4: ([0.9**s for s in range(600)], [1.0] * 600)
+    }
+    (row,) = scp_sweep.swept([(case, records, r)])
+    fixed, single = (costs_of(r, named(name)) for name in ("fixed:0.25", "single"))
+    looped = costs_of(r, named("looped")).sum()
+    assert row["restricted_mean"] == pytest.approx((fixed[:4].sum() + single[4]) / looped)
+    assert (row["lost"], row["never"], row["default"], row["front"]) == (1, 1, True, True)
+
+
+def test_no_setting_beats_one_of_the_front():
+    rows = [
+        {"lost": lost, "restricted_mean": mean, "default": default}
+        for lost, mean, default in [(2, 0.5, False), (0, 0.9, False), (2, 0.5, True), (1, 0.95, False)]
+    ]
+    assert scp_sweep.front(rows) == [rows[1], rows[2]]
 
 
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)
