@@ -57,13 +57,13 @@ def costs(r: Mapping[str, Any], choice: Choice, measure: str = "flops") -> np.nd
     Args:
         r: a task's results.
         choice: the arm.
-        measure: ``flops``, or ``cpu_s`` or ``wall_s`` for seconds.
+        measure: ``flops``; or ``cpu_s``, ``wall_s``, ``quiet_s`` (``benchmarks.savings.quiet``) for seconds.
     """
     total = "flops_total" if measure == "flops" else measure
-    spent = {s["seed"]: s[total] for s in r["arms"]["looped"]["seeds"]}
+    spent = {s["seed"]: s.get(total) for s in r["arms"]["looped"]["seeds"]}
     arm = choice(r)
-    reached = {s["seed"]: s[f"{measure}_to_target"] for s in arm["seeds"]} if arm else {}
-    if not spent.keys() <= reached.keys():
+    reached = {s["seed"]: s.get(f"{measure}_to_target") for s in arm["seeds"]} if arm else {}
+    if not spent.keys() <= reached.keys() or None in spent.values():
         return None
     return np.array([min(spent[s], np.inf if reached[s] is None else reached[s]) for s in sorted(spent)])
 

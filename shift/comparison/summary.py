@@ -28,11 +28,14 @@ COLUMNS = {
     "block_applications": "block_applications",
     "cpu_s": "cpu_s",
     "wall_s": "wall_s",
+    "quiet_s_to_target": "quiet_s_to_target",
+    "quiet_s": "quiet_s",
     "switch_step": "switch_step",
     "final_loops": "final_loops",
     "skipped_steps": "skipped_steps",
 }
-"""Column -> key of :func:`shift.comparison.results.seed_facts`."""
+"""Column -> key of :func:`shift.comparison.results.seed_facts`; ``quiet_s`` is entered into them where
+seconds were measured apart from the runs (``benchmarks.savings.quiet``)."""
 
 OF_ARM = ("label", "schedule", "n_loops", "criterion")
 """What is kept of an arm."""
@@ -78,7 +81,7 @@ def read_summary(path: Path) -> dict[str, dict[str, Any]]:
         arms = {name: arm | {"seeds": []} for name, arm in facts["arms"].items()}
         for row in rows:
             if row["task"] == task:
-                arms[row["arm"]]["seeds"].append({key: row[column] for column, key in COLUMNS.items()})
+                arms[row["arm"]]["seeds"].append({key: row.get(column) for column, key in COLUMNS.items()})
         if "looped" in arms:
             for arm in arms.values():
                 arm["against_looped"] = against_looped(arm["seeds"], arms["looped"]["seeds"])

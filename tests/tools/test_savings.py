@@ -1,5 +1,6 @@
 """The savings suite: its declarations, its statistics, its report from hand-made runs."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 from synthetic_runs import LOOP_FLOPS, collected, reaches, switches, write_arm
 
-from benchmarks.savings import scp_sweep, tune
+from benchmarks.savings import quiet, scp_sweep, tune
 from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
 from benchmarks.savings.report import (
     cost_table,
     fairness_table,
     ratio_table,
+    restricted_table,
     sentences,
     summary_table,
     switch_table,
@@ -30,7 +32,7 @@ from shift.comparison.arms import make_arm
 from shift.comparison.summary import read_summary, write_summary
 from shift.report.document import block_markdown
 from shift.report.rows import read_rows, write_rows
-from shift.schedules import SCPConfig
+from shift.schedules import Decision, SCPConfig
 from shift_kernels import ShiftInputError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/savings/full"
@@ -279,6 +281,40 @@ def test_no_setting_beats_one_of_the_front():
         for lost, mean, default in [(2, 0.5, False), (0, 0.9, False), (2, 0.5, True), (1, 0.95, False)]
     ]
     assert scp_sweep.front(rows) == [rows[1], rows[2]]
+
+
+def test_seconds_are_the_sum_over_the_steps_that_were_run(results, tmp_path):
+    case = load_suite("quick", ("addition",)).cases[0]
+    model = dataclasses.replace(case.config.model, n_loops=4)
+    case = dataclasses.replace(case, config=dataclasses.replace(case.config, steps=100, model=model))
+    r = results["a_task"]
+    kinds = {quiet.kind_of(Decision(n)): 10.0 * n for n in (1, 4)}
+    quiet.with_seconds(case, r, {"": kinds})
+    fixed, shift = r["arms"]["fixed:0.25"]["seeds"][3], r["arms"]["shift"]["seeds"][3]
+    assert fixed["quiet_s"] == pytest.approx(25 * 0.01 + 75 * 0.04)
+    assert fixed["quiet_s_to_target"] == pytest.approx(25 * 0.01 + 35 * 0.04)  # evaluated every 10 steps
+    assert shift["quiet_s_to_target"] == pytest.approx(30 * 0.01 + 40 * 0.04)
+    assert r["arms"]["single"]["seeds"][0]["quiet_s_to_target"] is None
+    seconds = restricted_mean(results, named("shift"), measure="quiet_s")
+    assert seconds[0] == pytest.approx(restricted_mean(results, named("shift"))[0])  # a loop costs 10 ms, and nothing else
+    assert restricted_table(results).rows[0][2] == "1.00 (1.00–1.00)"
+    write_summary(tmp_path / "summary.json", results)
+    assert restricted_table(read_summary(tmp_path / "summary.json")) == restricted_table(results)
+
+
+def test_the_kinds_of_steps_of_an_arm_are_those_it_took():
+    base = dataclasses.replace(load_suite("quick", ("addition",)).cases[0].config, steps=20)
+
+    def kinds(name, loops):
+        config = make_arm(name, base).config
+        return [quiet.kind_of(d) for d in quiet.decisions(config, loops, 20)]
+
+    every = quiet.kind_of(Decision(5, every_loop=True))
+    assert kinds("sighted:0.1", [[1, 5], [3, 1], [11, 5]]) == [every] * 2 + [
+        quiet.kind_of(Decision(n)) for n in [1] * 8 + [5] * 10
+    ]
+    assert kinds("backward_warmup:0.5", [[1, 5]])[0] == quiet.kind_of(Decision(5, n_grad_loops=2))
+    assert len(set(kinds("by_sample:0.5", [[1, 5]]))) == 1
 
 
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)

@@ -1,0 +1,145 @@
+"""Seconds of a suite's runs, as a quiet machine would take: measured steps times the steps that were run.
+
+    python -m benchmarks.savings.run full --out runs/savings      # on any machine, busy or not
+    python -m benchmarks.savings.quiet full --out runs/savings    # on a quiet one: about a minute a task
+
+Every kind of step that an arm of the suite takes (its loops, those that carry gradient, a loss after every
+loop, samples that differ) is timed, all kinds in turn; a run's seconds are the sum over its steps.
+Evaluations are left out: all arms have the same. Writes ``ms.json`` into ``--out``, and its reports anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.savings.suite import Case, load_suite
+from shift.build import build_schedule
+from shift.comparison.arms import make_arm, split
+from shift.config import TrainConfig
+from shift.run.files import json_bytes, replace_atomically
+from shift.run.trainer import Trainer
+from shift.schedules import Decision
+from shift.schedules.sighted import Sighted
+
+MS = "ms.json"
+REPEATS = 21
+"""Times that every kind of step is timed; the median counts."""
+
+Rates = Mapping[str, Mapping[str, float]]
+"""Variant of the model ("" is the plain one) -> kind of step (:func:`kind_of`) -> milliseconds."""
+
+
+def kind_of(decision: Decision) -> str:
+    """What decides how long a step takes, as a key."""
+    by = decision.by_sample
+    return json.dumps(
+        [decision.n_loops, decision.n_grad_loops, decision.every_loop, by and [by.low, by.share]]
+    )
+
+
+def decisions(config: TrainConfig, loops: list[list[int]], n_steps: int) -> Iterator[Decision]:
+    """What each step of a run was, from its record.
+
+    Args:
+        config: of the run.
+        loops: [first step, loops] of each stretch of its steps, the first one being step 1.
+        n_steps: of the run.
+    """
+    schedule = build_schedule(config)
+    ends = [first for first, _ in loops[1:]] + [n_steps + 1]
+    recorded = [n_loops for (first, n_loops), end in zip(loops, ends, strict=True) for _ in range(first, end)]
+    for step, n_loops in enumerate(recorded[:n_steps]):
+        if schedule.scp is None:
+            yield schedule.step(step, None)
+        else:  # the record says what its criterion saw
+            sighting = isinstance(schedule, Sighted) and step < schedule.sighting_steps
+            yield Decision(n_loops, every_loop=sighting)
+
+
+def measured(config: TrainConfig, kinds: Mapping[str, Decision]) -> dict[str, float]:
+    """Milliseconds of a training step of each kind, all kinds in turn."""
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder) / "run")
+        for _ in range(REPEATS + 1):
+            for kind, decision in kinds.items():
+                begin = time.perf_counter()
+                trainer._train_step(decision)
+                times[kind].append(1e3 * (time.perf_counter() - begin))
+    return {kind: statistics.median(each[1:]) for kind, each in times.items()}
+
+
+def runs_of(case: Case, r: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[Decision]]]:
+    """Variant, facts and steps of every run that took any."""
+    for name, arm in r["arms"].items():
+        config = make_arm(name, case.config, variants=case.variants).config
+        for facts in arm["seeds"]:
+            if facts["loops"]:
+                own, n_steps = dataclasses.replace(config, seed=facts["seed"]), facts["curve"]["step"][-1]
+                yield split(name)[2], facts, list(decisions(own, facts["loops"], n_steps))
+
+
+def rates_of(case: Case, r: Mapping[str, Any]) -> Rates:
+    """The milliseconds of all kinds of steps of a task."""
+    kinds: dict[str, dict[str, Decision]] = {}
+    for variant, _, steps in runs_of(case, r):
+        kinds.setdefault(variant, {}).update({kind_of(decision): decision for decision in steps})
+    return {
+        variant: measured(
+            make_arm(
+                f"looped@{variant}" if variant else "looped", case.config, variants=case.variants
+            ).config,
+            own,
+        )
+        for variant, own in kinds.items()
+    }
+
+
+def with_seconds(case: Case, r: Mapping[str, Any], rates: Rates) -> None:
+    """Enter ``quiet_s``, of the whole run, and ``quiet_s_to_target`` into the facts of every run."""
+    for variant, facts, steps in runs_of(case, r):
+        spent = list(itertools.accumulate(rates[variant][kind_of(decision)] / 1e3 for decision in steps))
+        at = facts["steps_to_target"]
+        facts["quiet_s"] = spent[-1]
+        facts["quiet_s_to_target"] = None if at is None else spent[at - 1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", help="as for benchmarks.savings.run")
+    parser.add_argument("--out", type=Path, required=True, help="of benchmarks.savings.run")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    from benchmarks.savings.report import write_suite_report
+
+    results, found = {}, {}
+    for case in load_suite(args.suite).cases:
+        path = args.out / case.name / "results.json"
+        if not path.is_file():
+            continue
+        r = json.loads(path.read_text())
+        found[case.name] = rates_of(case, r)
+        with_seconds(case, r, found[case.name])
+        results[case.name] = r | {"used_for": case.used_for}
+        print(case.name, {v: dict(own) for v, own in found[case.name].items()}, flush=True)
+    replace_atomically(args.out / MS, json_bytes(found))
+    print(*write_suite_report(results, args.out), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
