@@ -176,23 +176,27 @@ def profile() -> str:
     return table(read("training/profile")["ms"])
 
 
-LENGTH = 30
-"""Beyond the lengths of training, which end at 20, and within what the best arm still gets right."""
+BEYOND = 1.5
+"""Times the longest length of training."""
 
 
 def length() -> str:
-    """Exact match at a length beyond training, by the rule that says how many loops count."""
-    rows, about = read_rows(RESULTS / "length/summary.json")
-    at = about["lengths"].index(LENGTH)
+    """Exact match beyond the lengths of training, by task and by the rule that says how many loops count."""
     found = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        cells = [arm]
-        for rule in RULES:
-            each = [row[f"{rule}: exact"][at] for row in rows if row["arm"] == arm]
-            seeds = ", ".join(f"{100 * x:.0f}" for x in each)
-            cells.append(f"{percent(statistics.mean(each))} ({seeds})")
-        found.append(cells)
-    return _table(["arm", *RULES], found)
+    for path in sorted((RESULTS / "length").glob("*/summary.json"), reverse=True):
+        rows, about = read_rows(path)
+        longest = round(BEYOND * about["trained_length"])
+        at = about["lengths"].index(longest)
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            cells = [about["config"]["task"]["name"], str(longest), arm]
+            for rule in RULES:
+                each = [
+                    row[key][at] for row in rows if row["arm"] == arm and (key := f"{rule}: exact") in row
+                ]
+                seeds = ", ".join(f"{100 * x:.0f}" for x in each)
+                cells.append(f"{percent(statistics.mean(each))} ({seeds})" if each else "–")
+            found.append(cells)
+    return _table(["task", "length", "arm", *RULES], found)
 
 
 def landscape() -> str:

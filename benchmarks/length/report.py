@@ -1,8 +1,9 @@
 """Accuracy beyond the lengths of training, by way to train: tables over seeds, and a heat map.
 
     shift-compare --config benchmarks/length/parity.toml --arms single looped shift climb \\
-        --seeds 0 1 2 3 4 --target 0.99 --out runs/length
-    python -m benchmarks.length.report runs/length --out benchmarks/results/length --lengths 10 20 30 40
+        --seeds 0 1 2 --target 0.99 --out runs/parity
+    python -m benchmarks.length.report runs/parity --lengths 10 20 30 40 \\
+        --out benchmarks/results/length/parity
 
 Reads the finished runs of a comparison, ``<arm>/seed-<n>``.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -40,7 +42,7 @@ def measure(comparison: Path, config: SweepConfig) -> Results:
     order = list(FAMILIES)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     paths = sorted(comparison.glob("*/seed-*/result.json"), key=lambda path: int(path.parts[-2][5:]))
-    for path in sorted(paths, key=lambda path: order.index(path.parts[-3].partition("-")[0])):
+    for path in sorted(paths, key=lambda path: order.index(re.split("[-@]", path.parts[-3])[0])):
         arm, seed = path.parts[-3], path.parts[-2].removeprefix("seed-")
         result = read_json(path, "measure", "comparison")
         kept = {key: result[key] for key in KEPT}

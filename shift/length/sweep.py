@@ -1,9 +1,9 @@
 """How right a trained model is by length and by number of loops, beyond those of its training too.
 
 One pass of ``max_loops`` loops gives the answer after each; the :data:`RULES` then say which one counts.
-T(n), the loops that a task says a length needs, and the two confidence rules: Fan et al., arXiv 2409.15647.
-An answer is the surer, the less the cross-entropy between its logits and their own argmax, mean over its
-positions.
+T(n), the loops that a task says a length needs, and the first two confidence rules: Fan et al., arXiv
+2409.15647. An answer is the surer, the less the cross-entropy between its logits and their own argmax, mean
+over its positions. The budget is that of arXiv 2607.20594 (abstract): loops in proportion to the length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ RULES = {
     "oracle": "each sample runs T(n) loops; a task that has no T(n) has no oracle",
     "confidence": "each sample stops at the loop, of all that were run, after which its answer is surest",
     "joint confidence": "all samples of a length stop at the loop after which their mean answer is surest",
+    "stable confidence": "the same of each sample, among the loops that left its answer as it was",
+    "budget": "ceil(n / v) loops for length n, v being the longest length over the most loops of training",
 }
 
 LENGTHS = 8
@@ -72,17 +74,18 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
     batches = {n: _batches(task, config.samples, run.batch_size) for n, task in tasks.items()}
     max_loops = _max_loops(config.max_loops, batches.values(), loops)
     longest = max(tasks.values(), key=lambda task: task.max_seq_len)
+    longest_trained = getattr(longest, "max_length", None)
     model = restored("sweep", run, saved, longest)
     return {
         "run": str(run_dir),
         "config": run.to_dict(),
         "step": saved.state["step"],
         "samples": config.samples,
-        "trained_length": getattr(longest, "max_length", None),
+        "trained_length": longest_trained,
         "trained_loops": loops,
         "max_loops": max_loops,
         "rows": [
-            {"length": n, **_row(model, batches[n], loops, max_loops, run, task.bytes_per_token)}
+            _row(model, batches[n], n, (loops, longest_trained), max_loops, run, task.bytes_per_token)
             for n, task in tasks.items()
         ],
     }
@@ -121,15 +124,22 @@ def _max_loops(asked: int | None, batches: Collection[list[Batch]], trained_loop
     return asked or (least + LOOPS_BEYOND if own else 2 * least)
 
 
-@torch.no_grad()
-def _answers(
-    model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """After each loop, [max_loops, batch]: read positions that are right, how sure the answer is, the loss.
+class _Scores(NamedTuple):
+    """Of the answers after each loop, [max_loops, batch]; after one, [batch]."""
 
-    How sure: the cross-entropy between the logits and their own argmax, mean over read positions. The loss:
-    that between them and the targets, summed.
-    """
+    right: Tensor
+    """Read positions that are right."""
+    surprise: Tensor
+    """The cross-entropy between the logits and their own argmax, mean over read positions."""
+    loss: Tensor
+    """That between the logits and the targets, summed."""
+    stays: Tensor
+    """Whether the answer is that after the loop before; False after the first."""
+
+
+@torch.no_grad()
+def _answers(model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig) -> _Scores:
+    """What there is to say of the answers of a batch, on the CPU."""
     device = next(model.parameters()).device
     there = batch.to(device)
     with autocast(device, run.precision == "bf16"):
@@ -141,53 +151,81 @@ def _answers(
             return_all_loops=True,
             backend=run.backend,
         )
-        each = [
-            _scored(model.read(after), there) for after in states
-        ]  # logits of all loops might be too much
-    right, surprise, loss = (torch.stack(found).cpu() for found in zip(*each, strict=True))
-    return right, surprise, loss
+        each: list[_Scores] = []
+        before = None
+        for after in states:  # logits of all loops might be too much
+            scores, before = _scored(model.read(after), there, before)
+            each.append(scores)
+    return _Scores(*(torch.stack(found).cpu() for found in zip(*each, strict=True)))
 
 
-def _scored(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """One row of each of what :func:`_answers` returns."""
+def _scored(logits: Tensor, batch: Batch, before: Tensor | None) -> tuple[_Scores, Tensor]:
+    """The scores after one loop, and its answers, given those after the loop before."""
     read = batch.targets != IGNORE
-    right = (read & (logits.argmax(-1) == batch.targets)).sum(-1)
+    answer = logits.argmax(-1)
+    stays = read.new_zeros(len(read)) if before is None else ((answer == before) | ~read).all(-1)
+    right = (read & (answer == batch.targets)).sum(-1)
     log_p = logits.float().log_softmax(-1)
     loss = -log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
-    return right, (-log_p.amax(-1) * read).sum(-1) / read.sum(-1), (loss * read).sum(-1)
+    surprise = (-log_p.amax(-1) * read).sum(-1) / read.sum(-1)
+    return _Scores(right, surprise, (loss * read).sum(-1), stays), answer
+
+
+def _chosen(
+    scores: _Scores, batches: list[Batch], trained: tuple[int, int | None], length: int | None
+) -> dict[str, Tensor]:
+    """The loops of each sample by each rule that can be followed, int64 [samples].
+
+    Args:
+        scores: of all samples.
+        batches: that they are from.
+        trained: the most loops and the longest length of training; None: samples have no length.
+        length: of the samples.
+    """
+    trained_loops, longest = trained
+    surprise = scores.surprise
+    max_loops, n = surprise.shape
+    own = [batch.n_loops for batch in batches if batch.n_loops is not None]
+    loops = {"as trained": torch.full((n,), trained_loops)}
+    if own:
+        oracle = torch.cat(own)
+        loops = {"as trained": oracle.clamp(max=trained_loops), "oracle": oracle}
+    loops["confidence"] = surprise.argmin(0) + 1
+    loops["joint confidence"] = (surprise.mean(1).argmin() + 1).expand(n)
+    unstable = ~scores.stays & scores.stays.any(0)  # where no answer ever stays, all loops count
+    loops["stable confidence"] = surprise.masked_fill(unstable, math.inf).argmin(0) + 1
+    if length is not None and longest is not None:
+        budget = math.ceil(length * trained_loops / longest)
+        loops["budget"] = torch.full((n,), min(budget, max_loops))
+    return loops
 
 
 def _row(
     model: LoopedTransformer,
     batches: list[Batch],
-    trained_loops: int,
+    length: int | None,
+    trained: tuple[int, int | None],
     max_loops: int,
     run: TrainConfig,
     bytes_per_token: float | None,
 ) -> dict[str, Any]:
-    """One row of :func:`sweep`, but for its length."""
+    """One row of :func:`sweep`."""
     found = [_answers(model, batch, max_loops, run) for batch in batches]
-    right, surprise, loss = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    scores = _Scores(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
     read = torch.cat([(batch.targets != IGNORE).sum(-1) for batch in batches])
-    own = [batch.n_loops for batch in batches if batch.n_loops is not None]
-    loops = {"as trained": torch.full_like(read, trained_loops)}
-    needed = None
-    if own:
-        oracle = torch.cat(own)
-        loops = {"as trained": oracle.clamp(max=trained_loops), "oracle": oracle}
-        needed = oracle.double().mean().item()
-    loops["confidence"] = surprise.argmin(0) + 1
-    loops["joint confidence"] = (surprise.mean(1).argmin() + 1).expand_as(read)
+    loops = _chosen(scores, batches, trained, length)
     rules = {}
     for rule, chosen in loops.items():
-        exact, accuracy = _scores(right.gather(0, chosen[None] - 1), read)
+        exact, accuracy = _scores(scores.right.gather(0, chosen[None] - 1), read)
         rules[rule] = {"exact": exact[0], "accuracy": accuracy[0], "loops": chosen.double().mean().item()}
-    exact, accuracy = _scores(right, read)
+    exact, accuracy = _scores(scores.right, read)
+    needed = loops["oracle"].double().mean().item() if "oracle" in loops else None
     of_text = {}
     if bytes_per_token is not None:
-        nats = loss.sum(1).double() / read.sum()
+        nats = scores.loss.sum(1).double() / read.sum()
         of_text["bits_per_byte"] = (nats / math.log(2) / bytes_per_token).tolist()
-    return {"needed": needed, "exact": exact, "accuracy": accuracy, **of_text, "rules": rules}
+    row = {"length": length, "needed": needed, "exact": exact, "accuracy": accuracy}
+    return {**row, **of_text, "rules": rules}
 
 
 def _scores(right: Tensor, read: Tensor) -> tuple[list[float], list[float]]:

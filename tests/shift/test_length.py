@@ -35,7 +35,7 @@ def test_calls_go_on_until_all_is_trained_and_measured(tmp_path):
     assert call(0) == INTERRUPTED
     assert not list(tmp_path.rglob("result.json"))
     calls = 0
-    while call(0.02) == INTERRUPTED:
+    while call(0.02 * 1.05**calls) == INTERRUPTED:  # on a busy machine a step may take longer than that
         calls += 1
         assert calls < 100
     assert calls > 1

@@ -92,12 +92,35 @@ def test_joint_confidence_is_that_of_the_mean(run, monkeypatch):
     assert row["rules"]["joint confidence"] == {"exact": 0.0, "accuracy": 0.0, "loops": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("sure", "right", "loops"),
+    [
+        ({3: 9.0, 6: 5.0}, 3, 6),  # the answer of loop 3 is another one than that of loop 2: not trusted
+        ({4: 9.0, 6: 5.0}, 8, 4),
+        ({1: 9.0, 6: 5.0}, 8, 6),  # nothing was before loop 1
+    ],
+)
+def test_an_answer_that_does_not_stay_is_not_trusted_however_sure(run, monkeypatch, sure, right, loops):
+    model = SureAt(right, dict.fromkeys((0, 1), sure))
+    monkeypatch.setattr(shift.trained, "build_model", lambda run, task: model)
+    (row,) = sweep(run, SweepConfig(lengths=(5,), max_loops=8))["rows"]
+    assert row["rules"]["stable confidence"]["loops"] == loops
+    assert row["rules"]["confidence"]["loops"] == max(sure, key=sure.get)
+
+
+def test_the_budget_is_in_proportion_to_the_length(run):
+    # Trained with 3 loops on lengths up to 4: 0.75 loops a unit of length.
+    rows = sweep(run, SweepConfig(lengths=(1, 4, 5, 7), samples=8))["rows"]
+    assert [row["rules"]["budget"]["loops"] for row in rows] == [1, 3, 4, 6]
+    assert rows[2]["rules"]["budget"]["exact"] == rows[2]["exact"][4 - 1]
+
+
 def test_a_task_without_lengths_is_one_row_without_an_oracle(tmp_path):
     Trainer(tiny(), tmp_path).fit()
     found = sweep(tmp_path, SweepConfig(samples=8))
     (row,) = found["rows"]
     assert (row["length"], row["needed"], found["trained_length"]) == (None, None, None)
-    assert set(row["rules"]) == {"as trained", "confidence", "joint confidence"}
+    assert set(row["rules"]) == {"as trained", "confidence", "joint confidence", "stable confidence"}
     assert len(row["exact"]) == found["max_loops"] == 6
     lines = write({"hop": found}, tmp_path).read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("|")][2:] == ["| all"]
