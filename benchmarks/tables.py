@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import scaling
 from benchmarks.lm.suite import arms_of, load_suite
 from benchmarks.savings.families import Results, label
+from benchmarks.savings.recompile import stalls
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
 from benchmarks.savings.restricted import Choice, best_fixed, named, restricted_mean
 from benchmarks.savings.scp_sweep import front_table
@@ -111,6 +112,14 @@ def scp_sweep() -> str:
     if not path.is_file():
         return "Not run yet: `python -m benchmarks.savings.scp_sweep`."
     return _markdown(front_table(*read_rows(path)))
+
+
+def recompile() -> str:
+    """What the first step with another number of loops stalls for."""
+    path = RESULTS / "savings/recompile.json"
+    if not path.is_file():
+        return "Not measured yet: `python -m benchmarks.savings.recompile`."
+    return _markdown(stalls(path))
 
 
 def savings_sentences() -> str:
@@ -259,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings_restricted": savings_restricted,
     "savings_sentences": savings_sentences,
     "scp_sweep": scp_sweep,
+    "recompile": recompile,
     "cpu": cpu,
     "cpu_all": cpu_all,
     "training": training,

@@ -1,11 +1,8 @@
 """Accuracy beyond the lengths of training, by way to train: tables over seeds, and a heat map.
 
-    shift-compare --config benchmarks/length/parity.toml --arms single looped shift climb \\
-        --seeds 0 1 2 --target 0.99 --out runs/parity
-    python -m benchmarks.length.report runs/parity --lengths 10 20 30 40 \\
-        --out benchmarks/results/length/parity
+    python -m benchmarks.length.report runs/length/parity --lengths 10 20 30 40 --out DIR
 
-Reads the finished runs of a comparison, ``<arm>/seed-<n>``.
+Reads the finished runs of a comparison, ``<arm>/seed-<n>``. ``benchmarks.length.run`` does all at once.
 """
 
 from __future__ import annotations

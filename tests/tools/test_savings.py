@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import LOOP_FLOPS, collected, reaches, switches, write_arm
 
-from benchmarks.savings import quiet, scp_sweep, tune
+from benchmarks.savings import quiet, recompile, scp_sweep, tune
 from benchmarks.savings.overall import hindsight, overall, pooled
 from benchmarks.savings.paired import best_fixed_switch, p_cheaper
 from benchmarks.savings.report import (
@@ -316,6 +316,19 @@ def test_the_kinds_of_steps_of_an_arm_are_those_it_took():
     ]
     assert kinds("backward_warmup:0.5", [[1, 5]])[0] == quiet.kind_of(Decision(5, n_grad_loops=2))
     assert len(set(kinds("by_sample:0.5", [[1, 5]]))) == 1
+
+
+def test_a_stall_is_what_a_first_step_takes_beyond_a_later_one(tmp_path):
+    rows = [
+        {"side": side, "n_loops": n, "first_s": first, "later_s": 0.01}
+        for n in recompile.LOOPS
+        for side, first in zip(recompile.SIDES, (12.01, 0.11, 0.005), strict=True)
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    table = recompile.stalls(tmp_path / "r.json")
+    assert [cell.replace("\u00a0", " ") for cell in table.rows[-1]] == [
+        "8", "12.0 s", "0.1 s", "0.0 s", "10.0", "10.0", "10.0",
+    ]  # fmt: skip
 
 
 TABLES = (summary_table, ratio_table, paired_test_table, switch_table, cost_table, fairness_table, sentences)
