@@ -2,8 +2,8 @@
 
     python -m benchmarks.length.run --out runs/length --arms single looped shift climb
 
-An arm may be in a variant that ``benchmarks/savings/suites/full.toml`` declares (``climb@normed``). Every task
-is a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``. The
+An arm may be in a variant that ``benchmarks/savings/suites/full.toml`` declares (``climb@normed``). A task is
+a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``. The
 same command again goes on where an interrupted one stopped.
 """
 
