@@ -3,7 +3,8 @@
 waves        lists of seeds: all tasks with the first list, then with the next
 overtime     whether runs that are not at the target go on until they have spent what Looped has
 arms         of every task, by their names in shift.comparison.arms
-variants     variants.<name> = changes of the config that the arms <arm>@<name> have: the model's, for example
+variants     variants.<name> = changes of the config that the arms <arm>@<name> have: the model's, say, or
+             schedule = { options = { ... } }, of the arm's own schedule
 everywhere   changes of the demo preset that all tasks share
 tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] for this task alone
 """

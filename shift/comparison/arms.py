@@ -1,4 +1,4 @@
-"""The arms of a comparison: each is a schedule, in a variant of the model where it names one.
+"""The arms of a comparison: each is a schedule, in a variant where it names one.
 
 ``climb``, ``fixed:0.25`` (a family and its value), ``climb@scaled`` (in the variant ``scaled``). But for the
 schedule, the variant and tuned learning rates, two arms differ in nothing.
@@ -78,8 +78,9 @@ Rates = Mapping[str, float]
 Variants = Mapping[str, Mapping[str, Any]]
 """Name of a variant -> its changes of the config that all arms share, in tables as a config's."""
 
-VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss")
-"""Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same."""
+VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss", "schedule")
+"""Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same. Of
+the schedule, which is the arm's, its options alone."""
 
 
 def check_variants(variants: Variants) -> None:
@@ -89,11 +90,13 @@ def check_variants(variants: Variants) -> None:
         ShiftInputError: it names the variant and the key.
     """
     for name, changes in variants.items():
-        for key in changes:
-            if key not in VARIED:
-                raise input_error(
-                    "shift-compare", f"variants.{name}", key, ", ".join(VARIED), "Drop it: arms share it."
-                )
+        wrong = [key for key in changes if key not in VARIED]
+        wrong += [f"schedule.{key}" for key in changes.get("schedule", {}) if key != "options"]
+        if wrong:
+            allowed = ", ".join(VARIED).replace("schedule", "schedule.options")
+            raise input_error(
+                "shift-compare", f"variants.{name}", wrong[0], allowed, "Drop it: arms share it."
+            )
 
 
 def rate_name(name: str) -> str:
@@ -133,10 +136,12 @@ def make_arm(
     schedule = declared(name)
     inherits = base.schedule.kind in (schedule.kind, schedule.options_of)
     options = {**(base.schedule.options if inherits else {}), **family.options}
+    changes = dict(known[variant])
+    options |= changes.pop("schedule", {}).get("options", {})
     if family.value_option and value:
         options[family.value_option] = _number(value)
     label = (family.value_label if value else family.label).format(T=base.model.n_loops, value=value)
-    config = TrainConfig.from_dict(merged(base.to_dict(), known[variant]), f"variants.{variant}")
+    config = TrainConfig.from_dict(merged(base.to_dict(), changes), f"variants.{variant}")
     lr = (rates or {}).get(rate_name(name), config.optimiser.lr)
     config = dataclasses.replace(
         config,

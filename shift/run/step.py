@@ -48,7 +48,7 @@ class TrainStep:
         micro_batch: int | None = None,
         n_grad_loops: int | None = None,
         *,
-        every_loop: bool = False,
+        every_loop: int | None = None,
         summed_loss: SummedLoss | None = None,
     ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
@@ -58,7 +58,7 @@ class TrainStep:
             loops: T, or an int tensor [batch].
             micro_batch: sequences that go through the model at once; None: all.
             n_grad_loops: the last loops, through which the gradient passes; None: through all.
-            every_loop: the loss is the mean of those after every loop, and these are returned, [T].
+            every_loop: T, if the loss is the mean of those after every loop; these are returned, [T].
             summed_loss: of a micro-batch with its loops, instead of the model's own.
         """
         ranks = self._ranks
@@ -78,7 +78,7 @@ class TrainStep:
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
             loss = summed_loss(part, own) / n_read
-            (loss.mean() if every_loop else loss).backward()
+            loss.mean().backward()
             losses.append(loss.detach())
         self._parallel.average_gradients()
         return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum(0))
@@ -90,22 +90,28 @@ class TrainStep:
         self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops).backward()
 
     def _summed_loss(
-        self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None, every_loop: bool = False
+        self,
+        batch: Batch,
+        loops: int | torch.Tensor,
+        n_grad_loops: int | None,
+        every_loop: int | None = None,
     ) -> torch.Tensor:
-        """The sum of the loss over the read positions of a micro-batch; ``every_loop``: after each, [T]."""
+        """The loss of a micro-batch, summed over read positions; after each of ``every_loop`` loops, [T]."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
-            return self._forward(
+            loss = self._forward(
                 batch.tokens,
                 loops,
                 context=batch.context,
                 cu_seqlens=batch.cu_seqlens,
                 n_grad_loops=n_grad_loops,
                 targets=batch.targets,
-                return_all_loops=every_loop,
+                return_all_loops=every_loop is not None,
                 loop_weights=() if every_loop else c.loop_loss,
                 backend=c.backend,
             )
+        # Samples that have loops of their own may all have fewer than T: then nothing changes after those.
+        return loss if every_loop is None else torch.cat([loss, loss[-1:].expand(every_loop - len(loss))])
 
     def update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Change the weights, unless loss or gradients are not finite.

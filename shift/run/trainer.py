@@ -240,7 +240,7 @@ class Trainer:
             loops,
             self.micro_batches.of(n_loops),
             n_grad_loops,
-            every_loop=decision.every_loop,
+            every_loop=n_loops if decision.every_loop else None,
             summed_loss=deeper and deeper.summed_loss,
         )
         loss = losses.mean() if decision.every_loop else losses

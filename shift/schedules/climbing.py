@@ -100,7 +100,8 @@ class Climb(Ladder):
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.
-        shares: of all steps, with one loop and with T // 2.
+        shares: of all steps, with one loop and in the middle.
+        middle: loops in the middle are T / 2 rounded ``down`` (with T = 3 there is no middle) or ``up``.
         enough: a stage goes on while the loss is at most this share of what it was when the stage began.
         keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
         scp: options of :class:`shift.schedules.scp.SCPConfig`.
@@ -111,6 +112,7 @@ class Climb(Ladder):
         max_loops: int,
         total_steps: int,
         shares: list[float] | tuple[float, ...] = (0.05, 0.45),
+        middle: str = "down",
         enough: float = 0.5,
         keep: float = 0.5,
         **scp: Any,
@@ -118,7 +120,8 @@ class Climb(Ladder):
         check(is_int(max_loops) and max_loops >= 1, "max_loops", max_loops, "an int >= 1")
         good = isinstance(shares, (list, tuple)) and len(shares) == 2
         check(good, "shares", shares, "a list of two numbers in (0, 1]")
-        rungs = sorted({1, max(1, max_loops // 2), max_loops})
+        check(middle in ("down", "up"), "middle", middle, "'down' or 'up'")
+        rungs = sorted({1, max(1, (max_loops + (middle == "up")) // 2), max_loops})
         shares = list(shares)[: len(rungs) - 1]
         super().__init__(max_loops, total_steps, rungs, shares, keep, enough=enough, **scp)
 

@@ -82,7 +82,7 @@ def test_the_losses_after_every_loop_train_as_their_mean(tmp_path, micro_batch):
     config = tiny(model=WHOLE)
     trainer = Trainer(config, tmp_path / "a")
     batch = build_task(config).batch(8, 0)
-    losses = trainer._step.backward(batch, 3, micro_batch, every_loop=True)
+    losses = trainer._step.backward(batch, 3, micro_batch, every_loop=3)
     found = trainer.optimizer.gradients.clone()
     with torch.no_grad():
         each = [
@@ -94,6 +94,15 @@ def test_the_losses_after_every_loop_train_as_their_mean(tmp_path, micro_batch):
     loss = weighted._step.backward(batch, 3, micro_batch)
     torch.testing.assert_close(losses.mean(), loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(found, weighted.optimizer.gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_losses_of_samples_that_have_ended_stay_as_they_were(tmp_path):
+    trainer = Trainer(tiny(), tmp_path)
+    batch = dataclasses.replace(uneven(build_task(tiny()).batch(8, 0)), n_loops=torch.tensor([1, 2] * 4))
+    losses = trainer._step.backward(batch, batch.n_loops, 3, every_loop=3)
+    whole = trainer._step.backward(batch, batch.n_loops)
+    torch.testing.assert_close(losses[1:], whole.expand(2))
+    assert losses[0] != losses[1]
 
 
 def test_sighting_costs_a_read_out_a_loop_and_what_follows_does_not(tmp_path):

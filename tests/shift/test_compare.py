@@ -19,6 +19,7 @@ from synthetic_runs import (
 )
 from tiny_runs import processes
 
+from shift.build import build_schedule
 from shift.compare import main
 from shift.comparison.arms import SMALLEST, check_variants, colours, make_arm, rate_name, seeded
 from shift.comparison.fairness import fairness
@@ -27,7 +28,7 @@ from shift.comparison.pool import Display
 from shift.comparison.ratios import against_looped
 from shift.comparison.results import first_crossing, share_of_looped
 from shift.comparison.verdict import verdict
-from shift.config import OptimiserConfig, ScheduleConfig, TrainConfig
+from shift.config import ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from shift_kernels import ShiftInputError
 
 SEEDS = [0, 1]
@@ -91,11 +92,17 @@ def test_a_variant_changes_what_it_declares_and_has_a_rate_of_its_own():
     assert make_arm("looped@scaled", base, {"looped@scaled": 0.2}, VARIANTS).config.optimiser.lr == 0.2
     names = ["looped:2", "looped:2@scaled", "again", "climb@scaled"]
     assert [rate_name(name) for name in names] == [SMALLEST, "looped:2@scaled", "looped", "climb@scaled"]
+    longer = {"longer": {"schedule": {"options": {"shares": [0.1, 0.6], "middle": "up"}}}}
+    climb = make_arm("climb@longer", dataclasses.replace(base, steps=100), {}, longer)
+    rungs = build_schedule(dataclasses.replace(climb.config, model=ModelConfig(n_loops=3)))
+    assert ((rungs.rungs, rungs.most_steps), climb.config.model) == (((1, 2, 3), [10, 60]), base.model)
     for wrong in ("climb@", "climb@nosuch", "@normed", "climb:@normed"):
         with pytest.raises(ShiftInputError, match="'arms'"):
             make_arm(wrong, base, {}, VARIANTS)
     with pytest.raises(ShiftInputError, match=r"variants\.more.*'steps'"):
         check_variants({"more": {"steps": 10}})
+    with pytest.raises(ShiftInputError, match=r"variants\.more.*'schedule\.kind'"):
+        check_variants({"more": {"schedule": {"kind": "climb"}}})
 
 
 def test_arms_in_a_variant_are_fair_if_they_differ_in_what_it_declares_alone(out):

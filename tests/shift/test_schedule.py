@@ -352,6 +352,7 @@ def test_one_loop_is_a_schedule_too(kind):
         ("climb", {"shares": [0.1, 0]}, "shares"),
         ("climb", {"enough": 1.0}, "enough"),
         ("climb", {"max_loops": 0}, "max_loops"),
+        ("climb", {"middle": "left"}, "middle"),
         ("climb", {"keep": 1.5}, "keep"),
         ("shift", {"keep": -0.1}, "keep"),
         ("ladder", {"shares": [0.1]}, "shares"),
