@@ -4,8 +4,8 @@
 
 Every arm runs with :data:`FACTORS` times the learning rate of the suite. An arm's best has the smallest mean
 cost: the compute to 98% of the accuracy of Looped at Looped's own best, and Looped's whole run where that is
-never reached. While an arm's best is an end of the grid, the grid is widened there, for all arms. The rates,
-and what finding them took, go to ``suites/<suite>.rates.json``; ``benchmarks.savings.run`` then goes by them.
+never reached. While an arm's best is an end of its grid, its grid is widened there. The rates, and what
+finding them took, go to ``suites/<suite>.rates.json``; ``benchmarks.savings.run`` then goes by them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.savings.suite import Case, load_suite, rates_path, suite_path
 from shift.compare import INTERRUPTED
-from shift.comparison.arms import AGAIN, rate_name
+from shift.comparison.arms import AGAIN, MATCHED, rate_name
 from shift.comparison.plan import LOOPED_SHARE
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
@@ -77,25 +77,44 @@ def main() -> int:
 
 
 def widened(case: Case, seeds: Sequence[int], out: Path, jobs: int) -> Found:
-    """All arms at every factor, until no arm is best at an end of the grid."""
-    found: dict[float, Mapping[str, Any]] = {}
-    missing = list(FACTORS)
-    while missing:
-        for factor in missing:
-            found[factor] = _compared(case, factor, seeds, out / f"lr-{factor:g}", jobs)
-        best, low, high = set(best_factors(found).values()), min(found), max(found)
-        missing = [low / 2] * (low in best and low / 2 >= WIDEST[0])
-        missing += [2 * high] * (high in best and 2 * high <= WIDEST[1])
+    """All arms at :data:`FACTORS`; then those whose best is an end of their grid beyond it, until none is."""
+    found = {f: _compared(case, case.arms, f, seeds, out / f"lr-{f:g}", jobs) for f in FACTORS}
+    while further := beyond(found):
+        for factor, names in further.items():
+            names |= _names(found[factor]) if factor in found else set()
+            arms = [arm for arm in case.arms if rate_name(arm) in names]
+            found[factor] = _compared(case, arms, factor, seeds, out / f"lr-{factor:g}", jobs)
     return found
 
 
-def _compared(case: Case, factor: float, seeds: Sequence[int], out: Path, jobs: int) -> Mapping[str, Any]:
+def beyond(found: Found) -> dict[float, set[str]]:
+    """Factor that has not been tried -> names of rates whose best so far is the end next to it."""
+    names = set().union(*map(_names, found.values()))
+    tried = {name: [f for f, r in found.items() if name in _names(r)] for name in names}
+    further: dict[float, set[str]] = {}
+    for name, best in best_factors(found).items():
+        for end, factor in ((min(tried[name]), best / 2), (max(tried[name]), 2 * best)):
+            if best == end and WIDEST[0] <= factor <= WIDEST[1]:
+                further.setdefault(factor, set()).add(name)
+    return further
+
+
+def _compared(
+    case: Case, arms: Sequence[str], factor: float, seeds: Sequence[int], out: Path, jobs: int
+) -> Mapping[str, Any]:
     lr = factor * case.config.optimiser.lr
-    arms = [arm for arm in case.arms if arm != AGAIN]  # it has Looped's
+    # Looped sets the target of each comparison; on other data it has Looped's rate.
+    arms = ["looped", *(arm for arm in arms if arm not in ("looped", AGAIN))]
+    if MATCHED in arms and "shift" not in arms:
+        arms.append("shift")
     same = dict.fromkeys([*map(rate_name, arms)], lr)
     command = " ".join(sys.argv)
     results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, command, same, case.variants)
     return results
+
+
+def _names(results: Mapping[str, Any]) -> set[str]:
+    return {rate_name(arm) for arm in results["arms"]}
 
 
 def best_factors(found: Found) -> dict[str, float]:

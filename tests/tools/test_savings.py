@@ -223,19 +223,21 @@ def at_rate(**crossings):
     }
 
 
-def test_every_arm_gets_its_best_rate_and_the_grid_is_widened_where_one_is_best_at_its_end(monkeypatch):
-    def compared(case, factor, seeds, out, jobs):
+def test_every_arm_gets_its_best_rate_and_its_grid_is_widened_where_it_is_best_at_an_end(monkeypatch):
+    def compared(case, arms, factor, seeds, out, jobs):
         tried.append(factor)
-        best_at_8, best_at_2 = (int(100 + 100 * abs(math.log2(factor / best))) for best in (8, 2))
-        return at_rate(looped=best_at_2, climb=best_at_8, **{"looped:2": best_at_2})
+        best = {"looped": 2, "climb": 8, "single": 1 / 4, "looped:2": 2}
+        wanted = {"looped", *({"looped:smallest": "looped:2"}.get(arm, arm) for arm in arms)}
+        crossings = {arm: int(100 + 100 * abs(math.log2(factor / best[arm]))) for arm in wanted & best.keys()}
+        return at_rate(**crossings)
 
     tried = []
     monkeypatch.setattr(tune, "_compared", compared)
     case = load_suite("quick", ("addition",)).cases[0]
     found = tune.widened(case, (0,), Path("nowhere"), 1)
-    assert tried == [0.5, 1, 2, 4, 8, 16]
-    assert tune.best_factors(found) == {"looped": 2, "climb": 8, "looped:smallest": 2}
-    assert tune.tuning_flops(found) == 6 * 3 * 1000
+    assert sorted(tried) == [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16]
+    assert tune.best_factors(found) == {"looped": 2, "climb": 8, "single": 1 / 4, "looped:smallest": 2}
+    assert tune.tuning_flops(found) == (4 * 4 + 4 * 2) * 1000
 
 
 def test_an_arm_that_never_gets_there_costs_looped_s_whole_run():
