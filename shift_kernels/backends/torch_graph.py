@@ -79,7 +79,8 @@ class _Recording:
 
     def __init__(self, run: Function, inputs: list[Tensor], recorder: Recorder) -> None:
         self._recorder, self._device = recorder, inputs[0].device
-        with recorder.alone(self._device):
+        # What is made in inference mode could not be written to outside of it.
+        with recorder.alone(self._device), torch.inference_mode(False), torch.no_grad():
             self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
             torch._foreach_copy_(self._inputs, inputs)
             self._replay, self._results = recorder.record(lambda: run(self._inputs), self._device)
@@ -174,8 +175,7 @@ class TorchGraphBackend:
         if capturing(inputs[0].device) or any(isinstance(value, Tensor) for value in settings):
             return run(inputs)
         shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
-        switches = matmul_precision(), torch.are_deterministic_algorithms_enabled()
-        key = direction, spec, settings, shapes, switches
+        key = direction, spec, settings, shapes, _switches()
         with self._lock:
             if key not in self._recordings:
                 self._recordings[key] = _Recording(run, inputs, self._recorder)
@@ -183,6 +183,19 @@ class TorchGraphBackend:
                     self._recordings.popitem(last=False)
             self._recordings.move_to_end(key)
             return self._recordings[key](inputs)
+
+
+def _switches() -> tuple[object, ...]:
+    """Torch's own, by which it chooses the kernels that are recorded."""
+    attention = torch.backends.cuda
+    return (
+        matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        attention.flash_sdp_enabled(),
+        attention.mem_efficient_sdp_enabled(),
+        attention.cudnn_sdp_enabled(),
+        attention.math_sdp_enabled(),
+    )
 
 
 def _foreign(problem: Problem) -> str | None:

@@ -115,6 +115,22 @@ def test_nothing_is_recorded_within_a_callers_own_capture(recorder, monkeypatch)
     assert recorder.records == 0
 
 
+def test_a_recording_of_inference_mode_serves_outside_of_it_too(recorder):
+    e, weights = make(0, requires_grad=False)
+    with torch.inference_mode():
+        first = looped_block(e, weights, SPEC, 2, backend="torch_graph")
+    assert torch.equal(looped_block(e, weights, SPEC, 2, backend="torch_graph"), first)
+    assert recorder.records == 1
+
+
+def test_a_switch_of_torch_makes_another_recording(recorder):
+    e, weights = make(0, requires_grad=False)
+    looped_block(e, weights, SPEC, 2, backend="torch_graph")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        looped_block(e, weights, SPEC, 2, backend="torch_graph")
+    assert recorder.records == 2
+
+
 def test_only_the_last_used_recordings_are_kept(recorder, monkeypatch):
     monkeypatch.setattr(torch_graph, "MOST_RECORDINGS", 2)
     e, weights = make(0, requires_grad=False)
