@@ -20,7 +20,14 @@ WIDE = {
     "wide-heads": dict(n_heads=2, head_dim=128),
 }
 """Blocks that hold more than those of TILES: the most there is, and wide heads alone."""
-PACKED = ((32, 64), (64, 128), (64, 256))  # seq_len, d_model of tiles that short sequences may share
+# Rows, seq_len, d_model, gradients of tiles that short sequences may share.
+PACKED = (
+    (64, 32, 64, False),
+    (64, 32, 64, True),
+    (128, 32, 64, False),
+    (128, 64, 128, False),
+    (128, 64, 256, False),
+)
 HEAD_DIMS = (4, 16, 32, 64, 128)
 WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
 
@@ -72,17 +79,22 @@ def block(
         triton_backend.TRITON.forward(e, weights, spec, call_options, for_backward=training and not halt)
 
 
-def packed(seq_len: int, d_model: int, rows: int) -> None:
-    """A training forward of sequences that share tiles of ``rows``, whether that would be planned or not."""
+def packed(rows: int, seq_len: int, d_model: int, grad: bool) -> None:
+    """A training step's half of sequences that share tiles, whether that would be planned or not."""
     batch = 2 * rows * resident_plan.BUSY // seq_len
     spec, e = spec_of(d_model), torch.zeros(batch, seq_len, d_model, dtype=torch.bfloat16)
     weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=e.dtype).weights().items()}
+    call_options = CallOptions(1, e.dtype)
     resident_plan.plan.cache_clear()
     with (
-        mock.patch.object(resident_plan, "PACKED_ROWS", rows),
+        mock.patch.multiple(resident_plan, PACKED_ROWS=rows, APART=0),
         mock.patch.dict(resident_plan.FORWARD_TILE, {2: rows * 256}),
     ):
-        triton_backend.TRITON.forward(e, weights, spec, CallOptions(1, e.dtype), for_backward=True)
+        if grad:
+            saved = triton_backend.TRITON.saved_like(e, spec, 1)
+            triton_backend.TRITON.backward(e, e, weights, spec, call_options, saved)
+        else:
+            triton_backend.TRITON.forward(e, weights, spec, call_options, for_backward=True)
     resident_plan.plan.cache_clear()
 
 

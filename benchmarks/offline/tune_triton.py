@@ -4,10 +4,11 @@
     python -m benchmarks.offline.tune_triton --sm 90 --tiles 64x64 64x128 64x256
     python -m benchmarks.offline.tune_triton --missing     # goes on where it was stopped
 
-A configuration that spills more than SPILLS is taken only where all do: spilled bytes are counted as the
-instructions that they are, yet a spill may wait. Warps are given by the rows (``tuned.warps``): more than one
-warp for each 16 rows would compute every chained product more than once, which lowers spills and no time. An
-entry that a device has measured (``benchmarks/gpu/tune.py``) is left alone. No GPU is needed.
+What is spilled counts twice: as the instructions that it is, and again, since its load may wait. A
+configuration that spills more than SPILLS is taken only where all do. Warps are given by the rows
+(``tuned.warps``): more than one warp for each 16 rows would compute every chained product twice, which lowers
+spills and no time. An entry that a device has measured (``benchmarks/gpu/tune.py``) is left alone. No GPU is
+needed.
 
 Stages of Triton's pipeline are not tried: a second one hides latency, which no count of instructions shows.
 """
@@ -72,7 +73,8 @@ def best(seq_len: int, d_model: int, sm: int, *, grad: bool) -> dict[str, Any] |
 
     def cost(config: tuned.Config) -> tuple[bool, float]:
         row = fitting[config]
-        return row["spill_stores"] > SPILLS, row["instructions"] or float("inf")
+        waits = row["spill_stores"] / 2  # a store and a load of four bytes each
+        return row["spill_stores"] > SPILLS, (row["instructions"] or float("inf")) + waits
 
     chosen = min(fitting, key=cost)
     kept = {name: fitting[chosen][name] for name in ("instructions", "spill_stores")}

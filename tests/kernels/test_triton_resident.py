@@ -404,6 +404,16 @@ def test_short_sequences_share_a_tile_only_where_programs_stay_plenty():
     assert many.programs(4096, 16) == 1024
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "d_model", "rows"), [(32, 64, 32), (25, 64, 32), (21, 64, 64), (16, 64, 64), (32, 128, 64)]
+)
+def test_two_sequences_of_a_narrow_block_stay_apart(seq_len, d_model, rows):
+    tile = resident_plan.tile(
+        BlockSpec(d_model, 4), seq_len, 4096, itemsize=2, pack=True, precision="ieee", grad=False
+    )
+    assert (tile.rows, tile.packed) == (rows, rows == 64)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the patch is for the interpreter alone")
 def test_the_patched_interpreter_rounds_bf16_as_torch_does():
     import triton

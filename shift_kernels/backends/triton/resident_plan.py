@@ -19,6 +19,7 @@ from shift_kernels.spec import GATED, BlockSpec
 
 MIN_SIDE = 16  # the smallest side of a tile that tl.dot accepts
 PACKED_ROWS = 64  # short sequences share a tile of up to this many rows
+APART = 64  # d_pad up to which two sequences take fewer instructions apart than in one tile (NOTES.md)
 # Elements of the fp32 residual tile (rows x padded d_model) that a program may hold, by operand bytes.
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
@@ -223,17 +224,19 @@ def tile(
         grad: for the backward kernel, which holds more and takes smaller chunks.
         chip: the device.
     """
-    rows = power_of_two(seq_len)
+    rows = alone = power_of_two(seq_len)
+    sizes = layout(spec)
     if pack:
         most_rows, most = limits(itemsize, grad=grad, chip=chip)
         while (
             2 * rows <= min(PACKED_ROWS, most_rows)
-            and 2 * rows * power_of_two(spec.d_model) <= most
+            and 2 * rows * sizes.d_pad <= most
             and batch * seq_len >= 2 * rows * BUSY
             and shared_bytes(spec, 2 * rows, itemsize, grad=grad, chip=chip) <= chip.shared_bytes
         ):
             rows *= 2
-    sizes = layout(spec)
+        if rows // seq_len == 2 and sizes.d_pad <= APART:
+            rows = alone
     config = tuned.config(rows, sizes.d_pad, itemsize, grad=grad, sm=chip.sm)
     return Tile(
         **dataclasses.asdict(sizes),
