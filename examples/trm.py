@@ -148,7 +148,7 @@ def puzzles(grids: Tensor, size: int = 32) -> tuple[Tensor, Tensor]:
 
 def train(model: HRM, grids: Tensor) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1)
-    for _ in range(120):
+    for _ in range(80):
         cells, solution = puzzles(grids)
         y, z = model.begin(model.embed(cells))
         for _ in range(N_ROUNDS):  # deep supervision: each round is a step of the optimiser

@@ -2,6 +2,7 @@
 
     python tests/matrix.py                       # the pairs below
     python tests/matrix.py 3.12:2.15.0           # some of them
+    python tests/matrix.py 3.12:2.15.0 -- tests/kernels/test_module.py      # pytest's arguments
 
 What is tested is the last commit, in a copy of its own, so that nothing here is compiled over. Each pair gets
 a folder under ``.venv-matrix``, whose environment stays. A pair whose Python is not here, or whose torch
@@ -83,11 +84,11 @@ def copied(home: Path) -> Path:
     return source
 
 
-def tested(python: Path, source: Path, torch: str) -> dict[str, int]:
+def tested(python: Path, source: Path, torch: str, tests: list[str]) -> dict[str, int]:
     """Install the package from its source; how many tests passed, failed and were skipped."""
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", EXTRAS, f"torch=={torch}"]
     subprocess.run(pip, cwd=source, check=True)
-    command = [python, "-m", "pytest", "-n", "auto", "--junitxml=report.xml", *TESTS]
+    command = [python, "-m", "pytest", "-n", "auto", "--junitxml=report.xml", *tests]
     subprocess.run(command, cwd=source, env={**os.environ, "OMP_NUM_THREADS": "1"})
     suite = ET.parse(source / "report.xml").getroot()[0]
     count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
@@ -101,11 +102,13 @@ def said(*command: str | Path) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def main(pairs: list[str]) -> int:
-    """Run the pairs; the exit code."""
+def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    pairs, tests = argv[:at], argv[at + 1 :] or TESTS
     rows = {row["pair"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     about = {
-        "tests": "pytest " + shlex.join(TESTS),
+        "tests": "pytest " + shlex.join(tests),
         "commit": said("git", "rev-parse", "HEAD"),
         "date": date.today().isoformat(),
     }
@@ -117,7 +120,7 @@ def main(pairs: list[str]) -> int:
         if python is None:
             print(f"{pair}: not to be had here")
             continue
-        found = tested(python, copied(home), torch)
+        found = tested(python, copied(home), torch, tests)
         versions = dict(zip(("python", "torch", "numpy"), said(python, "-c", VERSIONS).split(), strict=True))
         rows[pair] = {"pair": pair, **versions, **found, **about}
         failed += found["failed"]

@@ -21,6 +21,7 @@ from tiny_runs import processes
 
 from shift.build import build_schedule
 from shift.compare import main
+from shift.comparison import runs as compared
 from shift.comparison.arms import SMALLEST, check_variants, colours, make_arm, rate_name, seeded
 from shift.comparison.fairness import fairness
 from shift.comparison.plan import alone_in, matched_mean
@@ -29,6 +30,7 @@ from shift.comparison.ratios import against_looped
 from shift.comparison.results import first_crossing, share_of_looped
 from shift.comparison.verdict import verdict
 from shift.config import ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
+from shift.run.trainer import Trainer
 from shift_kernels import ShiftInputError
 
 SEEDS = [0, 1]
@@ -384,7 +386,12 @@ def test_the_command_trains_compares_and_reuses_what_is_done(tmp_path, capsys):
     assert "argument 'steps' = 7 is not supported; allowed: 6, as in" in capsys.readouterr().err
 
 
-def test_runs_that_miss_the_target_get_loopeds_compute(tmp_path):
+def test_runs_that_miss_the_target_get_loopeds_compute(tmp_path, monkeypatch):
+    def here(runs, jobs):  # processes of their own take seconds to start
+        for path, run in runs.items():
+            Trainer(run, path, resume=True).fit()
+
+    monkeypatch.setattr(compared, "train_all", here)
     config, out = tmp_path / "tiny.toml", tmp_path / "out"
     config.write_text(TINY)
     command = ["--config", str(config), "--arms", "looped", "single", "--seeds", "5", "--jobs", "1"]
