@@ -49,7 +49,8 @@ class Command:
     task: str | None = None
     """A task of shift.tasks, or module:Class; with its own defaults where preset or config name another."""
     arms: tuple[str, ...] = DEFAULT_ARMS
-    """Schedules by the names of shift.comparison.arms; looped:smallest tries T = 2, 3, ... in turn."""
+    """Schedules by the names of shift.comparison.arms; looped:smallest tries T = 2, 3, ... in turn;
+    ARM@scaled: with branches times 1/T."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is a seed of the weights and of the data."""
     out: Path | None = None

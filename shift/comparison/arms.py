@@ -7,7 +7,7 @@ schedule, the variant and tuned learning rates, two arms differ in nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,18 @@ Rates = Mapping[str, float]
 Variants = Mapping[str, Mapping[str, Any]]
 """Name of a variant -> its changes of the config that all arms share, in tables as a config's."""
 
+VARIANTS: Variants = {"scaled": {"model": {"residual_scale": "1/T"}}}
+"""Those that every comparison knows; a suite declares others."""
+
 VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss", "schedule")
 """Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same. Of
 the schedule, which is the arm's, its options alone."""
+
+
+def used_variants(names: Iterable[str], variants: Variants | None) -> Variants:
+    """The variants that some arms name."""
+    known = {**VARIANTS, **(variants or {})}
+    return {variant: known[variant] for name in names if (variant := split(name)[2])}
 
 
 def check_variants(variants: Variants) -> None:
@@ -118,13 +127,13 @@ def make_arm(
         base: all but the schedule. Options of its schedule are kept where the
             arm is of that kind, or uses its criterion.
         rates: learning rates of arms that have one of their own.
-        variants: that there are.
+        variants: that there are besides :data:`VARIANTS`.
 
     Raises:
         ShiftInputError: no such arm.
     """
     key, value, variant = split(name)
-    family, known = FAMILIES.get(key), {"": {}, **(variants or {})}
+    family, known = FAMILIES.get(key), {"": {}, **VARIANTS, **(variants or {})}
     wrong = family is None or variant not in known or name != _joined(key, value, variant)
     if family is None or wrong or (value and family.value_option is None):
         with_value = ", ".join(f"{k}:<{f.value_option}>" for k, f in FAMILIES.items() if f.value_option)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from shift.build import build_schedule, build_task
-from shift.comparison.arms import DERIVED, MATCHED, SMALLEST, Arm, Rates, Variants, make_arm, seeded
+from shift.comparison.arms import (
+    DERIVED,
+    MATCHED,
+    SMALLEST,
+    Arm,
+    Rates,
+    Variants,
+    make_arm,
+    seeded,
+    used_variants,
+)
 from shift.comparison.plan import LOOPED_SHARE, alone_in, matched_mean, write_plan
 from shift.comparison.pool import train_all
 from shift.comparison.ratios import reached_on_all
@@ -47,7 +57,7 @@ def compare_arms(
         jobs: runs at a time.
         command_line: what the report says to type.
         rates: learning rates of arms that have one of their own, found on other seeds.
-        variants: of the model, that arms may name.
+        variants: that arms may name, besides :data:`shift.comparison.arms.VARIANTS`.
 
     Returns:
         The content of ``results.json`` and the paths of the two reports.
@@ -64,7 +74,7 @@ def compare_arms(
         plan = write_plan(out, target, command_line) | {
             "overtime": overtime,
             "rates": dict(rates or {}),
-            "variants": dict(variants or {}),
+            "variants": used_variants(arms, variants),
         }
         comparison = Comparison(out, seeds, jobs)
         target = _train(comparison, base, names, arms, target, overtime, rates)

@@ -241,7 +241,7 @@ class Trainer:
             self.micro_batches.of(n_loops),
             n_grad_loops,
             every_loop=n_loops if decision.every_loop else None,
-            summed_loss=deeper and deeper.summed_loss,
+            summed_loss=None if deeper is None else deeper.summed_loss,
         )
         loss = losses.mean() if decision.every_loop else losses
         grad_norm, skipped = self._step.update(loss, lr)

@@ -22,7 +22,15 @@ from tiny_runs import processes
 from shift.build import build_schedule
 from shift.compare import main
 from shift.comparison import runs as compared
-from shift.comparison.arms import SMALLEST, check_variants, colours, make_arm, rate_name, seeded
+from shift.comparison.arms import (
+    SMALLEST,
+    check_variants,
+    colours,
+    make_arm,
+    rate_name,
+    seeded,
+    used_variants,
+)
 from shift.comparison.fairness import fairness
 from shift.comparison.plan import alone_in, matched_mean
 from shift.comparison.pool import Display
@@ -94,6 +102,8 @@ def test_a_variant_changes_what_it_declares_and_has_a_rate_of_its_own():
     assert make_arm("looped@scaled", base, {"looped@scaled": 0.2}, VARIANTS).config.optimiser.lr == 0.2
     names = ["looped:2", "looped:2@scaled", "again", "climb@scaled"]
     assert [rate_name(name) for name in names] == [SMALLEST, "looped:2@scaled", "looped", "climb@scaled"]
+    assert make_arm("climb@scaled", base).config.model.residual_scale == "1/T"
+    assert used_variants(["climb", "climb@scaled"], VARIANTS) == {"scaled": VARIANTS["scaled"]}
     longer = {"longer": {"schedule": {"options": {"shares": [0.1, 0.6], "middle": "up"}}}}
     climb = make_arm("climb@longer", dataclasses.replace(base, steps=100), {}, longer)
     rungs = build_schedule(dataclasses.replace(climb.config, model=ModelConfig(n_loops=3)))
