@@ -21,7 +21,7 @@ from shift.build import build_model, build_task
 from shift.config import LandscapeConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from shift.run import process
 from shift.run import trainer as training
-from shift.run.checkpoint import newest_valid
+from shift.run.checkpoint import digest, newest_valid
 from shift.run.evaluate import evaluate
 from shift.run.global_batch import GlobalBatch
 from shift.run.step import TrainStep
@@ -154,6 +154,29 @@ def test_other_numbers_of_ranks_go_on_with_the_batches_of_one(runs, tmp_path):
     for name in jobs:  # of four ranks two have no part of the contexts: the embedding has two rows
         alone = "muon alone" if "muon" in name else "adamw alone"
         assert_same_numbers(tmp_path / name, tmp_path / alone)
+
+
+def skip_a_step(store, run_dir):
+    """Child process: two steps of Muon on shards; the gradients of the second are not finite."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    trainer = Trainer(sharded(MUON), run_dir)
+    step, optimizer = trainer._step, trainer.optimizer
+    for factor, skips in ((1.0, False), (float("nan"), True)):
+        loss = step.backward(trainer.task.batch(8, 0), 2) * factor
+        for p in optimizer.parameters:
+            p.grad = None if p.grad is None else p.grad * factor
+        before = digest([optimizer.pieces, *optimizer.state.values()])
+        _, skipped = step.update(loss, lr=0.1)
+        assert bool(skipped) == skips
+        assert (digest([optimizer.pieces, *optimizer.state.values()]) == before) == skips
+    dist.destroy_process_group()
+
+
+def test_muon_on_shards_skips_a_step_that_is_not_finite(tmp_path):
+    child = processes().Process(target=skip_a_step, args=(tmp_path / "store", tmp_path / "run"))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_a_process_without_shards_reads_the_averaged_weights_that_were_evaluated(runs):
