@@ -100,8 +100,9 @@ def headline(results: Results) -> dict[str, Any]:
 
     Returns:
         ``arm``, ``restricted_mean`` and its ``interval``, ``lost`` (runs that it lost and Looped won),
-        ``lost_looped_other_data`` (what chance alone loses), and the restricted means of the best fixed
-        switch and of the best arm of all by hindsight, ``best_fixed_by_hindsight`` and ``oracle``.
+        ``lost_looped_other_data`` (what chance alone loses), the restricted means of the best fixed
+        switch and of the best arm of all by hindsight, ``best_fixed_by_hindsight`` and ``oracle``, and
+        ``over_smallest_t``: the arm's over Looped with the fewest loops, where these are fewer than T.
         Nothing where no schedule of ours was run.
     """
     tuning = {task: r for task, r in results.items() if r["used_for"] == "tuning"} or results
@@ -112,6 +113,7 @@ def headline(results: Results) -> dict[str, Any]:
     arm = min(ranked, key=ranked.__getitem__)
     found = restricted_mean(results, named(arm))
     assert found is not None, "it was run on the tuning tasks"
+    fewer = {task: r for task, r in results.items() if arm_of(r, SMALLEST)}
     return {
         "arm": arm,
         "restricted_mean": found[0],
@@ -120,6 +122,7 @@ def headline(results: Results) -> dict[str, Any]:
         "lost_looped_other_data": lost(results, AGAIN),
         "best_fixed_by_hindsight": _value(restricted_mean(results, best_fixed)),
         "oracle": _value(restricted_mean(results, oracle)),
+        "over_smallest_t": _value(restricted_mean(fewer, named(arm), smallest_t)),
     }
 
 

@@ -157,6 +157,7 @@ def test_the_headline_is_the_best_of_ours_on_the_tuning_tasks(results):
     assert (found["lost"], found["lost_looped_other_data"]) == (0, 0)
     assert found["best_fixed_by_hindsight"] == restricted_mean(results, best_fixed)[0]
     assert found["oracle"] <= min(found["restricted_mean"], found["best_fixed_by_hindsight"])
+    assert found["over_smallest_t"] is None  # all four loops are needed
     no_smaller_t_was_run = restricted_mean(results, named("shift"), smallest_t)
     assert no_smaller_t_was_run[0] == found["restricted_mean"]
     assert restricted_mean(results, named("no such arm")) is None
