@@ -14,6 +14,8 @@
 #include <omp.h>
 #endif
 
+#include <optional>
+
 #include "attention_batch.h"
 #include "injection.h"
 #include "team.h"
@@ -197,41 +199,64 @@ struct TileMemory {
     Cursor at_;
 };
 
-// Both return 0, or 1 where memory ran out.
+// A call's weights as the products read them; not ok() where memory ran out.
 template <class P>
-int forward(const Call& c, const Plan* plan, Team& team) {
-    Counter count;
-    Model<P>(c, count, false);
-    Arena weights(count.floats);
-    if (!weights.ok()) return 1;
-    Model<P> model(c, weights, false);
-    model.fill(c, false);
-    const Shape& s = model.shape;
-    const int64_t of_tile = floats_of<Workspace<P>>(c, s, *plan, false);
-    const int64_t of_thread = floats_of<OperandScratch<P>>(c, s, *plan, false);
-    Arena shared(plan->together ? of_tile : 0);
+class PackedModel {
+  public:
+    PackedModel(const Call& c, bool backward) : memory_(floats(c, backward)) {
+        if (!memory_.ok()) return;
+        model_.emplace(c, memory_, backward);
+        model_->fill(c, backward);
+    }
+    bool ok() const { return memory_.ok(); }
+    const Model<P>& operator*() const { return *model_; }
+
+  private:
+    static int64_t floats(const Call& c, bool backward) {
+        Counter count;
+        Model<P>(c, count, backward);
+        return count.floats;
+    }
+    Arena memory_;
+    std::optional<Model<P>> model_;
+};
+
+// What a thread works with. sums: as many floats as each_unit() was asked for, beside the tile's.
+template <class P>
+struct Desk {
+    float* sums;
+    Workspace<P> ws;
+    OperandScratch<P> scratch;
+    int* starts;
+};
+
+// run(desk, i, share) for i below n, by the threads of the call: each takes one at a time, in order, or all share
+// each. Returns 0, or 1 where memory ran out.
+template <class P, class Run>
+int each_unit(const Call& c, const Plan& plan, const Shape& s, bool backward, int64_t sums, int64_t n, Team& team, Run run) {
+    const int64_t of_tile = floats_of<Workspace<P>>(c, s, plan, backward) + sums;
+    const int64_t of_thread = floats_of<OperandScratch<P>>(c, s, plan, backward);
+    Arena shared(plan.together ? of_tile : 0);
     if (!shared.ok()) return 1;
     float* const of_all = shared.place(0);
     std::atomic<int> failed{0};
 #pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1)
     {
         const Share everyone = whole_team();
-        TileMemory tile(*plan, of_all, of_tile);
-        Arena memory(of_thread), integers(2 * plan->most_samples + 1);
+        TileMemory tile(plan, of_all, of_tile);
+        Arena memory(of_thread), integers(2 * plan.most_samples + 1);
         if (!tile.ok() || !memory.ok() || !integers.ok()) failed = 1;
         everyone.meet();
         if (!failed) {
-            Workspace<P> ws(c, s, *plan, tile.cursor(), false);
-            const OperandScratch<P> scratch(c, s, *plan, memory, false);
-            int* starts = reinterpret_cast<int*>(integers.place(0));
-            const auto run = [&](int64_t i, const Share& share) {
-                forward_tile(c, model, Sequences(c, *plan, i, starts), ws, scratch, share, team);
-            };
-            if (plan->together) {
-                for (int64_t i = 0; i < plan->n_tiles; i++) run(i, everyone);
+            float* const begin = tile.cursor().at;
+            tile.cursor().at += sums;
+            Desk<P> desk{begin, Workspace<P>(c, s, plan, tile.cursor(), backward),
+                         OperandScratch<P>(c, s, plan, memory, backward), reinterpret_cast<int*>(integers.place(0))};
+            if (plan.together) {
+                for (int64_t i = 0; i < n; i++) run(desk, i, everyone);
             } else {
-#pragma omp for schedule(dynamic, 1) nowait
-                for (int64_t i = 0; i < plan->n_tiles; i++) run(i, ALONE);
+#pragma omp for schedule(monotonic : dynamic, 1) nowait
+                for (int64_t i = 0; i < n; i++) run(desk, i, ALONE);
             }
         }
         team.leave(everyone.count);
@@ -239,56 +264,40 @@ int forward(const Call& c, const Plan* plan, Team& team) {
     return failed;
 }
 
+// Both return 0, or 1 where memory ran out.
 template <class P>
-int backward(const Call& c, const Plan* plan, Team& team) {
-    Counter count;
-    Model<P>(c, count, true);
-    Arena weights(count.floats);
-    if (!weights.ok()) return 1;
-    Model<P> model(c, weights, true);
-    model.fill(c, true);
-    const Shape& s = model.shape;
+int forward(const Call& c, const Plan& plan, Team& team) {
+    const PackedModel<P> model(c, false);
+    if (!model.ok()) return 1;
+    return each_unit<P>(c, plan, (*model).shape, false, 0, plan.n_tiles, team,
+                        [&](Desk<P>& desk, int64_t i, const Share& share) {
+        forward_tile(c, *model, Sequences(c, plan, i, desk.starts), desk.ws, desk.scratch, share, team);
+    });
+}
+
+template <class P>
+int backward(const Call& c, const Plan& plan, Team& team) {
+    const PackedModel<P> model(c, true);
+    if (!model.ok()) return 1;
+    const Shape& s = (*model).shape;
     Counter per_slice;
     SliceGrads(c, s, per_slice);
-    const int64_t slices = plan->n_slices, floats = per_slice.floats;
-    const int64_t of_tile = floats_of<Workspace<P>>(c, s, *plan, true) + floats;
-    const int64_t of_thread = floats_of<OperandScratch<P>>(c, s, *plan, true);
-    Arena sums(floats), shared(plan->together ? of_tile : 0);
-    if (!sums.ok() || !shared.ok()) return 1;
-    float *const total = sums.place(0), *const of_all = shared.place(0);
-    std::atomic<int> failed{0};
-#pragma omp parallel num_threads(int(c.n_threads)) if (c.n_threads > 1)
-    {
-        const Share everyone = whole_team();
-        TileMemory tile(*plan, of_all, of_tile);
-        Arena memory(of_thread), integers(2 * plan->most_samples + 1);
-        if (!tile.ok() || !memory.ok() || !integers.ok()) failed = 1;
-        everyone.meet();
-        if (!failed) {
-            float* const slice_total = tile.cursor().at;
-            SliceGrads grads(c, s, tile.cursor());
-            Workspace<P> ws(c, s, *plan, tile.cursor(), true);
-            const OperandScratch<P> scratch(c, s, *plan, memory, true);
-            int* starts = reinterpret_cast<int*>(integers.place(0));
-            const auto run = [&](int64_t slice, const Share& share) {
-                const Range own = share.part(floats, VL);
-                std::memset(slice_total + own.begin, 0, (own.end - own.begin) * sizeof(float));
-                for (int64_t i = slice; i < plan->n_tiles; i += slices)
-                    backward_tile(c, model, Sequences(c, *plan, i, starts), ws, scratch, grads, share, team);
-                if (share.alone()) team.begin_turn(slice);
-                for (int64_t i = own.begin; i < own.end; i += VL)
-                    store(total + i, load(total + i) + load(slice_total + i));
-                if (share.alone()) team.end_turn();
-            };
-            if (plan->together) {
-                for (int64_t slice = 0; slice < slices; slice++) run(slice, everyone);
-            } else {
-#pragma omp for schedule(monotonic : dynamic, 1) nowait
-                for (int64_t slice = 0; slice < slices; slice++) run(slice, ALONE);
-            }
-        }
-        team.leave(everyone.count);
-    }
+    const int64_t floats = per_slice.floats;
+    Arena sums(floats);
+    if (!sums.ok()) return 1;
+    float* const total = sums.place(0);
+    const int failed = each_unit<P>(c, plan, s, true, floats, plan.n_slices, team,
+                                    [&](Desk<P>& desk, int64_t slice, const Share& share) {
+        const Range own = share.part(floats, VL);
+        std::memset(desk.sums + own.begin, 0, (own.end - own.begin) * sizeof(float));
+        Cursor cursor{desk.sums};
+        const SliceGrads grads(c, s, cursor);
+        for (int64_t i = slice; i < plan.n_tiles; i += plan.n_slices)
+            backward_tile(c, *model, Sequences(c, plan, i, desk.starts), desk.ws, desk.scratch, grads, share, team);
+        if (share.alone()) team.begin_turn(slice);
+        for (int64_t i = own.begin; i < own.end; i += VL) store(total + i, load(total + i) + load(desk.sums + i));
+        if (share.alone()) team.end_turn();
+    });
     if (failed) return 1;
     Cursor cursor{total};
     add_grads(c, s, SliceGrads(c, s, cursor), c.grad_weights);
@@ -303,10 +312,10 @@ int JOIN(shift_attention, SHIFT_ISA)(const AttentionCall* call, bool backward) {
 }
 
 int JOIN(shift_forward, SHIFT_ISA)(const Call* call, const Plan* plan, Team* team) {
-    return call->bf16 ? forward<BF16>(*call, plan, *team) : forward<F32>(*call, plan, *team);
+    return call->bf16 ? forward<BF16>(*call, *plan, *team) : forward<F32>(*call, *plan, *team);
 }
 
 int JOIN(shift_backward, SHIFT_ISA)(const Call* call, const Plan* plan, Team* team) {
-    return call->bf16 ? backward<BF16>(*call, plan, *team) : backward<F32>(*call, plan, *team);
+    return call->bf16 ? backward<BF16>(*call, *plan, *team) : backward<F32>(*call, *plan, *team);
 }
 }

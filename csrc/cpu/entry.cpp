@@ -2,6 +2,9 @@
 #include "entry.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <numeric>
 
 #include "team.h"
@@ -32,7 +35,9 @@ constexpr int64_t MOST_SLICES = 16, ROW_LOOPS_PER_SLICE = 1024;
 
 }  // namespace
 
-int best_isa() {
+namespace {
+
+int isa_of_processor() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw"))
@@ -40,6 +45,20 @@ int best_isa() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
+}
+
+}  // namespace
+
+int best_isa() {
+    static const int best = [] {
+        const char* most = std::getenv("SHIFT_KERNELS_CPU_ISA");
+        const auto named = std::find_if(std::begin(ISAS), std::end(ISAS), [&](const char* isa) {
+            return most && std::strcmp(isa, most) == 0;
+        });
+        const int limit = named == std::end(ISAS) ? int(std::size(ISAS)) - 1 : int(named - std::begin(ISAS));
+        return std::min(limit, isa_of_processor());
+    }();
+    return best;
 }
 
 const char* build_info() {

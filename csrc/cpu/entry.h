@@ -8,7 +8,7 @@
 namespace shift_cpu {
 
 constexpr const char* ISAS[] = {"portable", "avx2", "avx512", "avx512bf16"};  // each holds those before it
-int best_isa();  // of this processor, as an index of ISAS
+int best_isa();  // of this processor, and at most $SHIFT_KERNELS_CPU_ISA, as an index of ISAS
 
 // Compiler, instruction sets and threading of this build, in words.
 const char* build_info();

@@ -332,10 +332,11 @@ inline void weight_grads(int rows, Range columns, int wide, const X* x, float* x
                          float* y_sums, float* weight, const OperandScratch<P>& scratch) {
     const int k = cells_of<P>(rows);
     stack<P>(rows, narrow, y, narrow, scratch.panels);
-    for (int i = columns.begin; i < columns.end; i += VL) {
-        gemm<P>(VL, narrow, k, column_operand<P>(rows, x + i, wide, scratch.columns), panels<P>(scratch.panels, k),
+    for (int i = columns.begin; i < columns.end; i += COLUMNS) {
+        gemm<P>(COLUMNS, narrow, k, column_operand<P>(rows, x + i, wide, scratch.columns), panels<P>(scratch.panels, k),
                 Add{weight + int64_t(i) * narrow, narrow});
-        if (x_sums) store(x_sums + i, load(x_sums + i) + column_sums(rows, x + i, wide));
+        for (int j = i; x_sums && j < i + COLUMNS; j += VL)
+            store(x_sums + j, load(x_sums + j) + column_sums(rows, x + j, wide));
     }
     const bool first = columns.begin == 0 && columns.end > 0;
     for (int j = 0; y_sums && first && j < narrow; j += VL)
@@ -382,8 +383,8 @@ inline void output_grads(const LayerOf<P>& layer, const Share& share, int begin,
                          const LayerGrads& g) {
     const Shape& s = layer.s;
     const Temporaries& t = layer.t;
-    const Range of_ff = share.part(s.ff_cols, VL), of_hidden = share.part(s.hidden_cols, VL);
-    const Range of_model = share.part(s.model_cols, VL);
+    const Range of_ff = share.part(s.ff_cols, COLUMNS), of_hidden = share.part(s.hidden_cols, COLUMNS);
+    const Range of_model = share.part(s.model_cols, COLUMNS);
     for (int i = begin; i < end; i += ROWS_PER_CHUNK) {
         const int rows = std::min(ROWS_PER_CHUNK, end - i);
         const Saved<P> k = from_row(whole, s, i);
@@ -424,7 +425,7 @@ inline void input_grads(const LayerOf<P>& layer, const Share& share, int begin, 
     const Shape& s = layer.s;
     for (int i = begin; i < end; i += ROWS_PER_CHUNK) {
         const Saved<P> k = from_row(whole, s, i);
-        weight_grads<P>(std::min(ROWS_PER_CHUNK, end - i), share.part(s.qkv_cols, VL), s.qkv_cols,
+        weight_grads<P>(std::min(ROWS_PER_CHUNK, end - i), share.part(s.qkv_cols, COLUMNS), s.qkv_cols,
                         layer.t.d_qkv + int64_t(i) * s.qkv_cols, g.qkv_bias, s.model_cols,
                         input_of_branch(s, k.in, k.y1), nullptr, g.qkv, layer.scratch);
     }

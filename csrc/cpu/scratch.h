@@ -81,7 +81,7 @@ struct OperandScratch {
         qk = s.qk_cols ? m.place(ROWS_PER_CHUNK * (2 * padded(c.head_dim) + s.qk_cols)) : nullptr;
         columns = panels = nullptr, dy = nullptr;
         if (!backward) return;
-        columns = cells(VL), panels = cells(std::max(s.model_cols, s.query_cols));
+        columns = cells(COLUMNS), panels = cells(std::max(s.model_cols, s.query_cols));
         dy = m.place(ROWS_PER_CHUNK * s.model_cols);
     }
 };

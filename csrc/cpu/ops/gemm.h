@@ -87,6 +87,8 @@ inline void rows(int m, int j, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     if (NV == 1)  // enough sums in flight, with one vector each
         for (; i + 2 * MR <= m; i += 2 * MR) micro<P, 2 * MR, NV>(i, j, k, from(i), b, epilogue);
     for (; i + MR <= m; i += MR) micro<P, MR, NV>(i, j, k, from(i), b, epilogue);
+    if (VL == 8)  // the columns of a weight gradient are 6 + 6 + 4
+        for (; i + 4 <= m; i += 4) micro<P, 4, NV>(i, j, k, from(i), b, epilogue);
     for (; i + 2 <= m; i += 2) micro<P, 2, NV>(i, j, k, from(i), b, epilogue);
     for (; i < m; i++) micro<P, 1, NV>(i, j, k, from(i), b, epilogue);
 }
@@ -105,12 +107,19 @@ inline MatA<P> row_operand(const typename P::number* x, int width) {
     return {reinterpret_cast<const typename P::cell*>(x), width / P::NUMBERS, 1};
 }
 
-// A = VL columns of x[rows, ...], transposed: where the sum runs over rows. `scratch` for as many cells.
+constexpr int COLUMNS = 16;  // of a weight gradient that are computed together
+
+// A = COLUMNS columns of x[rows, ...], transposed: where the sum runs over rows. `scratch` for as many cells, side by
+// side: in x one column's numbers are so far apart that few of them have room in L1.
 template <class P, class Number>
 inline MatA<P> column_operand(int rows, const Number* x, int64_t ld, typename P::cell* scratch) {
-    if constexpr (P::NUMBERS == 1) return {x, 1, ld};
-    stack<P>(rows, VL, x, ld, scratch);
-    return {scratch, 1, VL};
+    typename P::cell* out = scratch;
+    for (int t = 0; t < rows; t += P::NUMBERS)
+        for (int j = 0; j < COLUMNS; j += VL, out += VL) {
+            const Number* from = x + t * ld + j;
+            store_cells(out, P::pack(load(from), t + 1 < rows ? load(from + ld) : all(0)));
+        }
+    return {scratch, 1, COLUMNS};
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <initializer_list>
 
 #include "../../block.h"
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -46,6 +46,12 @@ inline void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
 inline __mmask16 first(int n) { return n <= 0 ? 0 : n < VL ? (1u << n) - 1 : 0xffff; }
 inline vf load_first(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
 inline void store_first(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
+#elif defined(__AVX2__)
+inline __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+inline vf load_first(const float* p, int n) { return (vf)_mm256_maskload_ps(p, first(n)); }
+inline void store_first(float* p, vf x, int n) { _mm256_maskstore_ps(p, first(n), (__m256)x); }
 #else
 inline size_t bytes_of(int n) { return (n <= 0 ? 0 : n < VL ? n : VL) * sizeof(float); }
 inline vf load_first(const float* p, int n) {
@@ -86,6 +92,14 @@ inline vf sums(const vf* x) {
         eighths[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
     }
     return (vf)(_mm512_shuffle_ps(eighths[0], eighths[1], 0x88) + _mm512_shuffle_ps(eighths[0], eighths[1], 0xdd));
+#elif defined(__AVX2__)
+    __m256 fours[2];  // half of each of four vectors' sums in the lower lanes, half in the upper
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const __m256 a = _mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]);
+        const __m256 b = _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]);
+        fours[i] = _mm256_hadd_ps(a, b);
+    }
+    return (vf)(_mm256_permute2f128_ps(fours[0], fours[1], 0x20) + _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 #else
     vf result;
     for (int i = 0; i < VL; i++) {
@@ -123,6 +137,20 @@ inline void transpose(vf* x) {
         x[i + 4] = (vf)_mm512_shuffle_f32x4(odd, odd_too, 0x88);
         x[i + 8] = (vf)_mm512_shuffle_f32x4(even, even_too, 0xdd);
         x[i + 12] = (vf)_mm512_shuffle_f32x4(odd, odd_too, 0xdd);
+    }
+#elif defined(__AVX2__)
+    __m256 fours[8];  // of rows, of which a half of the lanes has four columns
+    UNROLLED for (int i = 0; i < 8; i += 4) {
+        const __m256 a = _mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+        const __m256 b = _mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+        const __m256 c = _mm256_unpacklo_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+        const __m256 d = _mm256_unpackhi_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+        fours[i] = _mm256_shuffle_ps(a, c, 0x44), fours[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        fours[i + 2] = _mm256_shuffle_ps(b, d, 0x44), fours[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        x[i] = (vf)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        x[i + 4] = (vf)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
     }
 #else
     for (int i = 0; i < VL; i++)
