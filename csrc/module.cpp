@@ -107,6 +107,7 @@ PYBIND11_MODULE(_native, m) {
         .number("cache_len", &PythonCall::cache_len)
         .number("cache_loops", &PythonCall::cache_loops)
         .number("bf16", &PythonCall::bf16)
+        .number("bf16_weights", &PythonCall::bf16_weights)
         .number("residual_scale", &PythonCall::residual_scale)
         .pointer("scales", &PythonCall::scales)
         .pointer("h0", &PythonCall::h0)

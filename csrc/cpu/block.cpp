@@ -115,7 +115,7 @@ void forward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Works
 
 template <class P>
 void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Workspace<P>& ws,
-                   const OperandScratch<P>& scratch, const SliceGrads& grads, const Share& share, Team& team) {
+                   const OperandScratch<P>& scratch, SliceGrads& grads, const Share& share, Team& team) {
     const Shape& s = m.shape;
     const int64_t size = c.batch * c.seq_len * c.d_model, all = int64_t(tile.rows) * tile.dp;
     first_alone(share, [&] {
@@ -152,6 +152,7 @@ void backward_tile(const Call& c, const Model<P>& m, const Sequences& tile, Work
         if (c.loop_norm) first_alone(share, [&] { add_loop_norm_grads(rows.count, s, ws.t, grads.loop_norm); });
         for (int l = c.n_layers - 1; l >= 0; l--)
             layer_backward<P>({s, m.layers[l], c.rotary, ws.t, scratch, {c, t, l}}, rows, ws.layers[l], grads.layers[l], ws.next);
+        if (rows.count) *grads.layers[0].begun = true;
         const auto through_injection = [&](int first, int last) {
             const int64_t at = int64_t(first) * tile.dp;
             inject_backward<P>(s, m.injection, last - first, ws.state + at, ws.e + from + at, ws.next + at, grads.injection,
@@ -203,18 +204,18 @@ struct TileMemory {
 template <class P>
 class PackedModel {
   public:
-    PackedModel(const Call& c, bool backward) : memory_(floats(c, backward)) {
+    PackedModel(const Call& c, const Use& use) : memory_(floats(c, use)) {
         if (!memory_.ok()) return;
-        model_.emplace(c, memory_, backward);
-        model_->fill(c, backward);
+        model_.emplace(c, use, memory_);
+        model_->fill(c, use);
     }
     bool ok() const { return memory_.ok(); }
     const Model<P>& operator*() const { return *model_; }
 
   private:
-    static int64_t floats(const Call& c, bool backward) {
+    static int64_t floats(const Call& c, const Use& use) {
         Counter count;
-        Model<P>(c, count, backward);
+        Model<P>(c, use, count);
         return count.floats;
     }
     Arena memory_;
@@ -267,7 +268,7 @@ int each_unit(const Call& c, const Plan& plan, const Shape& s, bool backward, in
 // Both return 0, or 1 where memory ran out.
 template <class P>
 int forward(const Call& c, const Plan& plan, Team& team) {
-    const PackedModel<P> model(c, false);
+    const PackedModel<P> model(c, Use(c, plan, false));
     if (!model.ok()) return 1;
     return each_unit<P>(c, plan, (*model).shape, false, 0, plan.n_tiles, team,
                         [&](Desk<P>& desk, int64_t i, const Share& share) {
@@ -277,30 +278,37 @@ int forward(const Call& c, const Plan& plan, Team& team) {
 
 template <class P>
 int backward(const Call& c, const Plan& plan, Team& team) {
-    const PackedModel<P> model(c, true);
+    const PackedModel<P> model(c, Use(c, plan, true));
     if (!model.ok()) return 1;
     const Shape& s = (*model).shape;
     Counter per_slice;
-    SliceGrads(c, s, per_slice);
+    bool begun;
+    SliceGrads(c, s, plan, per_slice, &begun);
     const int64_t floats = per_slice.floats;
     Arena sums(floats);
     if (!sums.ok()) return 1;
     float* const total = sums.place(0);
-    const int failed = each_unit<P>(c, plan, s, true, floats, plan.n_slices, team,
+    std::atomic<bool> any{!sums_in_place(c, plan)};
+    const bool one = plan.n_slices == 1;
+    const int failed = each_unit<P>(c, plan, s, true, one ? 0 : floats, plan.n_slices, team,
                                     [&](Desk<P>& desk, int64_t slice, const Share& share) {
         const Range own = share.part(floats, VL);
-        std::memset(desk.sums + own.begin, 0, (own.end - own.begin) * sizeof(float));
-        Cursor cursor{desk.sums};
-        const SliceGrads grads(c, s, cursor);
+        if (!one) std::memset(desk.sums + own.begin, 0, (own.end - own.begin) * sizeof(float));
+        Cursor cursor{one ? total : desk.sums};
+        bool begun;
+        SliceGrads grads(c, s, plan, cursor, &begun);
         for (int64_t i = slice; i < plan.n_tiles; i += plan.n_slices)
             backward_tile(c, *model, Sequences(c, plan, i, desk.starts), desk.ws, desk.scratch, grads, share, team);
+        if (begun) any = true;
+        if (one) return;
         if (share.alone()) team.begin_turn(slice);
         for (int64_t i = own.begin; i < own.end; i += VL) store(total + i, load(total + i) + load(desk.sums + i));
         if (share.alone()) team.end_turn();
     });
     if (failed) return 1;
+    if (!any) clear_matrices(c, s);
     Cursor cursor{total};
-    add_grads(c, s, SliceGrads(c, s, cursor), c.grad_weights);
+    add_grads(c, s, SliceGrads(c, s, plan, cursor, &begun), c.grad_weights);
     return 0;
 }
 

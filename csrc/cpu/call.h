@@ -13,6 +13,7 @@ struct Call : Block {
     // options
     int64_t return_all, n_grad_loops, halting;  // n_grad_loops 0: all
     int64_t bf16;  // operands of the products with weights; all else is float32
+    int64_t bf16_weights;  // the layers' matrices are bfloat16 in memory
     double halt_threshold;
     const float* scales;     // [batch]: factor on a sample's branches; null: residual_scale
     // tensors, float32 and contiguous
@@ -21,7 +22,7 @@ struct Call : Block {
     const int64_t* loops;    // [batch]
     const int64_t* lengths;  // [batch]
     const float* rotary;     // [2, rotary_rows, rotary_pairs]
-    const float* const* weights;  // weight_count(), see block.h
+    const float* const* weights;  // weight_count(), see block.h; float but for bf16_weights
     float* out;              // [batch, seq_len, d_model], or [most_loops, ...] with return_all
     float* boundaries;       // [most_loops, batch, seq_len, d_model]: h_0 .. h_{T-1}; null if not wanted
     float* kept;             // [most_loops, batch * seq_len * kept_floats() + 16]: what every loop computed, instead of
@@ -34,7 +35,7 @@ struct Call : Block {
     // backward only
     const float* grad_out;   // as out
     float *grad_e, *grad_h0; // as e, zeroed; grad_h0 with h0 alone
-    float* const* grad_weights;  // as weights, zeroed
+    float* const* grad_weights;  // as weights; vectors zeroed, matrices overwritten
 };
 
 // Samples in the order in which they run, and where in it tiles begin: the sequences that a thread takes through all
@@ -45,5 +46,6 @@ struct Plan {
     const int64_t* rows_before;  // [n_tiles] rows in earlier tiles
     int64_t n_tiles, most_rows, most_samples;
     bool together;               // all threads share each tile: few are long
+    bool few_uses;               // of a weight: not worth packing it for all of them
     int64_t n_slices;            // of the tiles, whose weight gradients are summed apart: fixes the order of every sum
 };

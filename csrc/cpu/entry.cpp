@@ -32,6 +32,7 @@ constexpr int64_t LONG_TILE = 256;     // rows of which each thread has some, an
 
 // Few slices, for each has to be zeroed and added.
 constexpr int64_t MOST_SLICES = 16, ROW_LOOPS_PER_SLICE = 1024;
+constexpr int64_t FEW_ROW_LOOPS = 256;  // of all tiles: four uses of a weight, for 64 rows each
 
 }  // namespace
 
@@ -106,6 +107,7 @@ Planned::Planned(const Call& c)
     plan.n_tiles = rows_before.size();
     // Otherwise the others would wait for whoever has the longest tile.
     plan.together = c.n_threads > 1 && !c.halting && plan.most_rows >= LONG_TILE && most_work * c.n_threads * 2 > work;
+    plan.few_uses = row_loops <= FEW_ROW_LOOPS;
     plan.n_slices = std::clamp<int64_t>(row_loops / ROW_LOOPS_PER_SLICE, 1, MOST_SLICES);
 }
 

@@ -78,7 +78,7 @@ inline void inject_backward(const Shape& s, const InjectionWeights<P>& w, int ro
     const int64_t n = int64_t(rows) * ld;
     if (s.injection == ADD_INPUT || s.injection == CONCAT_INPUT) axpy(n, 1.0f, du, de, de);
     if (s.injection == CONCAT_INPUT) {
-        weight_grads<P>(rows, {0, ld}, ld, du, g.bias, ld, h, nullptr, g.of_state, scratch);
+        weight_grads<P>(rows, {0, ld}, ld, du, g.bias, ld, h, g.of_state, true, scratch);
         gemm<P>(rows, ld, d, operand<P>(rows, ld, du, scratch.rows), panels<P>(w.of_state_t, d), Store{dh, ld});
         return clear_padding(rows, s.d_model, ld, ld, dh);
     }
@@ -104,7 +104,7 @@ template <class P>
 inline void prepare_input_backward(const Shape& s, const InjectionWeights<P>& w, int rows, const float* e,
                                    const float* de, InjectionGrads g, float* out, OperandScratch<P> scratch) {
     const int d = cells_of<P>(s.d_model), ld = s.model_cols;
-    weight_grads<P>(rows, {0, ld}, ld, de, nullptr, ld, e, nullptr, g.of_input, scratch);
+    weight_grads<P>(rows, {0, ld}, ld, de, nullptr, ld, e, g.of_input, true, scratch);
     gemm<P>(rows, ld, d, operand<P>(rows, ld, de, scratch.rows), panels<P>(w.of_input_t, d), Store{out, ld});
 }
 

@@ -89,15 +89,16 @@ struct ActivateBackward {
 };
 
 template <template <Activation, class> class Epilogue, class P, class... Fields>
-inline void gemm_activated(const Shape& s, int m, int n, int k, MatA<P> a, MatB<P> b, Fields... fields) {
+inline void activated_product(const Shape& s, int m, MatA<P> a, const WeightOperand<P>& b, typename P::cell* scratch,
+                              Fields... fields) {
     typedef typename P::number Number;
     switch (s.activation) {
-        case RELU: return gemm<P>(m, n, k, a, b, Epilogue<RELU, Number>{fields...});
-        case RELU2: return gemm<P>(m, n, k, a, b, Epilogue<RELU2, Number>{fields...});
-        case GELU: return gemm<P>(m, n, k, a, b, Epilogue<GELU, Number>{fields...});
-        case GELU_TANH: return gemm<P>(m, n, k, a, b, Epilogue<GELU_TANH, Number>{fields...});
-        case SWIGLU: return gemm<P>(m, n, k, a, b, Epilogue<SWIGLU, Number>{fields...});
-        default: return gemm<P>(m, n, k, a, b, Epilogue<GEGLU_TANH, Number>{fields...});
+        case RELU: return product<P>(m, a, b, scratch, Epilogue<RELU, Number>{fields...});
+        case RELU2: return product<P>(m, a, b, scratch, Epilogue<RELU2, Number>{fields...});
+        case GELU: return product<P>(m, a, b, scratch, Epilogue<GELU, Number>{fields...});
+        case GELU_TANH: return product<P>(m, a, b, scratch, Epilogue<GELU_TANH, Number>{fields...});
+        case SWIGLU: return product<P>(m, a, b, scratch, Epilogue<SWIGLU, Number>{fields...});
+        default: return product<P>(m, a, b, scratch, Epilogue<GEGLU_TANH, Number>{fields...});
     }
 }
 
@@ -113,18 +114,19 @@ inline const float* branch_input(const Shape& s, int rows, const float* x, NormW
 // The branch's last product y W^T + bias, and x, added and normed as the placement says. z keeps what the
 // backward needs of it: where the sum is normed the sum, with sandwich the product, else nothing.
 template <class P>
-inline void close_branch(const Shape& s, int rows, int k, MatA<P> y, MatB<P> w, const float* bias, const float* scale,
-                         const float* x, float* z, NormWeights n, NormWeights n_post, float* out) {
+inline void close_branch(const Shape& s, int rows, MatA<P> y, const WeightOperand<P>& w, typename P::cell* scratch,
+                         const float* bias, const float* scale, const float* x, float* z, NormWeights n,
+                         NormWeights n_post, float* out) {
     const int64_t ld = s.model_cols;
     if (s.placement == SANDWICH) {
-        gemm<P>(rows, s.model_cols, k, y, w, Bias{z, ld, bias});
+        product<P>(rows, y, w, scratch, Bias{z, ld, bias});
         norm(s.norm_kind, rows, s.d_model, z, n_post, s.eps, out);
         for (int i = 0; i < rows; i++) axpy(ld, scale[i], out + i * ld, x + i * ld, out + i * ld);
         clear_padding(rows, s.d_model, s.model_cols, ld, out);
         return;
     }
     float* sum = s.norms_sum() ? z : out;
-    gemm<P>(rows, s.model_cols, k, y, w, Residual{sum, ld, bias, x, scale});
+    product<P>(rows, y, w, scratch, Residual{sum, ld, bias, x, scale});
     clear_padding(rows, s.d_model, s.model_cols, ld, sum);
     if (s.norms_sum()) norm(s.norm_kind, rows, s.d_model, z, s.placement == POST ? n : n_post, s.eps, out);
 }
@@ -249,10 +251,10 @@ inline void norm_heads_backward(const LayerOf<P>& layer, int rows, const Saved<P
 template <class P>
 inline void project(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& k) {
     const Shape& s = layer.s;
-    const int rows = end - begin, d = cells_of<P>(s.d_model);
+    const int rows = end - begin;
     const float* y = branch_input(s, rows, k.in, layer.w.n1, k.y1);
-    gemm<P>(rows, s.qkv_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows), panels<P>(layer.w.qkv, d),
-            Bias{k.qkv, s.qkv_cols, layer.w.qkv_bias});
+    product<P>(rows, operand<P>(rows, s.model_cols, y, layer.scratch.rows), layer.w.qkv, layer.scratch.weight,
+               Bias{k.qkv, s.qkv_cols, layer.w.qkv_bias});
     if (s.qk_cols) norm_heads(layer, rows, k);
     tile.each_sequence(begin, end, [&](const Part& p) {
         const int n = p.to - p.from;
@@ -285,17 +287,17 @@ template <class P>
 inline void finish_chunk(const LayerOf<P>& layer, int rows, const float* scale, const Saved<P>& k, float* out) {
     const Shape& s = layer.s;
     const LayerWeights<P>& w = layer.w;
-    const int d = cells_of<P>(s.d_model), a = cells_of<P>(s.query), f = cells_of<P>(s.d_ff);
+    const OperandScratch<P>& scratch = layer.scratch;
     float* mid = s.d_ff ? k.mid : out;
-    close_branch<P>(s, rows, a, operand<P>(rows, s.query_cols, k.o, layer.scratch.rows), panels<P>(w.out, a),
-                    w.out_bias, scale, k.in, k.z1, w.n1, w.n1_post, mid);
+    close_branch<P>(s, rows, operand<P>(rows, s.query_cols, k.o, scratch.rows), w.out, scratch.weight, w.out_bias, scale,
+                    k.in, k.z1, w.n1, w.n1_post, mid);
     if (!s.d_ff) return;
     const float* y = branch_input(s, rows, mid, w.n2, k.y2);
-    gemm_activated<Activate, P>(s, rows, s.hidden_cols, d, operand<P>(rows, s.model_cols, y, layer.scratch.rows),
-                                panels<P>(w.up, d), k.u, k.act, w.up_bias, s.hidden_cols, s.ff_cols);
+    activated_product<Activate, P>(s, rows, operand<P>(rows, s.model_cols, y, scratch.rows), w.up, scratch.weight, k.u,
+                                   k.act, w.up_bias, s.hidden_cols, s.ff_cols);
     clear_padding(rows, s.d_ff, s.ff_cols, s.ff_cols, k.act);
-    close_branch<P>(s, rows, f, row_operand<P>(k.act, s.ff_cols), panels<P>(w.down, f), w.down_bias, scale, mid, k.z2,
-                    w.n2, w.n2_post, out);
+    close_branch<P>(s, rows, row_operand<P>(k.act, s.ff_cols), w.down, scratch.weight, w.down_bias, scale, mid, k.z2, w.n2,
+                    w.n2_post, out);
 }
 
 template <class P>
@@ -324,23 +326,21 @@ inline vf column_sums(int rows, const Number* x, int64_t ld) {
     return i < rows ? even + odd + load(x + i * ld) : even + odd;
 }
 
-// weight[wide, narrow] += x^T y of a chunk x[rows, wide], y[rows, narrow], in some columns of x: y in panels stays in
-// L1 while x's columns pass by once. x_sums (or y_sums) += the sums of columns, a bias's gradient: of the one that is
-// a gradient.
+// weight[wide, narrow] += (= unless begun) x^T y of a chunk x[rows, wide], y[rows, narrow], in some columns of x: y in panels stays in
+// a near cache while x's columns pass by once. x_sums, unless null, += the sums of x's columns: a bias's gradient.
 template <class P, class X, class Y>
 inline void weight_grads(int rows, Range columns, int wide, const X* x, float* x_sums, int narrow, const Y* y,
-                         float* y_sums, float* weight, const OperandScratch<P>& scratch) {
+                         float* weight, bool begun, const OperandScratch<P>& scratch) {
     const int k = cells_of<P>(rows);
     stack<P>(rows, narrow, y, narrow, scratch.panels);
     for (int i = columns.begin; i < columns.end; i += COLUMNS) {
-        gemm<P>(COLUMNS, narrow, k, column_operand<P>(rows, x + i, wide, scratch.columns), panels<P>(scratch.panels, k),
-                Add{weight + int64_t(i) * narrow, narrow});
+        const MatA<P> a = column_operand<P>(rows, x + i, wide, scratch.columns);
+        const MatB<P> b = panels<P>(scratch.panels, k);
+        float* const to = weight + int64_t(i) * narrow;
+        begun ? gemm<P>(COLUMNS, narrow, k, a, b, Add{to, narrow}) : gemm<P>(COLUMNS, narrow, k, a, b, Store{to, narrow});
         for (int j = i; x_sums && j < i + COLUMNS; j += VL)
             store(x_sums + j, load(x_sums + j) + column_sums(rows, x + j, wide));
     }
-    const bool first = columns.begin == 0 && columns.end > 0;
-    for (int j = 0; y_sums && first && j < narrow; j += VL)
-        store(y_sums + j, load(y_sums + j) + column_sums(rows, y + j, narrow));
 }
 
 // Gradients of a chunk's rows from the layer's result to the heads' outputs; dx becomes what flows past both branches.
@@ -350,7 +350,7 @@ inline void outputs_backward(const LayerOf<P>& layer, int begin, int rows, const
     const Shape& s = layer.s;
     const LayerWeights<P>& w = layer.w;
     const Temporaries& t = layer.t;
-    const int d = cells_of<P>(s.d_model), up = cells_of<P>(s.hidden_cols);
+    const OperandScratch<P>& scratch = layer.scratch;
     NormGrads n1 = norm_grads_of_chunk(s, t, begin, 0), n1_post = norm_grads_of_chunk(s, t, begin, 1);
     NormGrads n2 = norm_grads_of_chunk(s, t, begin, 2), n2_post = norm_grads_of_chunk(s, t, begin, 3);
     std::memset(n1.gain, 0, s.norms * 2 * s.norm_cols * sizeof(float));
@@ -359,19 +359,16 @@ inline void outputs_backward(const LayerOf<P>& layer, int begin, int rows, const
         float *dz_mlp = t.dz_mlp + int64_t(begin) * s.model_cols, *du = t.du + int64_t(begin) * s.hidden_cols;
         branch_input(s, rows, k.mid, w.n2, k.y2);
         open_branch_backward(s, rows, scale, dx, k.z2, w.n2, w.n2_post, n2, n2_post, dz_mlp);
-        gemm_activated<ActivateBackward, P>(s, rows, s.ff_cols, d,
-                                            operand<P>(rows, s.model_cols, dz_mlp, layer.scratch.rows),
-                                            panels<P>(w.down_t, d), k.u, k.act, du, s.hidden_cols, s.ff_cols,
-                                            k.saved_qkv);
+        activated_product<ActivateBackward, P>(s, rows, operand<P>(rows, s.model_cols, dz_mlp, scratch.rows), w.down_t,
+                                               scratch.weight, k.u, k.act, du, s.hidden_cols, s.ff_cols, k.saved_qkv);
         for (int half = 0; half < s.hidden_cols; half += s.ff_cols)
             clear_padding(rows, s.d_ff, s.ff_cols, s.hidden_cols, du + half);
-        gemm<P>(rows, s.model_cols, up, operand<P>(rows, s.hidden_cols, du, layer.scratch.rows), panels<P>(w.up_t, up),
-                Store{layer.scratch.dy, s.model_cols});
-        close_branch_backward(s, rows, k.mid, layer.scratch.dy, w.n2, n2, dx);
+        product<P>(rows, operand<P>(rows, s.hidden_cols, du, scratch.rows), w.up_t, scratch.weight,
+                   Store{scratch.dy, s.model_cols});
+        close_branch_backward(s, rows, k.mid, scratch.dy, w.n2, n2, dx);
     }
     open_branch_backward(s, rows, scale, dx, k.z1, w.n1, w.n1_post, n1, n1_post, dz);
-    gemm<P>(rows, s.query_cols, d, operand<P>(rows, s.model_cols, dz, layer.scratch.rows), panels<P>(w.out_t, d),
-            Store{d_o, s.query_cols});
+    product<P>(rows, operand<P>(rows, s.model_cols, dz, scratch.rows), w.out_t, scratch.weight, Store{d_o, s.query_cols});
     widen(int64_t(rows) * s.qkv_cols, k.saved_qkv, k.qkv);
     flag(rows, has_nonfinite(rows, s.heads.width(), s.qkv_cols, k.qkv) || has_nonfinite(rows, s.query, s.query_cols, d_o),
          t.nonfinite + begin);
@@ -383,19 +380,19 @@ inline void output_grads(const LayerOf<P>& layer, const Share& share, int begin,
                          const LayerGrads& g) {
     const Shape& s = layer.s;
     const Temporaries& t = layer.t;
-    const Range of_ff = share.part(s.ff_cols, COLUMNS), of_hidden = share.part(s.hidden_cols, COLUMNS);
-    const Range of_model = share.part(s.model_cols, COLUMNS);
+    const Range of_hidden = share.part(s.hidden_cols, COLUMNS), of_model = share.part(s.model_cols, COLUMNS);
     for (int i = begin; i < end; i += ROWS_PER_CHUNK) {
         const int rows = std::min(ROWS_PER_CHUNK, end - i);
+        const bool begun = *g.begun || i > 0;
         const Saved<P> k = from_row(whole, s, i);
         const float *dz = t.dz + int64_t(i) * s.model_cols, *dz_mlp = t.dz_mlp + int64_t(i) * s.model_cols;
         if (s.d_ff) {
-            weight_grads<P>(rows, of_ff, s.ff_cols, k.act, nullptr, s.model_cols, dz_mlp, g.down_bias, g.down_t,
+            weight_grads<P>(rows, of_model, s.model_cols, dz_mlp, g.down_bias, s.ff_cols, k.act, g.down, begun,
                             layer.scratch);
             weight_grads<P>(rows, of_hidden, s.hidden_cols, t.du + int64_t(i) * s.hidden_cols, g.up_bias, s.model_cols,
-                            input_of_branch(s, k.mid, k.y2), nullptr, g.up, layer.scratch);
+                            input_of_branch(s, k.mid, k.y2), g.up, begun, layer.scratch);
         }
-        weight_grads<P>(rows, of_model, s.model_cols, dz, g.out_bias, s.query_cols, k.o, nullptr, g.out, layer.scratch);
+        weight_grads<P>(rows, of_model, s.model_cols, dz, g.out_bias, s.query_cols, k.o, g.out, begun, layer.scratch);
     }
 }
 
@@ -403,7 +400,7 @@ inline void output_grads(const LayerOf<P>& layer, const Share& share, int begin,
 template <class P>
 inline void inputs_backward(const LayerOf<P>& layer, const Rows& tile, int begin, int end, const Saved<P>& k, float* dx) {
     const Shape& s = layer.s;
-    const int rows = end - begin, qkv = cells_of<P>(s.qkv);
+    const int rows = end - begin;
     float* d_qkv = layer.t.d_qkv + int64_t(begin) * s.qkv_cols;
     if (s.rope)
         tile.each_sequence(begin, end, [&](const Part& p) {
@@ -414,8 +411,8 @@ inline void inputs_backward(const LayerOf<P>& layer, const Rows& tile, int begin
         norm_heads_backward(layer, rows, k, norm_grads_of_chunk(s, layer.t, begin, 4),
                             norm_grads_of_chunk(s, layer.t, begin, 5), d_qkv);
     branch_input(s, rows, k.in, layer.w.n1, k.y1);
-    gemm<P>(rows, s.model_cols, qkv, operand<P>(rows, s.qkv_cols, d_qkv, layer.scratch.rows),
-            panels<P>(layer.w.qkv_t, qkv), Store{layer.scratch.dy, s.model_cols});
+    product<P>(rows, operand<P>(rows, s.qkv_cols, d_qkv, layer.scratch.rows), layer.w.qkv_t, layer.scratch.weight,
+               Store{layer.scratch.dy, s.model_cols});
     close_branch_backward(s, rows, k.in, layer.scratch.dy, layer.w.n1, norm_grads_of_chunk(s, layer.t, begin, 0), dx);
 }
 
@@ -427,7 +424,7 @@ inline void input_grads(const LayerOf<P>& layer, const Share& share, int begin, 
         const Saved<P> k = from_row(whole, s, i);
         weight_grads<P>(std::min(ROWS_PER_CHUNK, end - i), share.part(s.qkv_cols, COLUMNS), s.qkv_cols,
                         layer.t.d_qkv + int64_t(i) * s.qkv_cols, g.qkv_bias, s.model_cols,
-                        input_of_branch(s, k.in, k.y1), nullptr, g.qkv, layer.scratch);
+                        input_of_branch(s, k.in, k.y1), g.qkv, *g.begun || i > 0, layer.scratch);
     }
 }
 

@@ -13,9 +13,7 @@ namespace {
 class Arena {
   public:
     explicit Arena(int64_t floats, bool zeroed = true)
-        : base_(static_cast<float*>(std::aligned_alloc(64, bytes(floats)))), at_(base_) {
-        if (base_ && zeroed) std::memset(base_, 0, bytes(floats));
-    }
+        : base_(zeroed ? std::calloc(bytes(floats), 1) : std::malloc(bytes(floats))), at_(aligned(base_)) {}
     ~Arena() { std::free(base_); }
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
@@ -28,8 +26,10 @@ class Arena {
     static int64_t size(int64_t floats) { return (floats + 16 + 15) / 16 * 16; }
 
   private:
-    static size_t bytes(int64_t floats) { return (floats + 16) / 16 * 64; }
-    float *base_, *at_;
+    static size_t bytes(int64_t floats) { return (floats + 32) * sizeof(float); }
+    static float* aligned(void* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
+    void* base_;  // fresh pages are zero without being touched
+    float* at_;
 };
 
 struct Cursor {  // as Arena, over memory that is there
@@ -65,24 +65,25 @@ struct Saved {
 template <class P>
 struct OperandScratch {
     typename P::number* rows;
-    typename P::cell *columns, *panels;
+    typename P::cell *columns, *panels, *weight;  // weight: columns of one that is not packed
     float *attention, *dy, *qk;  // qk: two heads, and all of them
 
     template <class Memory>
     OperandScratch(const Call& c, const Shape& s, const Plan& plan, Memory& m, bool backward) {
         const int64_t widest = std::max({s.model_cols, s.qkv_cols, s.query_cols, s.ff_cols, s.hidden_cols});
-        const auto cells = [&](int64_t n) {
-            return reinterpret_cast<typename P::cell*>(m.place(cells_of<P>(ROWS_PER_CHUNK) * n));
-        };
-        rows = reinterpret_cast<typename P::number*>(m.place(ROWS_PER_CHUNK * widest / P::NUMBERS));
+        const int64_t most = std::min<int64_t>(plan.most_rows, ROWS_PER_CHUNK);
+        const auto cells = [&](int64_t n) { return reinterpret_cast<typename P::cell*>(m.place(cells_of<P>(most) * n)); };
+        rows = reinterpret_cast<typename P::number*>(m.place(most * widest / P::NUMBERS));
         const int64_t longest = std::min(plan.most_rows, c.seq_len);
         const int64_t gradients = backward ? attend_backward_scratch(longest, c.head_dim) : 0;
         attention = m.place(std::max(attend_scratch(c.head_dim), gradients));
-        qk = s.qk_cols ? m.place(ROWS_PER_CHUNK * (2 * padded(c.head_dim) + s.qk_cols)) : nullptr;
+        qk = s.qk_cols ? m.place(most * (2 * padded(c.head_dim) + s.qk_cols)) : nullptr;
+        weight = plan.few_uses ? reinterpret_cast<typename P::cell*>(m.place(UNPACKED_COLUMNS * cells_of<P>(widest)))
+                               : nullptr;
         columns = panels = nullptr, dy = nullptr;
         if (!backward) return;
-        columns = cells(COLUMNS), panels = cells(std::max(s.model_cols, s.query_cols));
-        dy = m.place(ROWS_PER_CHUNK * s.model_cols);
+        columns = cells(COLUMNS), panels = cells(std::max({s.model_cols, s.query_cols, s.ff_cols}));
+        dy = m.place(most * s.model_cols);
     }
 };
 

@@ -36,19 +36,30 @@ struct Shape {  // widths; `cols` are padded to whole vectors, and the leading d
 
 // Rows of the caller's up-projection in ours: gate and values are padded apart.
 inline int up_row(const Shape& s, int i) { return i < s.d_ff ? i : s.ff_cols + i - s.d_ff; }
+inline bool whole_widths(const Call& c) {  // no padding anywhere
+    return c.d_model % 16 == 0 && c.d_ff % 16 == 0 && query_columns(c) % 16 == 0 && qkv_columns(c) % 16 == 0;
+}
 inline int up_rows(const Shape& s) { return is_gated(s.activation) ? 2 * s.d_ff : s.d_ff; }
+
+// Which products a call has, and how they read the weights.
+struct Use {
+    bool forward, backward;  // x W^T, dy W
+    bool packed;             // once a call, or as they are used (gemm.h)
+    Use(const Call& c, const Plan& plan, bool back)
+        : forward(!back || !c.kept), backward(back), packed(!plan.few_uses || !whole_widths(c)) {}
+};
 
 template <class P>
 struct LayerWeights {
-    typedef const typename P::cell* Panels;
-    Panels qkv, out, up, down;          // packed for x W^T
-    Panels qkv_t, out_t, up_t, down_t;  // packed for dy W; backward only
+    WeightOperand<P> qkv, out, up, down;          // x W^T
+    WeightOperand<P> qkv_t, out_t, up_t, down_t;  // dy W
     const float *qkv_bias, *out_bias, *up_bias, *down_bias;
     NormWeights n1, n1_post, n2, n2_post, qn, kn;
 };
 
 struct LayerGrads {  // row-major, padded
-    float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down_t, *down_bias;  // down_t: [inputs, outputs]
+    bool* begun;  // whether the matrices hold sums already
+    float *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;
     NormGrads n1, n1_post, n2, n2_post, qn, kn;
 };
 
@@ -59,31 +70,39 @@ NormWeights place_norm(Memory& m, const Shape& s) {
 }
 
 template <class P, class Memory>
-LayerWeights<P> place_weights(Memory& m, const Shape& s, bool backward) {
-    const auto place = [&](int k, int n) {
-        return reinterpret_cast<const typename P::cell*>(m.place(int64_t(cells_of<P>(k)) * n));
+LayerWeights<P> place_weights(Memory& m, const Shape& s, const Use& use) {
+    const auto place = [&](int k, int n) -> WeightOperand<P> {
+        const int64_t cells = use.packed ? int64_t(cells_of<P>(k)) * n : 0;
+        return {cells ? reinterpret_cast<const typename P::cell*>(m.place(cells)) : nullptr, k, n, {}, 0, false};
     };
     LayerWeights<P> w{};
-    w.qkv = place(s.d_model, s.qkv_cols), w.out = place(s.query, s.model_cols);
-    w.up = place(s.d_model, s.hidden_cols), w.down = place(s.d_ff, s.model_cols);
+    if (use.forward) {
+        w.qkv = place(s.d_model, s.qkv_cols), w.out = place(s.query, s.model_cols);
+        w.up = place(s.d_model, s.hidden_cols), w.down = place(s.d_ff, s.model_cols);
+    }
+    if (use.backward) {
+        w.qkv_t = place(s.qkv, s.model_cols), w.out_t = place(s.d_model, s.query_cols);
+        w.up_t = place(s.hidden_cols, s.model_cols), w.down_t = place(s.d_model, s.ff_cols);
+    }
     w.qkv_bias = m.place(s.qkv_cols), w.out_bias = m.place(s.model_cols);
     w.up_bias = m.place(s.hidden_cols), w.down_bias = m.place(s.model_cols);
     w.n1 = place_norm(m, s), w.n1_post = place_norm(m, s), w.n2 = place_norm(m, s), w.n2_post = place_norm(m, s);
     if (s.qk_cols) w.qn = place_norm(m, s), w.kn = place_norm(m, s);
-    if (backward) {
-        w.qkv_t = place(s.qkv, s.model_cols), w.out_t = place(s.d_model, s.query_cols);
-        w.up_t = place(s.hidden_cols, s.model_cols), w.down_t = place(s.d_model, s.ff_cols);
-    }
     return w;
 }
 
+// in_place: the caller's, where the matrices are summed at once; or null.
 template <class Memory>
-LayerGrads place_grads(Memory& m, const Shape& s) {
+LayerGrads place_grads(Memory& m, const Shape& s, float* const* in_place, bool* begun) {
+    const auto matrix = [&](int weight, int64_t outs, int64_t ins) {
+        return in_place ? in_place[weight] : m.place(outs * ins);
+    };
     LayerGrads g;
-    g.qkv = m.place(int64_t(s.qkv_cols) * s.model_cols), g.qkv_bias = m.place(s.qkv_cols);
-    g.out = m.place(int64_t(s.model_cols) * s.query_cols), g.out_bias = m.place(s.model_cols);
-    g.up = m.place(int64_t(s.hidden_cols) * s.model_cols), g.up_bias = m.place(s.hidden_cols);
-    g.down_t = m.place(int64_t(s.ff_cols) * s.model_cols), g.down_bias = m.place(s.model_cols);
+    g.begun = begun;
+    g.qkv = matrix(QKV_W, s.qkv_cols, s.model_cols), g.qkv_bias = m.place(s.qkv_cols);
+    g.out = matrix(OUT_W, s.model_cols, s.query_cols), g.out_bias = m.place(s.model_cols);
+    g.up = matrix(UP_W, s.hidden_cols, s.model_cols), g.up_bias = m.place(s.hidden_cols);
+    g.down = matrix(DOWN_W, s.model_cols, s.ff_cols), g.down_bias = m.place(s.model_cols);
     NormGrads* norms[] = {&g.n1, &g.n1_post, &g.n2, &g.n2_post, &g.qn, &g.kn};
     for (int i = 0; i < s.norms; i++) norms[i]->gain = m.place(s.norm_cols), norms[i]->shift = m.place(s.norm_cols);
     return g;
@@ -103,36 +122,47 @@ void fill_norm(const Shape& s, const float* gain, const float* shift, int d, Nor
     for (int i = 0; s.norm_factor != WEIGHT_ITSELF && i < d; i++) writable(w.gain)[i] += 1.0f;
 }
 
+// x W^T and dy W of `outs` rows of W[.., ins], which are B's columns or rows from `at` on.
+template <class P, class Number>
+void pack(const Number* w, int outs, int ins, const WeightOperand<P>& forward, const WeightOperand<P>& backward, int at) {
+    const int outs_padded = padded(outs);
+    if (forward.packed)
+        pack_transposed<P>(w, ins, outs, ins, outs_padded, writable(forward.packed) + int64_t(at) * cells_of<P>(ins));
+    if (backward.packed)
+        pack_rows<P>(w, ins, outs, ins, padded(ins), backward.k, writable(backward.packed) + int64_t(cells_of<P>(at)) * VL);
+}
+
 template <class P>
-void fill_weights(const Shape& s, const float* const* from, bool backward, LayerWeights<P> w) {
-    pack_transposed<P>(from[QKV_W], s.d_model, s.qkv, s.d_model, s.qkv_cols, writable(w.qkv));
-    pack_transposed<P>(from[OUT_W], s.query, s.d_model, s.query, s.model_cols, writable(w.out));
+void fill_weights(const Shape& s, const float* const* from, bool bf16, const Use& use, LayerWeights<P>& w) {
+    struct Map {
+        int weight, outs, ins;
+        WeightOperand<P> &forward, &backward;
+    };
+    const Map maps[] = {{QKV_W, s.qkv, s.d_model, w.qkv, w.qkv_t}, {OUT_W, s.d_model, s.query, w.out, w.out_t},
+                        {UP_W, s.d_ff, s.d_model, w.up, w.up_t}, {DOWN_W, s.d_model, s.d_ff, w.down, w.down_t}};
+    for (const Map& m : maps) {
+        const int halves = m.weight == UP_W && s.d_ff ? s.hidden_cols / s.ff_cols : 1;  // swiglu: gate, then values
+        const Matrix matrix{from[m.weight], bf16};
+        matrix.visit([&](const auto* rows) {
+            for (int half = 0; use.packed && half < halves; half++)
+                pack<P>(rows + int64_t(half) * m.outs * m.ins, m.outs, m.ins, m.forward, m.backward, half * padded(m.outs));
+        });
+        m.forward.w = m.backward.w = matrix, m.forward.ld = m.backward.ld = m.ins, m.forward.transposed = true;
+    }
     copy_vector(from[QKV_B], s.qkv, w.qkv_bias), copy_vector(from[OUT_B], s.d_model, w.out_bias);
+    for (int half = 0; s.d_ff && half < s.hidden_cols / s.ff_cols; half++)
+        if (from[UP_B]) copy_vector(from[UP_B] + half * s.d_ff, s.d_ff, w.up_bias + half * s.ff_cols);
+    copy_vector(from[DOWN_B], s.d_model, w.down_bias);
     fill_norm(s, from[N1_W], from[N1_B], s.d_model, w.n1);
     fill_norm(s, from[N1P_W], from[N1P_B], s.d_model, w.n1_post);
+    if (s.d_ff) {
+        fill_norm(s, from[N2_W], from[N2_B], s.d_model, w.n2);
+        fill_norm(s, from[N2P_W], from[N2P_B], s.d_model, w.n2_post);
+    }
     if (s.qk_cols) {
         fill_norm(s, from[QN_W], from[QN_B], s.heads.head_dim, w.qn);
         fill_norm(s, from[KN_W], from[KN_B], s.heads.head_dim, w.kn);
     }
-    if (backward) {
-        pack_rows<P>(from[QKV_W], s.d_model, s.qkv, s.d_model, s.model_cols, s.qkv, writable(w.qkv_t));
-        pack_rows<P>(from[OUT_W], s.query, s.d_model, s.query, s.query_cols, s.d_model, writable(w.out_t));
-    }
-    if (!s.d_ff) return;
-    for (int half = 0; half < s.hidden_cols / s.ff_cols; half++) {  // swiglu: gate, then values
-        const float* rows = from[UP_W] + int64_t(half) * s.d_ff * s.d_model;
-        pack_transposed<P>(rows, s.d_model, s.d_ff, s.d_model, s.ff_cols,
-                           writable(w.up) + int64_t(half) * s.ff_cols * cells_of<P>(s.d_model));
-        if (from[UP_B]) copy_vector(from[UP_B] + half * s.d_ff, s.d_ff, w.up_bias + half * s.ff_cols);
-        if (backward)
-            pack_rows<P>(rows, s.d_model, s.d_ff, s.d_model, s.model_cols, s.hidden_cols,
-                         writable(w.up_t) + int64_t(half) * cells_of<P>(s.ff_cols) * VL);
-    }
-    pack_transposed<P>(from[DOWN_W], s.d_ff, s.d_model, s.d_ff, s.model_cols, writable(w.down));
-    copy_vector(from[DOWN_B], s.d_model, w.down_bias);
-    fill_norm(s, from[N2_W], from[N2_B], s.d_model, w.n2);
-    fill_norm(s, from[N2P_W], from[N2P_B], s.d_model, w.n2_post);
-    if (backward) pack_rows<P>(from[DOWN_W], s.d_ff, s.d_model, s.d_ff, s.ff_cols, s.d_model, writable(w.down_t));
 }
 
 template <class P>
@@ -205,44 +235,45 @@ struct Model {
     InjectionWeights<P> injection;
 
     template <class Memory>
-    Model(const Call& c, Memory& m, bool backward) : shape(c) {
-        for (int l = 0; l < c.n_layers; l++) layers[l] = place_weights<P>(m, shape, backward);
+    Model(const Call& c, const Use& use, Memory& m) : shape(c) {
+        for (int l = 0; l < c.n_layers; l++) layers[l] = place_weights<P>(m, shape, use);
         loop_norm = place_norm(m, shape);
-        injection = place_injection<P>(m, shape, backward);
+        injection = place_injection<P>(m, shape, use.backward);
     }
-    void fill(const Call& c, bool backward) {
-        for (int l = 0; l < c.n_layers; l++) fill_weights<P>(shape, c.weights + l * WEIGHTS, backward, layers[l]);
+    void fill(const Call& c, const Use& use) {
+        for (int l = 0; l < c.n_layers; l++) fill_weights<P>(shape, c.weights + l * WEIGHTS, c.bf16_weights, use, layers[l]);
         const float* const* of_loop = c.weights + c.n_layers * WEIGHTS;
         if (c.loop_norm) fill_norm(shape, of_loop[LOOP_NORM_W], of_loop[LOOP_NORM_B], shape.d_model, loop_norm);
-        fill_injection<P>(shape, of_loop, backward, injection);
+        fill_injection<P>(shape, of_loop, use.backward, injection);
     }
 };
 
-void add_padded(const float* from, int outs, int ins, int ld, float* to) {
-    if (!to) return;
-    for (int i = 0; i < outs; i++)
-        for (int j = 0; j < ins; j++) to[int64_t(i) * ins + j] += from[int64_t(i) * ld + j];
+void add_vector(const float* from, int n, float* to) {
+    for (int j = 0; to && j < n; j++) to[j] += from[j];
+}
+
+void copy_matrix(const float* from, int outs, int ins, int ld, float* to) {
+    if (from == to) return;  // summed there
+    for (int64_t i = 0; i < outs; i++) std::memcpy(to + i * ins, from + i * ld, ins * sizeof(float));
 }
 
 void add_layer_grads(const Shape& s, const LayerGrads& g, float* const* to) {
-    add_padded(g.qkv, s.qkv, s.d_model, s.model_cols, to[QKV_W]);
-    add_padded(g.qkv_bias, 1, s.qkv, s.qkv_cols, to[QKV_B]);
-    add_padded(g.out, s.d_model, s.query, s.query_cols, to[OUT_W]);
-    add_padded(g.out_bias, 1, s.d_model, s.model_cols, to[OUT_B]);
+    copy_matrix(g.qkv, s.qkv, s.d_model, s.model_cols, to[QKV_W]);
+    add_vector(g.qkv_bias, s.qkv, to[QKV_B]);
+    copy_matrix(g.out, s.d_model, s.query, s.query_cols, to[OUT_W]);
+    add_vector(g.out_bias, s.d_model, to[OUT_B]);
     for (int i = 0; s.d_ff && i < up_rows(s); i++) {
-        add_padded(g.up + int64_t(up_row(s, i)) * s.model_cols, 1, s.d_model, s.model_cols,
-                   to[UP_W] + int64_t(i) * s.d_model);
+        copy_matrix(g.up + int64_t(up_row(s, i)) * s.model_cols, 1, s.d_model, 0, to[UP_W] + int64_t(i) * s.d_model);
         if (to[UP_B]) to[UP_B][i] += g.up_bias[up_row(s, i)];
     }
-    for (int i = 0; i < s.d_model; i++)
-        for (int j = 0; j < s.d_ff; j++) to[DOWN_W][int64_t(i) * s.d_ff + j] += g.down_t[int64_t(j) * s.model_cols + i];
-    add_padded(g.down_bias, 1, s.d_model, s.model_cols, to[DOWN_B]);
+    if (s.d_ff) copy_matrix(g.down, s.d_model, s.d_ff, s.ff_cols, to[DOWN_W]);
+    add_vector(g.down_bias, s.d_model, to[DOWN_B]);
     const NormGrads norms[] = {g.n1, g.n1_post, g.n2, g.n2_post, g.qn, g.kn};
     const int names[] = {N1_W, N1P_W, N2_W, N2P_W, QN_W, KN_W};
     for (int i = 0; i < s.norms; i++) {
         const int width = i < 4 ? s.d_model : s.heads.head_dim;
-        add_padded(norms[i].gain, 1, width, s.norm_cols, to[names[i]]);
-        add_padded(norms[i].shift, 1, width, s.norm_cols, to[names[i] + 1]);
+        add_vector(norms[i].gain, width, to[names[i]]);
+        add_vector(norms[i].shift, width, to[names[i] + 1]);
     }
 }
 
@@ -250,11 +281,10 @@ void add_injection_grads(const Call& c, const Shape& s, const InjectionGrads& g,
     const int d = s.d_model;
     if (s.injection == CONCAT_INPUT) {
         for (int i = 0; i < d; i++) {
-            add_padded(g.of_state + int64_t(i) * s.model_cols, 1, d, s.model_cols, to[INJECT_W] + int64_t(2 * i) * d);
-            add_padded(g.of_input + int64_t(i) * s.model_cols, 1, d, s.model_cols,
-                       to[INJECT_W] + int64_t(2 * i + 1) * d);
+            copy_matrix(g.of_state + int64_t(i) * s.model_cols, 1, d, 0, to[INJECT_W] + int64_t(2 * i) * d);
+            copy_matrix(g.of_input + int64_t(i) * s.model_cols, 1, d, 0, to[INJECT_W] + int64_t(2 * i + 1) * d);
         }
-        add_padded(g.bias, 1, d, s.model_cols, to[INJECT_B]);
+        add_vector(g.bias, d, to[INJECT_B]);
     }
     if (s.injection == DIAGONAL) {
         const float* decay = c.weights[c.n_layers * WEIGHTS + INJECT_DECAY];
@@ -262,33 +292,48 @@ void add_injection_grads(const Call& c, const Shape& s, const InjectionGrads& g,
             const float a = 1.0f / (1.0f + std::exp(decay[i]));
             to[INJECT_DECAY][i] -= g.state_factor[i] * a * (1.0f - a);
         }
-        add_padded(g.input_factor, 1, d, s.model_cols, to[INJECT_GAIN]);
+        add_vector(g.input_factor, d, to[INJECT_GAIN]);
     }
     if (s.injection == NORM_ADD) {
-        add_padded(g.input_factor, 1, d, s.model_cols, to[INJECT_ALPHA]);
-        add_padded(g.norm.gain, 1, d, s.model_cols, to[INJECT_NORM_W]);
-        add_padded(g.norm.shift, 1, d, s.model_cols, to[INJECT_NORM_B]);
+        add_vector(g.input_factor, d, to[INJECT_ALPHA]);
+        add_vector(g.norm.gain, d, to[INJECT_NORM_W]);
+        add_vector(g.norm.shift, d, to[INJECT_NORM_B]);
     }
 }
+
+inline bool sums_in_place(const Call& c, const Plan& plan) { return plan.n_slices == 1 && whole_widths(c); }
 
 struct SliceGrads {
     LayerGrads layers[MOST_LAYERS];
     NormGrads loop_norm;
     InjectionGrads injection;
+    // With one slice of whole widths the matrices are the call's own, and *begun says whether they hold sums yet.
     template <class Memory>
-    SliceGrads(const Call& c, const Shape& s, Memory& m) {
-        for (int l = 0; l < c.n_layers; l++) layers[l] = place_grads(m, s);
+    SliceGrads(const Call& c, const Shape& s, const Plan& plan, Memory& m, bool* begun) {
+        *begun = !sums_in_place(c, plan);
+        for (int l = 0; l < c.n_layers; l++)
+            layers[l] = place_grads(m, s, *begun ? nullptr : c.grad_weights + l * WEIGHTS, begun);
         loop_norm = {m.place(s.model_cols), m.place(s.model_cols)};
         injection = place_injection_grads(m, s);
     }
 };
 
+// Zeros, where no row ran.
+void clear_matrices(const Call& c, const Shape& s) {
+    for (int l = 0; l < c.n_layers; l++) {
+        float* const* to = c.grad_weights + l * WEIGHTS;
+        const auto clear = [](float* x, int64_t outs, int64_t ins) { std::memset(x, 0, outs * ins * sizeof(float)); };
+        clear(to[QKV_W], s.qkv, s.d_model), clear(to[OUT_W], s.d_model, s.query);
+        if (s.d_ff) clear(to[UP_W], up_rows(s), s.d_model), clear(to[DOWN_W], s.d_model, s.d_ff);
+    }
+}
+
 // To the gradients of the call's weights, `to`.
 void add_grads(const Call& c, const Shape& s, const SliceGrads& g, float* const* to) {
     for (int l = 0; l < c.n_layers; l++) add_layer_grads(s, g.layers[l], to + l * WEIGHTS);
     float* const* of_loop = to + c.n_layers * WEIGHTS;
-    add_padded(g.loop_norm.gain, 1, s.d_model, s.model_cols, of_loop[LOOP_NORM_W]);
-    add_padded(g.loop_norm.shift, 1, s.d_model, s.model_cols, of_loop[LOOP_NORM_B]);
+    add_vector(g.loop_norm.gain, s.d_model, of_loop[LOOP_NORM_W]);
+    add_vector(g.loop_norm.shift, s.d_model, of_loop[LOOP_NORM_B]);
     add_injection_grads(c, s, g.injection, of_loop);
 }
 

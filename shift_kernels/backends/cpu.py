@@ -122,7 +122,10 @@ def _call(
     h0 = None if options.h0 is None else options.h0.to(torch.float32).contiguous()
     scale = options.branch_scale(spec)
     scales = scale.to("cpu", torch.float32).contiguous() if isinstance(scale, Tensor) else None
-    values = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
+    matrices = {name for name, w in weights.items() if w.ndim == 2 and name.startswith("layers.")}
+    bf16_weights = all(weights[name].dtype == torch.bfloat16 for name in matrices)
+    kept = matrices if bf16_weights else set()  # read as they are: a copy would take as long as small products
+    values = {name: (w if name in kept else w.to(torch.float32)).contiguous() for name, w in weights.items()}
     call = _NATIVE.Call(
         compiled.block(_NATIVE, spec),
         batch=batch,
@@ -134,6 +137,7 @@ def _call(
         halting=options.halt_threshold is not None,
         halt_threshold=options.halt_threshold or 0.0,
         bf16=options.compute_dtype == torch.bfloat16,
+        bf16_weights=bf16_weights,
         residual_scale=1.0 if scales is not None else scale,
         e=e.data_ptr(),
         loops=loops.data_ptr(),
@@ -326,7 +330,8 @@ class CpuBackend:
         call.most_loops = len(saved[0])  # of the forward: more are not there to be read
         grad_h = grad_h.to(torch.float32).contiguous()
         grad_e = torch.zeros(e.shape, **_HERE)
-        grads = {name: torch.zeros(w.shape, **_HERE) for name, w in weights.items()}
+        # Matrices are overwritten: zeros would go through memory once more.
+        grads = {name: (torch.zeros if w.ndim < 2 else torch.empty)(w.shape, **_HERE) for name, w in weights.items()}
         grad_h0 = None if options.h0 is None else torch.zeros(e.shape, **_HERE)
         _set_saved(call, saved)
         call.grad_out, call.grad_e = grad_h.data_ptr(), grad_e.data_ptr()

@@ -93,12 +93,54 @@ inline void rows(int m, int j, int k, MatA<P> a, MatB<P> b, const Epilogue& epil
     for (; i < m; i++) micro<P, 1, NV>(i, j, k, from(i), b, epilogue);
 }
 
+// Columns of C from `first` on.
 template <class P, class Epilogue>
-inline void gemm(int m, int n, int k, MatA<P> a, MatB<P> b, const Epilogue& epilogue) {
+inline void gemm(int m, int n, int k, MatA<P> a, MatB<P> b, const Epilogue& epilogue, int first = 0) {
     const auto from = [&](int j) { return MatB<P>{b.p + j / VL * b.panel, b.row, b.panel}; };
     int j = 0;
-    for (; j + 2 * VL <= n; j += 2 * VL) rows<P, 2>(m, j, k, a, from(j), epilogue);
-    for (; j < n; j += VL) rows<P, 1>(m, j, k, a, from(j), epilogue);
+    for (; j + 2 * VL <= n; j += 2 * VL) rows<P, 2>(m, first + j, k, a, from(j), epilogue);
+    for (; j < n; j += VL) rows<P, 1>(m, first + j, k, a, from(j), epilogue);
+}
+
+// A matrix of the caller's: its numbers are float, or bfloat16.
+struct Matrix {
+    const void* numbers;
+    bool bf16;
+
+    // f(the numbers)
+    template <class F>
+    void visit(F f) const {
+        bf16 ? f(static_cast<const uint16_t*>(numbers)) : f(static_cast<const float*>(numbers));
+    }
+};
+
+// B[k, n] of a product with a weight. It is packed in panels; or `packed` is null and so many columns of it are packed
+// as they are used: where that is a few times, it costs less than memory for all of them would.
+constexpr int UNPACKED_COLUMNS = 64;
+template <class P>
+struct WeightOperand {
+    const typename P::cell* packed;
+    int k, n;
+    Matrix w;  // B's transpose, or B
+    int64_t ld;
+    bool transposed;
+};
+
+// scratch: for UNPACKED_COLUMNS * cells_of(k)
+template <class P, class Epilogue>
+inline void product(int m, MatA<P> a, const WeightOperand<P>& b, typename P::cell* scratch, const Epilogue& epilogue) {
+    const int k = cells_of<P>(b.k);
+    if (b.packed) return gemm<P>(m, b.n, k, a, panels<P>(b.packed, k), epilogue);
+    for (int j = 0; j < b.n; j += UNPACKED_COLUMNS) {
+        const int n = b.n - j < UNPACKED_COLUMNS ? b.n - j : UNPACKED_COLUMNS;
+        b.w.visit([&](const auto* w) {
+            if (b.transposed)
+                pack_transposed<P>(w + j * b.ld, b.ld, n, b.k, n, scratch);
+            else
+                pack_rows<P>(w + j, b.ld, b.k, n, n, b.k, scratch);
+        });
+        gemm<P>(m, n, k, a, panels<P>(scratch, k), epilogue, j);
+    }
 }
 
 // A = the rows of x[m, width], of which k cells count.

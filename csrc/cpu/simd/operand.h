@@ -68,6 +68,12 @@ inline vf load(const uint16_t* p) {
     std::memcpy(&wide, &bits, sizeof wide);
     return wide;
 }
+inline vf load_first(const uint16_t* p, int n) {
+    if (n >= VL) return load(p);
+    uint16_t numbers[VL] = {};
+    if (n > 0) std::memcpy(numbers, p, n * sizeof *p);
+    return load(numbers);
+}
 inline void store(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
     const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
@@ -92,8 +98,8 @@ inline void store_cells(float* p, vf x) { store(p, x); }
 inline void store_cells(uint32_t* p, vu x) { std::memcpy(p, &x, sizeof x); }
 
 // B = W^T of a row-major W[n, k] in panels; columns n .. n_padded are zero.
-template <class P>
-inline void pack_transposed(const float* w, int64_t ldw, int n, int k, int n_padded, typename P::cell* out) {
+template <class P, class Number>
+inline void pack_transposed(const Number* w, int64_t ldw, int n, int k, int n_padded, typename P::cell* out) {
     for (int j = 0; j < n_padded; j += VL)
         for (int t = 0; t < k; t += VL) {
             vf block[VL + 1] = {};
@@ -106,12 +112,12 @@ inline void pack_transposed(const float* w, int64_t ldw, int n, int k, int n_pad
 }
 
 // B = row-major W[k, n] in panels of `k_total` rows; columns n .. n_padded are zero.
-template <class P>
-inline void pack_rows(const float* w, int64_t ldw, int k, int n, int n_padded, int k_total, typename P::cell* out) {
-    for (int j = 0; j < n_padded; j += VL, out += int64_t(cells_of<P>(k_total)) * VL)
-        for (int t = 0; t < k; t += P::NUMBERS) {
-            const float* from = w + t * ldw + j;
-            store_cells(out + t / P::NUMBERS * VL,
+template <class P, class Number>
+inline void pack_rows(const Number* w, int64_t ldw, int k, int n, int n_padded, int k_total, typename P::cell* out) {
+    for (int t = 0; t < k; t += P::NUMBERS)  // along the rows of w, which may be pages apart
+        for (int j = 0; j < n_padded; j += VL) {
+            const Number* from = w + t * ldw + j;
+            store_cells(out + int64_t(j) * cells_of<P>(k_total) + t / P::NUMBERS * VL,
                         P::pack(load_first(from, n - j), t + 1 < k ? load_first(from + ldw, n - j) : all(0)));
         }
 }
