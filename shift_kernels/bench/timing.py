@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,11 @@ Call = Callable[[], object]
 
 
 def interleave(
-    calls: Mapping[str, Call], rounds: int, warm_up: int, device: torch.device | str = "cpu"
+    calls: Mapping[str, Call],
+    rounds: int,
+    warm_up: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, one a round. The calls take turns, so that a busy machine hurts all alike.
 
@@ -21,21 +26,23 @@ def interleave(
         rounds: rounds that are kept.
         warm_up: rounds before them.
         device: where the calls compute; on CUDA the times are those of events around each call.
+        clock: seconds, on a CPU: ``time.process_time`` leaves out what others compute, with one thread.
     """
-    clock = _cuda_milliseconds if torch.device(device).type == "cuda" else _cpu_milliseconds
+    cuda = torch.device(device).type == "cuda"
+    milliseconds = _cuda_milliseconds if cuda else functools.partial(_cpu_milliseconds, clock)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warm_up + rounds):
         for name, call in calls.items():
-            took = clock(call)
+            took = milliseconds(call)
             if i >= warm_up:
                 times[name].append(took)
     return times
 
 
-def _cpu_milliseconds(call: Call) -> float:
-    start = time.perf_counter()
+def _cpu_milliseconds(clock: Callable[[], float], call: Call) -> float:
+    start = clock()
     call()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def _cuda_milliseconds(call: Call) -> float:
