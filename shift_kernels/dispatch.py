@@ -103,7 +103,7 @@ def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
     """The backend of that name; for "auto" the first of the registry with nothing in its way."""
     if backend != "auto":
         no = _why_not(registry.get(backend), problem)
-        if no is None or no.kind is Kind.UNVERIFIED:
+        if no is None or no.runs:
             return Plan(backend, "asked for", ())
         raise input_error(
             registry.function,
@@ -125,8 +125,11 @@ def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
 def _why_not(backend: Any, problem: Any) -> WhyNot | None:
     """As a backend says; one without ``extend`` serves no cache."""
     no = backend.why_not(problem)
-    may = no is None or no.kind is Kind.UNVERIFIED
-    if may and getattr(problem, "cache_dtype", None) is not None and not hasattr(backend, "extend"):
+    if (
+        (no is None or no.runs)
+        and getattr(problem, "cache_dtype", None) is not None
+        and not hasattr(backend, "extend")
+    ):
         return WhyNot(Kind.FOREIGN, "is for calls without a cache")
     return no
 
@@ -134,7 +137,7 @@ def _why_not(backend: Any, problem: Any) -> WhyNot | None:
 def candidates(problem: Problem) -> list[str]:
     """Backends that could run a problem, whether verified on this device or not."""
     reasons = {b.name: _why_not(b, problem) for b in LOOPED_BLOCK}
-    return [name for name, no in reasons.items() if no is None or no.kind is Kind.UNVERIFIED]
+    return [name for name, no in reasons.items() if no is None or no.runs]
 
 
 def plan_and_warn(problem: Problem, backend: str) -> Plan:

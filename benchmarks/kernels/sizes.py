@@ -1,10 +1,10 @@
 """The cpu backend on one sequence of every size, against plain PyTorch, for one instruction set.
 
-    python -m benchmarks.kernels.sizes --isa best|avx2 [--out benchmarks/results/cpu]   # sizes_<isa>.json, .md
+    python -m benchmarks.kernels.sizes --isa best|avx2 [--out benchmarks/results/cpu]   # sizes_<isa>.*
 
 Forward and backward of a causal pre-norm block with injection, one thread, by processor time. Both sides take
 turns in one process and both are held to the instruction set: PyTorch's own kernels, MKL and oneDNN by their
-variables. (On AMD's processors MKL takes its kernels for AVX2 in any case.) Without AVX-512 PyTorch has no fast
+variables. (On AMD's processors MKL takes the same kernels in any case.) Without AVX-512 PyTorch has no fast
 products in bfloat16, so that AVX2 is measured in float32 alone.
 """
 
@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.cpu import Size, step
-from shift_kernels import BlockSpec, LoopedBlock, explain, info
+from shift_kernels import BlockSpec, LoopedBlock, info
 from shift_kernels.backends.cpu import _NATIVE as NATIVE
+from shift_kernels.backends.cpu import CPU
 from shift_kernels.bench.baseline import PlainBlock
 from shift_kernels.bench.timing import interleave, speedup, spread
+from shift_kernels.call import Problem
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 LENGTHS = (1, 16, 64, 256, 1024, 4096)
@@ -60,8 +62,9 @@ def measure(size: Size, dtype: str) -> dict:
     interleave(steps, 1, warm_up=0)
     rounds = int(SECONDS / (time.perf_counter() - start))
     times = interleave(steps, min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS), warm_up=0, clock=time.process_time)
-    words = explain(block.spec, size.batch, size.seq_len, n_loops=size.n_loops, dtype=kind)
-    return dataclasses.asdict(size) | {"dtype": dtype, "ms": times, "auto": words.split("\n")[0]}
+    problem = Problem(block.spec, 1, size.seq_len, kind, kind, e.device, grad=True, n_loops=size.n_loops)
+    no = CPU.why_not(problem)
+    return dataclasses.asdict(size) | {"dtype": dtype, "ms": times, "auto": "torch" if no else "cpu"}
 
 
 def table(rows: list[dict]) -> str:
@@ -70,7 +73,9 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         name = f"d{r['d_model']} n{r['seq_len']} T{r['n_loops']}"
         cells = [spread(values) for values in r["ms"].values()]
-        lines.append(f"| {name} | {r['dtype']} | {' | '.join(cells)} | {speedup(r['ms'], 'cpu', ['eager']):.2f}x |")
+        over = speedup(r["ms"], "cpu", ["eager"])
+        auto = "" if r["auto"] == "cpu" else f" ({r['auto']} by auto)"
+        lines.append(f"| {name} | {r['dtype']} | {' | '.join(cells)} | {over:.2f}x{auto} |")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ class Kind(enum.Enum):
     FOREIGN = "is for other tensors"
     UNSERVED = "does not serve a problem of its own kind: a slow path that the user is told of"
     UNVERIFIED = "serves it, but only by name or once it was verified on this device"
+    SLOWER = "serves it, but a later backend was measured to be faster: only by name, or by measurement"
 
 
 class WhyNot(NamedTuple):
@@ -42,6 +43,11 @@ class WhyNot(NamedTuple):
     def of(cls, kind: Kind, words: str | None) -> WhyNot | None:
         """None where there are no words."""
         return None if words is None else cls(kind, words)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the backend can run the problem, if it is named."""
+        return self.kind in (Kind.UNVERIFIED, Kind.SLOWER)
 
 
 UNVERIFIED = WhyNot(Kind.UNVERIFIED, "not verified on this device: run shift-calibrate, or name it to try it")

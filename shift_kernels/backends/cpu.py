@@ -34,6 +34,8 @@ from shift_kernels.spec import (
 MOST_KEPT_BYTES = 64 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
+WIDE, FEW_TOKENS = 512, 64
+"""One loop over fewer tokens of a block so wide is slower than the torch backend (bfloat16: than d_model)."""
 LINE = 64
 """Bytes of a cache line."""
 DTYPES = (
@@ -76,6 +78,18 @@ def _unserved(problem: Problem) -> str | None:
     if problem.spec.n_layers > _MOST_LAYERS:
         return f"n_layers = {problem.spec.n_layers} > {_MOST_LAYERS}"
     return None
+
+
+def _slower(problem: Problem) -> str | None:
+    """Why the torch backend is faster, as ``benchmarks.kernels.sizes`` measured, or None."""
+    wide, n_loops = problem.spec.d_model >= WIDE, problem.n_loops
+    if not wide or n_loops != 1 or problem.cache_dtype is not None:  # sizes last: they may be symbols
+        return None
+    half = problem.compute_dtype == torch.bfloat16
+    few = problem.spec.d_model if half else FEW_TOKENS
+    if problem.batch * problem.seq_len >= few:
+        return None
+    return f"packing weights of d_model >= {WIDE} for one loop over fewer than {few} tokens does not pay"
 
 
 def _saved_shape(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> tuple[int, ...]:
@@ -124,8 +138,10 @@ def _call(
     scales = scale.to("cpu", torch.float32).contiguous() if isinstance(scale, Tensor) else None
     matrices = {name for name, w in weights.items() if w.ndim == 2 and name.startswith("layers.")}
     bf16_weights = all(weights[name].dtype == torch.bfloat16 for name in matrices)
-    kept = matrices if bf16_weights else set()  # read as they are: a copy would take as long as small products
-    values = {name: (w if name in kept else w.to(torch.float32)).contiguous() for name, w in weights.items()}
+    as_they_are = matrices if bf16_weights else set()  # a copy would take as long as small products do
+    values = {
+        name: (w if name in as_they_are else w.to(torch.float32)).contiguous() for name, w in weights.items()
+    }
     call = _NATIVE.Call(
         compiled.block(_NATIVE, spec),
         batch=batch,
@@ -244,8 +260,10 @@ class CpuBackend:
         missing = _absent()
         if problem is None:
             return WhyNot.of(Kind.ABSENT, missing)
-        return WhyNot.of(Kind.FOREIGN, _foreign(problem)) or WhyNot.of(
-            Kind.UNSERVED, missing or _unserved(problem)
+        return (
+            WhyNot.of(Kind.FOREIGN, _foreign(problem))
+            or WhyNot.of(Kind.UNSERVED, missing or _unserved(problem))
+            or WhyNot.of(Kind.SLOWER, _slower(problem))
         )
 
     def describe(self, problem: Problem) -> str:
@@ -330,8 +348,10 @@ class CpuBackend:
         call.most_loops = len(saved[0])  # of the forward: more are not there to be read
         grad_h = grad_h.to(torch.float32).contiguous()
         grad_e = torch.zeros(e.shape, **_HERE)
-        # Matrices are overwritten: zeros would go through memory once more.
-        grads = {name: (torch.zeros if w.ndim < 2 else torch.empty)(w.shape, **_HERE) for name, w in weights.items()}
+        grads = {  # matrices are overwritten
+            name: (torch.zeros if w.ndim < 2 else torch.empty)(w.shape, **_HERE)
+            for name, w in weights.items()
+        }
         grad_h0 = None if options.h0 is None else torch.zeros(e.shape, **_HERE)
         _set_saved(call, saved)
         call.grad_out, call.grad_e = grad_h.data_ptr(), grad_e.data_ptr()

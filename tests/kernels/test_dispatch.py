@@ -85,6 +85,7 @@ NO = [
     (Kind.UNSERVED, "d_model > 4"),
     (Kind.FOREIGN, "float32 only"),
     (Kind.UNVERIFIED, "not verified"),
+    (Kind.SLOWER, "does not pay"),
 ]
 
 
@@ -103,9 +104,11 @@ def test_a_named_backend_never_falls_back(with_toy, no):
         dispatch.plan(PROBLEM, "toy")
 
 
-def test_a_backend_that_was_not_verified_here_runs_by_name(with_toy):
-    with_toy(Kind.UNVERIFIED, "not verified")
+@pytest.mark.parametrize("no", NO[3:], ids=lambda no: no[0].name)
+def test_a_backend_that_is_not_verified_or_slower_runs_by_name(with_toy, no):
+    with_toy(*no)
     assert dispatch.plan(PROBLEM, "toy").backend == "toy"
+    assert "toy" in dispatch.candidates(PROBLEM)
 
 
 def test_a_slow_path_is_told_once(with_toy):
@@ -119,7 +122,7 @@ def test_a_slow_path_is_told_once(with_toy):
         block(e, 1)
 
 
-@pytest.mark.parametrize("kind", [Kind.ABSENT, Kind.FOREIGN])
+@pytest.mark.parametrize("kind", [Kind.ABSENT, Kind.FOREIGN, Kind.SLOWER])
 def test_a_backend_that_is_not_for_this_is_no_news(with_toy, kind):
     with_toy(kind, "not for this")
     with warnings.catch_warnings():
