@@ -25,11 +25,6 @@ def head_flops(model: LoopedTransformer, seq_len: int) -> int:
     return 2 * seq_len * model.block.spec.d_model * model.n_classes
 
 
-def read_flops(model: LoopedTransformer, seq_len: int) -> int:
-    """Forward FLOPs of coda and read-out of one sequence."""
-    return _once(model.coda, seq_len) + head_flops(model, seq_len)
-
-
 def forward_flops(
     model: LoopedTransformer, batch_size: int, seq_len: int, n_loops: float, *, all_loops: bool = False
 ) -> int:
@@ -70,7 +65,8 @@ def train_step_flops(
 def _core_and_read(
     model: LoopedTransformer, seq_len: int, n_loops: float, n_reads: float
 ) -> tuple[float, float]:
-    return n_loops * block_flops(model.block.spec, seq_len), n_reads * read_flops(model, seq_len)
+    read = _once(model.coda, seq_len) + head_flops(model, seq_len)
+    return n_loops * block_flops(model.block.spec, seq_len), n_reads * read
 
 
 def _once(block: LoopedBlock | None, seq_len: int) -> int:

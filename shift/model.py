@@ -282,7 +282,7 @@ class LoopedTransformer(nn.Module):
         Returns:
             [batch, seq_len, n_classes]; with ``return_all_loops`` [T, batch, seq_len, n_classes]. With
             ``targets`` the cross-entropy summed over the read positions, 0-d; logits then stand in memory a
-            chunk at a time. With ``targets``, ``return_all_loops`` and no weights that after each loop, [T].
+            chunk at a time.
 
         Raises:
             ShiftInputError: too long a sequence, or a context where the model has none.
@@ -299,12 +299,6 @@ class LoopedTransformer(nn.Module):
         )
         if targets is None:
             return self.read(h)
-        if return_all_loops and not loop_weights:
-            return torch.stack([self.summed_loss(after, targets) for after in h])
-        return self.summed_loss(h, targets, loop_weights)
-
-    def summed_loss(self, h: Tensor, targets: Tensor, loop_weights: Sequence[float] = ()) -> Tensor:
-        """:func:`shift.readout.summed_loss` of states that :meth:`read` would read."""
         weight, bias = self.readout()
         cap = self.layout.logit_softcap
         return summed_loss(self._normed(h), weight, bias, targets, softcap=cap, loop_weights=loop_weights)

@@ -3,8 +3,8 @@
     python -m benchmarks.savings.run full --out runs/savings      # on any machine, busy or not
     python -m benchmarks.savings.quiet full --out runs/savings    # on a quiet one: about a minute a task
 
-Every kind of step that an arm of the suite takes (its loops, those that carry gradient, a loss after every
-loop, samples that differ) is timed, all kinds in turn; a run's seconds are the sum over its steps.
+Every kind of step that an arm of the suite takes (its loops, and those that carry gradient) is timed, all
+kinds in turn; a run's seconds are the sum over its steps.
 Evaluations are left out: all arms have the same. Writes ``ms.json`` into ``--out``, and its reports anew.
 """
 
@@ -31,7 +31,6 @@ from shift.config import TrainConfig
 from shift.run.files import json_bytes, replace_atomically
 from shift.run.trainer import Trainer
 from shift.schedules import Decision
-from shift.schedules.sighted import Sighted
 
 MS = "ms.json"
 REPEATS = 21
@@ -43,10 +42,8 @@ Rates = Mapping[str, Mapping[str, float]]
 
 def kind_of(decision: Decision) -> str:
     """What decides how long a step takes, as a key."""
-    by = decision.by_sample
-    return json.dumps(
-        [decision.n_loops, decision.n_grad_loops, decision.every_loop, by and [by.low, by.share]]
-    )
+    n_grad_loops = decision.n_grad_loops
+    return str(decision.n_loops) + ("" if n_grad_loops is None else f", gradient through {n_grad_loops}")
 
 
 def decisions(config: TrainConfig, loops: list[list[int]], n_steps: int) -> Iterator[Decision]:
@@ -61,11 +58,8 @@ def decisions(config: TrainConfig, loops: list[list[int]], n_steps: int) -> Iter
     ends = [first for first, _ in loops[1:]] + [n_steps + 1]
     recorded = [n_loops for (first, n_loops), end in zip(loops, ends, strict=True) for _ in range(first, end)]
     for step, n_loops in enumerate(recorded[:n_steps]):
-        if schedule.scp is None:
-            yield schedule.step(step, None)
-        else:  # the record says what its criterion saw
-            sighting = isinstance(schedule, Sighted) and step < schedule.sighting_steps
-            yield Decision(n_loops, every_loop=sighting)
+        # Of a schedule with a criterion the record says what that saw.
+        yield schedule.step(step, None) if schedule.scp is None else Decision(n_loops)
 
 
 def measured(config: TrainConfig, kinds: Mapping[str, Decision]) -> dict[str, float]:

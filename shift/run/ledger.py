@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shift.flops import read_flops, train_step_flops
+from shift.flops import train_step_flops
 from shift.model import LoopedTransformer
 from shift.run.global_batch import GlobalBatch
 from shift.run.progress import Progress
@@ -23,7 +23,6 @@ def enter_step(
     batches: GlobalBatch,
     ranks: Ranks,
     all_loops: bool,
-    chosen_by_loss: bool = False,
 ) -> int:
     """Enter a step; returns the tokens of all ranks. Loops of samples' own are averaged over all of them.
 
@@ -35,7 +34,6 @@ def enter_step(
         batches: says how many rows all ranks have.
         ranks: that share them.
         all_loops: whether a loss was read after every loop.
-        chosen_by_loss: whether coda and read-out also ran once without a backward, to choose samples.
     """
     most = n_grad_loops or math.inf
     mean_loops: float
@@ -48,7 +46,5 @@ def enter_step(
         mean_loops, grad_loops = (sums / batches.size).tolist()
     seq_len = batch.tokens.shape[1]
     flops = train_step_flops(model, batches.size, seq_len, mean_loops, grad_loops, all_loops=all_loops)
-    if chosen_by_loss:
-        flops += batches.size * read_flops(model, seq_len)
     progress.enter(mean_loops, flops)
     return batches.size * seq_len

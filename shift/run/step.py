@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +16,6 @@ from shift.tasks.base import IGNORE, Batch
 
 if TYPE_CHECKING:
     from shift.run.fsdp import Sharded
-
-
-SummedLoss = Callable[[Batch, "int | torch.Tensor"], torch.Tensor]
 
 
 class TrainStep:
@@ -47,9 +42,6 @@ class TrainStep:
         loops: int | torch.Tensor,
         micro_batch: int | None = None,
         n_grad_loops: int | None = None,
-        *,
-        every_loop: int | None = None,
-        summed_loss: SummedLoss | None = None,
     ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
 
@@ -58,14 +50,8 @@ class TrainStep:
             loops: T, or an int tensor [batch].
             micro_batch: sequences that go through the model at once; None: all.
             n_grad_loops: the last loops, through which the gradient passes; None: through all.
-            every_loop: T, if the loss is the mean of those after every loop; these are returned, [T].
-            summed_loss: of a micro-batch with its loops, instead of the model's own.
         """
         ranks = self._ranks
-        if summed_loss is None:
-            summed_loss = functools.partial(
-                self._summed_loss, n_grad_loops=n_grad_loops, every_loop=every_loop
-            )
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
         # those of the mean over all read positions, however uneven the ranks are, and micro-batches too.
         n_read = ranks.mean((batch.targets != IGNORE).sum(dtype=torch.float32))
@@ -77,11 +63,11 @@ class TrainStep:
             self._parallel.begin_micro_batch(last=start + size >= n)
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
-            loss = summed_loss(part, own) / n_read
-            loss.mean().backward()
+            loss = self._summed_loss(part, own, n_grad_loops) / n_read
+            loss.backward()
             losses.append(loss.detach())
         self._parallel.average_gradients()
-        return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum(0))
+        return ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
     def try_out(self, batch: Batch, size: int, n_loops: int) -> None:
         """Forward and backward of the first ``size`` sequences; the next step forgets their gradients."""
@@ -89,29 +75,20 @@ class TrainStep:
         self._parallel.begin_micro_batch(last=True)
         self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops).backward()
 
-    def _summed_loss(
-        self,
-        batch: Batch,
-        loops: int | torch.Tensor,
-        n_grad_loops: int | None,
-        every_loop: int | None = None,
-    ) -> torch.Tensor:
-        """The loss of a micro-batch, summed over read positions; after each of ``every_loop`` loops, [T]."""
+    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:
+        """The sum of the loss over the read positions of a micro-batch."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
-            loss = self._forward(
+            return self._forward(
                 batch.tokens,
                 loops,
                 context=batch.context,
                 cu_seqlens=batch.cu_seqlens,
                 n_grad_loops=n_grad_loops,
                 targets=batch.targets,
-                return_all_loops=every_loop is not None,
-                loop_weights=() if every_loop else c.loop_loss,
+                loop_weights=c.loop_loss,
                 backend=c.backend,
             )
-        # Samples that have loops of their own may all have fewer than T: then nothing changes after those.
-        return loss if every_loop is None else torch.cat([loss, loss[-1:].expand(every_loop - len(loss))])
 
     def update(self, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Change the weights, unless loss or gradients are not finite.

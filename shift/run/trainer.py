@@ -26,7 +26,6 @@ from shift.build import build_model, build_schedule, build_task, find_device
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
-from shift.run.by_sample import DearestDeeper
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.diagnosis import culprit
 from shift.run.directory import CHECKPOINTS, RunDirectory
@@ -224,42 +223,22 @@ class Trainer:
 
     def _train_step(self, decision: Decision) -> None:
         """One optimiser step. What it measured stays on the device, in ``_rows``."""
-        c, p = self.config, self.progress
-        n_loops, decided = decision.n_loops, decision.n_grad_loops
+        c, p, n_loops, decided = self.config, self.progress, decision.n_loops, decision.n_grad_loops
         n_grad_loops = min((k for k in (c.n_grad_loops, decided) if k is not None), default=None)
         self._timer.start()
         batch = self.batches.part(self.task, p.step)
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps, p.switch_step)
-        deeper = None
-        if decision.by_sample is not None:
-            seed = c.seed, p.step, self.ranks.rank
-            deeper = DearestDeeper(decision.by_sample, self.model, c, seed)
-        losses = self._step.backward(
-            batch.to(self.device),
-            loops,
-            self.micro_batches.of(n_loops),
-            n_grad_loops,
-            every_loop=n_loops if decision.every_loop else None,
-            summed_loss=None if deeper is None else deeper.summed_loss,
-        )
-        loss = losses.mean() if decision.every_loop else losses
+        micro_batch = self.micro_batches.of(n_loops)
+        loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops)
         grad_norm, skipped = self._step.update(loss, lr)
         if self.average is not None:
             self.average.update()
         self._timer.stop()
 
-        self.signals = Signals(loss, grad_norm, losses if decision.every_loop else None)
+        self.signals = Signals(loss, grad_norm)
         self._tokens = enter_step(
-            p,
-            self.model,
-            batch,
-            deeper.used if deeper else loops,
-            n_grad_loops,
-            self.batches,
-            self.ranks,
-            bool(c.loop_loss) or decision.every_loop,
-            chosen_by_loss=deeper is not None,
+            p, self.model, batch, loops, n_grad_loops, self.batches, self.ranks, bool(c.loop_loss)
         )
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         stage = 1 if n_loops == 1 < c.model.n_loops else 2
@@ -355,7 +334,7 @@ class Trainer:
         state = {
             "progress": self.progress.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "signals": self.signals.numbers(),
+            "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
             "micro_batches": self.micro_batches.state_dict(),
             "planned_steps": self._planned_steps,
         }
@@ -398,7 +377,8 @@ class Trainer:
                 self.schedule = build_schedule(dataclasses.replace(self.config, steps=planned))
             self.schedule.load_state_dict(saved.state["schedule"])
             self.micro_batches.load_state_dict(saved.state.get("micro_batches", {}))
-            self.signals = Signals.of_numbers(saved.state["signals"], self.device)
+            loss, grad_norm = (torch.tensor(float(x), device=self.device) for x in saved.state["signals"])
+            self.signals = Signals(loss, grad_norm)
             if self.ranks.size == 1:  # a state that it can use; with others it may wait for them
                 copy.deepcopy(self.schedule).step(self.progress.step, self.signals)
 

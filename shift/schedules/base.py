@@ -18,23 +18,6 @@ from shift_kernels.errors import input_error
 
 
 @dataclass(frozen=True)
-class BySample:
-    """A step in which samples differ in their loops: all run ``low``, those of the largest loss go on.
-
-    Args:
-        low: loops of all samples, each with the loss that it has after them.
-        share: of the samples of a micro-batch, in [0, 1]: so many, those of the largest loss, go on to
-            ``n_loops`` of the decision, and learn from the loss after these instead.
-        drawn: share of those that go on that is drawn by chance, not by loss, so that no kind of sample is
-            never seen with all its loops.
-    """
-
-    low: int
-    share: float
-    drawn: float
-
-
-@dataclass(frozen=True)
 class Decision:
     """What a schedule says to one step.
 
@@ -46,9 +29,6 @@ class Decision:
         looks: what the criterion saw before this step; none where no look was due, or there is no criterion.
         n_grad_loops: the last loops, through which the gradient passes; None: through all.
         n_eval_loops: loops to evaluate with after this step; None: ``n_loops``.
-        every_loop: the loss of this step is the mean of those after every loop, and the next step is told
-            each of them (:attr:`shift.schedules.scp.Signals.loop_losses`).
-        by_sample: samples run fewer loops than ``n_loops``; None: all run them.
     """
 
     n_loops: int
@@ -57,8 +37,6 @@ class Decision:
     looks: tuple[Look, ...] = ()
     n_grad_loops: int | None = None
     n_eval_loops: int | None = None
-    every_loop: bool = False
-    by_sample: BySample | None = None
 
     @property
     def evaluated(self) -> int:
@@ -151,8 +129,7 @@ class Declaration:
         kind: its name in configs.
         schedule: the class.
         decided_by: what its number of loops depends on: ``nothing`` (it is constant), the ``time``,
-            ``chance`` (it is drawn at every step), the losses of its ``samples``, or a ``criterion`` that
-            watches the training.
+            ``chance`` (it is drawn at every step), or a ``criterion`` that watches the training.
         baseline: True if it is there to be compared with; False for what we propose.
         families: its arms in comparisons.
         preset: arguments of the class that make it this kind.
@@ -161,7 +138,7 @@ class Declaration:
 
     kind: str
     schedule: type[LoopSchedule]
-    decided_by: Literal["nothing", "time", "chance", "samples", "criterion"]
+    decided_by: Literal["nothing", "time", "chance", "criterion"]
     baseline: bool
     families: tuple[Family, ...]
     preset: dict[str, Any] = field(default_factory=dict)

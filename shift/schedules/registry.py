@@ -10,21 +10,16 @@ from typing import Any
 
 from shift.schedules.backward import BACKWARD
 from shift.schedules.base import LoopSchedule, check
-from shift.schedules.by_sample import BY_SAMPLE
 from shift.schedules.climbing import CLIMB, LADDER, SHIFT
 from shift.schedules.fixed import CONSTANT, FIXED, GROW
 from shift.schedules.ramps import LINEAR, SQRT, STAGED
 from shift.schedules.random import RANDOM
-from shift.schedules.sighted import SIGHTED
 from shift_kernels.errors import input_error
 
 # In the order in which reports list them.
 SCHEDULES = {
     declared.kind: declared
-    for declared in (
-        *(CONSTANT, SHIFT, LINEAR, SQRT, STAGED, LADDER, CLIMB, SIGHTED, BY_SAMPLE, FIXED, GROW, RANDOM),
-        BACKWARD,
-    )
+    for declared in (CONSTANT, SHIFT, LINEAR, SQRT, STAGED, LADDER, CLIMB, FIXED, GROW, RANDOM, BACKWARD)
 }
 """Kind -> declaration."""
 
@@ -61,6 +56,6 @@ def switch_step(kind: str, n_loops: Sequence[int]) -> int | None:
         kind: of its schedule.
         n_loops: of its steps 0, 1, 2, ...
     """
-    if SCHEDULES[kind].decided_by in ("chance", "samples"):
+    if SCHEDULES[kind].decided_by == "chance":
         return None
     return max((step for step in range(1, len(n_loops)) if n_loops[step] != n_loops[step - 1]), default=None)

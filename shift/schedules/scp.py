@@ -32,25 +32,10 @@ from shift_kernels.errors import input_error
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """What a step measured: tensors on the training device, before clipping. May be non-finite."""
+    """What a step measured: 0-d tensors on the training device, before clipping. May be non-finite."""
 
     loss: Tensor
-    """0-d."""
     grad_norm: Tensor
-    """0-d."""
-    loop_losses: Tensor | None = None
-    """The losses after each loop, [n_loops], of a step that had them all (``Decision.every_loop``)."""
-
-    def numbers(self) -> list[float]:
-        """As plain numbers, for a checkpoint."""
-        each = [] if self.loop_losses is None else self.loop_losses.tolist()
-        return [self.loss.item(), self.grad_norm.item(), *each]
-
-    @staticmethod
-    def of_numbers(numbers: list[float], device: torch.device) -> Signals:
-        """The inverse of :meth:`numbers`."""
-        loss, grad_norm, *each = (torch.tensor(float(x), device=device) for x in numbers)
-        return Signals(loss, grad_norm, torch.stack(each) if each else None)
 
 
 @dataclasses.dataclass(frozen=True)

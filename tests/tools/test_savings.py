@@ -313,12 +313,10 @@ def test_the_kinds_of_steps_of_an_arm_are_those_it_took():
         config = make_arm(name, base).config
         return [quiet.kind_of(d) for d in quiet.decisions(config, loops, 20)]
 
-    every = quiet.kind_of(Decision(5, every_loop=True))
-    assert kinds("sighted:0.1", [[1, 5], [3, 1], [11, 5]]) == [every] * 2 + [
-        quiet.kind_of(Decision(n)) for n in [1] * 8 + [5] * 10
-    ]
+    two, five = quiet.kind_of(Decision(2)), quiet.kind_of(Decision(5))
+    assert kinds("climb", [[1, 2], [11, 5]]) == [two] * 10 + [five] * 10
+    assert kinds("grow:0.5", [[1, 2], [11, 5]]) == [two] * 10 + [five] * 10
     assert kinds("backward_warmup:0.5", [[1, 5]])[0] == quiet.kind_of(Decision(5, n_grad_loops=2))
-    assert len(set(kinds("by_sample:0.5", [[1, 5]]))) == 1
 
 
 def test_a_stall_is_what_a_first_step_takes_beyond_a_later_one(tmp_path):
