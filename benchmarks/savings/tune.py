@@ -11,6 +11,7 @@ finding them took, go to ``suites/<suite>.rates.json``; ``benchmarks.savings.run
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import statistics
 import sys
@@ -128,7 +129,11 @@ def best_factors(found: Found) -> dict[str, float]:
             each = [_cost(s["curve"], LOOPED_SHARE * accuracy, spent[s["seed"]]) for s in arm["seeds"]]
             by_factor = costs.setdefault(rate_name(name), {})
             by_factor[factor] = min(by_factor.get(factor, float("inf")), statistics.mean(each))
-    return {name: min(by_factor, key=by_factor.__getitem__) for name, by_factor in costs.items()}
+    # Of equals, such as those that never get there, the one nearest to the suite's rate.
+    return {
+        name: min(by_factor, key=lambda factor: (by_factor[factor], abs(math.log2(factor))))
+        for name, by_factor in costs.items()
+    }
 
 
 def _cost(curve: Mapping[str, Sequence[float]], target: float, most: float) -> float:

@@ -246,6 +246,12 @@ def test_an_arm_that_never_gets_there_costs_looped_s_whole_run():
     assert tune.best_factors(found) == {"looped": 1.0, "shift": 0.5}
 
 
+def test_an_arm_that_never_gets_there_keeps_the_rate_of_the_suite():
+    found = {factor: at_rate(looped=100, single=5000) for factor in (0.5, 1.0, 2.0)}
+    assert tune.best_factors(found)["single"] == 1.0
+    assert not tune.beyond({0.5: at_rate(looped=900), **found, 4.0: at_rate(looped=900)})
+
+
 def test_arms_run_at_their_tuned_rates():
     rates = {"looped": 0.01, "looped:smallest": 0.02}
     base = load_suite("quick", ("addition",)).cases[0].config
