@@ -73,7 +73,8 @@ def content(results: Results, pictures: Mapping[str, Path]) -> list[Block]:
     return [
         Paragraph(
             "Each arm trains the same model on the same data from the same weights; arms differ in how many "
-            "times they apply the block at each step. Compared is the training compute until an arm first "
+            "times they apply the block at each step, and in the variant of the model that some name after "
+            "a comma. Compared is the training compute until an arm first "
             "gave 98% of the answers that Looped gave in the end, over what Looped itself needed. "
             + _when_it_ends(results)
         ),
