@@ -133,9 +133,11 @@ class TorchGraphBackend:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """h_T (or all h_t), the loops used, and nothing."""
 
+        names = tuple(weights)
+
         def run(inputs: list[Tensor]) -> Sequence[Tensor]:
             e, *rest = inputs
-            return TORCH.forward(e, dict(zip(weights, rest, strict=True)), spec, options, for_backward)[:2]
+            return TORCH.forward(e, dict(zip(names, rest, strict=True)), spec, options, for_backward)[:2]
 
         h, used = self._run("forward", run, [e, *weights.values()], spec, options)
         return h, used, []
@@ -151,11 +153,12 @@ class TorchGraphBackend:
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of e and of the weights, in the order of ``weights``."""
 
+        names = tuple(weights)
+
         def run(inputs: list[Tensor]) -> Sequence[Tensor]:
             grad_h, e, *rest = inputs
-            grad_e, grads = TORCH.backward(
-                grad_h, e, dict(zip(weights, rest, strict=True)), spec, options, saved
-            )
+            named = dict(zip(names, rest, strict=True))
+            grad_e, grads = TORCH.backward(grad_h, e, named, spec, options, [])
             return grad_e, *grads
 
         grad_e, *grads = self._run("backward", run, [grad_h, e, *weights.values()], spec, options)
