@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -243,6 +244,26 @@ def options() -> str:
     return _table(["option", *(b.name for b in backends)], [["all others", *len(backends) * ["yes"]], *some])
 
 
+def triton() -> str:
+    """Warp instructions a token and loop, and bytes spilled, of resident Triton kernels, by architecture."""
+    kinds = ("block", "wide-heads", "wide")
+    rows = [
+        row
+        for row in read("offline/triton")["rows"]
+        if row["kernel"].startswith("resident") and row["case"].endswith("bf16")
+    ]
+    architectures = sorted({row["sm"] for row in rows})
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for kind, row in itertools.product(kinds, rows):
+        if row["case"].split()[0] == kind:
+            name = row["case"].removesuffix(" bf16"), row["kernel"].removeprefix("resident_")
+            found.setdefault(name, {})[row["sm"]] = f"{row['instructions']}, {row['spill_stores']}"
+    return _table(
+        ["block, rows x d_model", "kernel", *(f"sm_{sm}" for sm in architectures)],
+        [[*name, *(cells.get(sm, "streamed") for sm in architectures)] for name, cells in found.items()],
+    )
+
+
 def lm() -> str:
     """Compute multipliers of language models over the best fixed T: FLOPs, then seconds, by budget."""
     summary = read("lm/summary")
@@ -278,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lm": lm,
     "landscape": landscape,
     "options": options,
+    "triton": triton,
     "scaling": lambda: _markdown(scaling.table(scaling.Assumed())),
 }
 """By the name that stands in a mark."""

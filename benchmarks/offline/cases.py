@@ -29,7 +29,7 @@ PACKED = (
     (128, 64, 256, False),
 )
 HEAD_DIMS = (4, 16, 32, 64, 128)
-WIDTHS = (64, 256, 1024, 2048)  # d_model of the streamed layer's kernels
+WIDTHS = (64, 2048)  # d_model of the streamed layer's kernels
 
 
 def spec_of(d_model: int, **options: Any) -> BlockSpec:

@@ -52,7 +52,9 @@ def listing(cubin: bytes) -> list[tuple[int, str]]:
 def weighted(code: list[tuple[int, str]], trips: list[int]) -> int | None:
     """Instructions of the outermost loop, its innermost ones ``trips`` times each, by address."""
     loops = []
-    for address, text in code:
+    for i, (address, text) in enumerate(code):
+        if any("TRYWAIT" in before for _, before in code[max(i - 2, 0) : i]):
+            continue  # waits for the tensor cores, in a block of its own behind the code, and goes back
         branch = re.search(r"\bBRA(?:\.U !?UP\d,)? (?:`\(\S+\)|)(0x[0-9a-f]+)", text)  # .U: from sm_100 on
         if branch and int(branch[1], 16) < address:
             loops.append((int(branch[1], 16), address))

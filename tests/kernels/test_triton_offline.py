@@ -20,14 +20,6 @@ RECORDED = json.loads((ROOT / "benchmarks/results/offline/triton.json").read_tex
 RESIDENT = [row for row in RECORDED if row["kernel"].startswith("resident")]
 
 
-def run(code):
-    """In a process of its own: kernels that another test has interpreted cannot be compiled."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout)
-
-
 SMALL = "16, 32, torch.bfloat16, d_ff=32"
 CALLS = {
     "swiglu rope": [
@@ -49,54 +41,61 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-def test_every_kind_of_call_compiles_without_large_spills(calls):
-    rows = run(
-        "import json, torch; from benchmarks.offline import cases, compiling; "
-        f"calls = [{', '.join(f'lambda: cases.{call}' for call in calls)}]; "
-        "print(json.dumps([row for call in calls for row in compiling.figures(90, call)]))"
+COMPILE = """
+import json, torch
+from benchmarks.offline import cases
+from benchmarks.offline.compiling import figures, launches
+from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels.backends.triton import rows
+from shift_kernels.backends.triton.backend import TRITON
+from shift_kernels.call import CallOptions
+
+found = {name: [row for call in calls for row in figures(90, call)] for name, calls in CALLS.items()}
+with launches(90) as relu:
+    x = torch.zeros(4, 8)
+    rows.activation(x, None, "relu", torch.empty_like(x))
+spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
+weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
+with launches(90) as launched:
+    for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
+        e = torch.randn(batch, seq_len, 16)
+        call_options = CallOptions(n_loops, e.dtype)
+        TRITON.forward(e, weights, spec, call_options, for_backward=True)
+        TRITON.backward(e, e, weights, spec, call_options, TRITON.saved_like(e, spec, n_loops))
+numbers = [len(launched), len(set(map(id, launched)))]
+print(json.dumps({"figures": found, "relu": relu[0].asm["ptx"], "launches": numbers}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What a process of its own compiles: kernels that another test has interpreted cannot be compiled."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    calls = ", ".join(
+        f"{name!r}: [{', '.join(f'lambda: cases.{call}' for call in calls)}]" for name, calls in CALLS.items()
     )
+    code = COMPILE.replace("CALLS", f"{{{calls}}}")
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_every_kind_of_call_compiles_without_large_spills(compiled, kind):
+    rows = compiled["figures"][kind]
     assert rows
     for row in rows:
         assert row["shared"] <= row["shared_limit"]
         assert row["spill_stores"] <= 64, row
 
 
-def test_relu_keeps_a_nan_on_the_hardware():
-    ptx = run("""
-import json, torch
-from benchmarks.offline.compiling import launches
-from shift_kernels.backends.triton import rows
-
-with launches(90) as found:
-    x = torch.zeros(4, 8)
-    rows.activation(x, None, "relu", torch.empty_like(x))
-print(json.dumps(found[0].asm["ptx"]))
-""")
-    assert "max.NaN.f32" in ptx
-    assert "max.f32" not in ptx  # which returns the operand that is a number
+def test_relu_keeps_a_nan_on_the_hardware(compiled):
+    assert "max.NaN.f32" in compiled["relu"]
+    assert "max.f32" not in compiled["relu"]  # which returns the operand that is a number
 
 
-def test_another_number_of_loops_compiles_nothing():
-    compiled = run("""
-import json, torch
-from benchmarks.offline.compiling import launches
-from shift_kernels import BlockSpec, LoopedBlock
-from shift_kernels.backends.triton.backend import TRITON as backend
-from shift_kernels.call import CallOptions
-
-spec = BlockSpec(d_model=16, n_heads=1, d_ff=16)
-weights = {k: v.detach() for k, v in LoopedBlock(spec).weights().items()}
-with launches(90) as found:
-    for n_loops, batch, seq_len in ((1, 1, 16), (2, 3, 16), (5, 8, 9)):
-        e = torch.randn(batch, seq_len, 16)
-        call_options = CallOptions(n_loops, e.dtype)
-        backend.forward(e, weights, spec, call_options, for_backward=True)
-        saved = backend.saved_like(e, spec, n_loops)
-        backend.backward(e, e, weights, spec, call_options, saved)
-print(json.dumps([len(found), len(set(map(id, found)))]))
-""")
-    assert compiled == [15, 5]  # launches; kernels: pack, forward, backward, multiply, unpack
+def test_another_number_of_loops_compiles_nothing(compiled):
+    assert compiled["launches"] == [15, 5]  # launches; kernels: pack, forward, backward, multiply, unpack
 
 
 @pytest.mark.parametrize("sm", sorted({row["sm"] for row in RECORDED}))
@@ -112,16 +111,23 @@ def test_recorded_kernels_fit_on_chip(sm):
 @pytest.mark.parametrize("row", RESIDENT, ids=lambda r: f"{r['kernel']} {r['case']} sm_{r['sm']}")
 def test_the_planner_knows_how_much_shared_memory_a_kernel_takes_at_most(row):
     kind, tile, dtype = row["case"].split()
-    seq_len, d_model = map(int, tile.split("x"))
-    spec = cases.spec_of(d_model, **(cases.WIDE if kind == "wide" else {}))
     most = resident_plan.shared_bytes(
-        spec,
-        resident_plan.power_of_two(seq_len),
+        cases.spec_of(int(tile.split("x")[1]), **cases.WIDE.get(kind, {})),
+        row["rows"],
         4 if dtype == "fp32" else 2,
         grad=row["kernel"] == "resident_backward",
         chip=cases.chip(row["sm"]),
     )
     assert row["shared"] <= most
+
+
+@pytest.mark.parametrize("kind", ["block", *cases.WIDE])
+def test_no_kernel_that_is_launched_spills_more_than_stated(kind):
+    """The planner streams what would spill more: it counts the numbers that a thread holds."""
+    rows = [r for r in RESIDENT if r["case"].split()[0] == kind]
+    assert {tuned.architecture(r["sm"]) for r in rows} == set(tuned.table())
+    for row in rows:
+        assert row["spill_stores"] <= (4096 if row["kernel"] == "resident_forward" else 3072), row
 
 
 # Of a bf16 tile compiled for sm_90: warp instructions a token and loop, bytes of spill stores a thread.
@@ -143,9 +149,7 @@ def test_hopper_kernels_take_no_more_instructions_and_spills_than_stated(tile):
 
 def test_no_narrow_kernel_computes_a_product_twice():
     """All warps lie along the rows of a chained product, 16 rows an instruction."""
-    launched = [
-        (r["warps"], int(r["case"].split()[1].split("x")[0])) for r in RESIDENT if "bf16" in r["case"]
-    ]
+    launched = [(r["warps"], r["rows"]) for r in RESIDENT if "bf16" in r["case"]]
     listed = [
         (config.warps, int(name.split()[1].split("x")[0]))
         for classes in tuned.table().values()
@@ -153,7 +157,7 @@ def test_no_narrow_kernel_computes_a_product_twice():
         if name.endswith("16-bit")
     ]
     for warps, rows in launched + listed:
-        assert 16 * warps <= resident_plan.power_of_two(rows)
+        assert 16 * warps <= rows
 
 
 def test_every_entry_of_the_table_was_compiled_as_it_is_launched():

@@ -314,6 +314,8 @@ def shared_bytes(spec: BlockSpec, rows: int, itemsize: int, *, grad: bool, chip:
     attention = s.head_pad * s.d_pad + heads * head + scores * square
     if scores:
         attention = max(attention, 2 * square + head)
+    if staged and spec.position == "rope":  # a product with a signed permutation of head_dim
+        attention = max(attention, s.head_pad * (s.d_pad + s.head_pad) + head + 256)
     mlp = (s.hidden + 1) * chunk * s.d_pad + chip.warpgroups * rows * chunk if s.d_ff else 0
     return itemsize * (tiles * rows * s.d_pad + max(attention, mlp))
 
