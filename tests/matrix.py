@@ -13,7 +13,6 @@ that ran, commit and date; those of pairs that did not run stay as they are.
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -75,12 +74,12 @@ def environment(home: Path, version: str, torch: str) -> Path | None:
 
 
 def copied(home: Path) -> Path:
-    """The files of the last commit, in a folder of their own."""
+    """The files of the last commit, in a folder of their own; of those that are there what has changed."""
     source = home / "source"
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    subprocess.run(["tar", "-x"], cwd=source, check=True, input=archive)
+    source.mkdir(exist_ok=True)
+    own = {"GIT_WORK_TREE": str(source), "GIT_INDEX_FILE": str(home / "index")}
+    command = ["git", "read-tree", "-u", "--reset", "HEAD"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **own})
     return source
 
 
@@ -89,6 +88,7 @@ def tested(python: Path, source: Path, version: str, torch: str, tests: list[str
     extras = EXTRAS if version == "3.10" else f"{EXTRAS},hf"  # Transformers asks for 3.11
     here = ["--no-build-isolation", "-e", f".[{extras}]"]
     subprocess.run([python, "-m", "pip", "install", "-q", *here, f"torch=={torch}"], cwd=source, check=True)
+    (source / "report.xml").unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-n", "auto", "--junitxml=report.xml", *tests]
     subprocess.run(command, cwd=source, env={**os.environ, "OMP_NUM_THREADS": "1"})
     suite = ET.parse(source / "report.xml").getroot()[0]
@@ -107,7 +107,6 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     at = argv.index("--") if "--" in argv else len(argv)
     pairs, tests = argv[:at], argv[at + 1 :] or TESTS
-    rows = {row["pair"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     about = {
         "tests": "pytest " + shlex.join(tests),
         "commit": said("git", "rev-parse", "HEAD"),
@@ -123,6 +122,7 @@ def main(argv: list[str]) -> int:
             continue
         found = tested(python, copied(home), version, torch, tests)
         versions = dict(zip(("python", "torch", "numpy"), said(python, "-c", VERSIONS).split(), strict=True))
+        rows = {row["pair"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
         rows[pair] = {"pair": pair, **versions, **found, **about}
         failed += found["failed"]
         print(f"{pair}: " + ", ".join(f"{n} {outcome}" for outcome, n in found.items()), flush=True)

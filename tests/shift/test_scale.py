@@ -236,12 +236,12 @@ def fail_at_step(rank, port, how, folder, argv):
     process.PATIENCE = timedelta(seconds=5)  # enough for a slow start
     real, calls = TrainStep.backward, iter(range(1, 100))
 
-    def backward(*args):
+    def backward(*args, **options):
         if next(calls) == 3 and rank == 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
-        return real(*args)
+        return real(*args, **options)
 
     TrainStep.backward = backward
     with open(folder / f"{rank}.txt", "w") as sys.stderr:
