@@ -281,8 +281,16 @@ def _times(multiplier: float | None) -> str:
     return "–" if multiplier is None else f"{multiplier:.2f}"
 
 
+def matrix() -> str:
+    """One sentence: with which versions of Python and torch tests passed, and how many; ``make matrix``."""
+    rows = [row for row in read("matrix") if not row["failed"]]
+    found = (f"{r['python']} with torch {r['torch'].partition('+')[0]} ({r['passed']:,} tests)" for r in rows)
+    return f"Passed (`make matrix`): Python {'; '.join(found)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "matrix": matrix,
     "savings": savings,
     "savings_tasks": savings_tasks,
     "savings_arms": savings_arms,

@@ -120,3 +120,9 @@ def test_a_page_that_lists_a_registry_lists_all_of_it(page, names):
 def test_python_examples_run(page, capsys):
     for source in code(page, "python"):
         exec(compile(source, page.name, "exec"), {})
+
+
+def test_versions_that_failed_a_test_are_not_in_the_sentence_of_versions(monkeypatch):
+    rows = [dict(python=f"3.1{n}", torch="2.13.0+cpu", passed=1234, failed=n) for n in (0, 1)]
+    monkeypatch.setattr(tables, "read", {"matrix": rows}.__getitem__)
+    assert tables.matrix() == "Passed (`make matrix`): Python 3.10 with torch 2.13.0 (1,234 tests)."
