@@ -82,13 +82,15 @@ def new_caches(model: TokenModel, batch: int, max_len: int, n_loops: int | Tenso
     """
     most = int(n_loops.max()) if isinstance(n_loops, Tensor) else n_loops
     weight = model.tokens.weight
+    # On a CPU keys and values stay float32, as the cpu backend reads them.
+    dtype = weight.dtype if weight.device.type != "cpu" else torch.promote_types(weight.dtype, torch.float32)
     return {
         name: LoopedCache(
             part.spec,
             batch,
             max_len,
             most if part is model.block else 1,
-            dtype=weight.dtype,
+            dtype=dtype,
             device=weight.device,
         )
         for name, part in model.parts.items()

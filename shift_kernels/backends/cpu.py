@@ -5,7 +5,6 @@ Keeps what the matrix products need again in the backward; of very large batches
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -31,7 +30,7 @@ from shift_kernels.spec import (
     spec_from_key,
 )
 
-MOST_KEPT_BYTES = 64 * 2**20
+MOST_KEPT_BYTES = 256 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
 beyond it only the loop boundaries are, and the backward computes every loop again."""
 WIDE, FEW_TOKENS = 512, 64
@@ -74,7 +73,7 @@ def _unserved(problem: Problem) -> str | None:
     if (refusal := CpuBackend.served.refusal(problem)) is not None:
         return refusal
     if problem.cache_dtype not in (None, torch.float32):
-        return f"a cache of {problem.cache_dtype} is not served (of float32 it is)"
+        return f"keys and values in {problem.cache_dtype} are not served: build the LoopedCache in float32"
     if problem.spec.n_layers > _MOST_LAYERS:
         return f"n_layers = {problem.spec.n_layers} > {_MOST_LAYERS}"
     return None
@@ -198,20 +197,20 @@ def _no_memory(shape: tuple[int, ...]) -> MemoryError:
     return MemoryError(f"shift_kernels: no memory for {list(shape)} numbers, {4 * math.prod(shape):,} bytes")
 
 
-_FREE: list[np.ndarray] = []  # at most one buffer that no step uses
+_FREE: dict[int, np.ndarray] = {}
+"""By their id, buffers that no step uses: one for each part of a model (prelude, core, coda), and one more."""
+MOST_FREE = 4
 
 
 def _buffer(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised float32 tensor, in the memory that an earlier step has given back if that is enough.
+    """An uninitialised float32 tensor, in the smallest memory given back by earlier steps that is enough.
 
     Fresh memory of this size comes from the system page by page, which took as long as the forward itself. It
     begins on a cache line: numpy's does not, and a vector that lies on two lines costs twice.
     """
     n = math.prod(shape)
-    memory = np.empty(0, dtype=np.float32)
-    with contextlib.suppress(IndexError):  # another thread may have taken it
-        memory = _FREE.pop()
-    if len(memory) < n + LINE // 4:
+    memory = _take(n + LINE // 4)
+    if memory is None:
         try:
             memory = np.empty(n + LINE // 4, dtype=np.float32)
         except (MemoryError, ValueError) as error:  # ValueError: more than an address can be
@@ -222,9 +221,17 @@ def _buffer(shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(part).view(shape)
 
 
+def _take(n: int) -> np.ndarray | None:
+    for _, key in sorted((len(memory), key) for key, memory in list(_FREE.items()) if len(memory) >= n):
+        if (memory := _FREE.pop(key, None)) is not None:  # another thread may have taken it
+            return memory
+    return None
+
+
 def _give_back(memory: np.ndarray) -> None:
-    if not _FREE or len(memory) > len(_FREE[0]):
-        _FREE[:] = [memory]
+    _FREE[id(memory)] = memory
+    while len(_FREE) > MOST_FREE:
+        _FREE.pop(min(list(_FREE), key=lambda key: len(_FREE.get(key, ()))), None)
 
 
 def _set_saved(call: Any, saved: list[Tensor]) -> None:

@@ -84,6 +84,29 @@ def test_256_greedy_tokens_are_those_of_full_recomputation(n_loops, backend):
         assert torch.equal(logits(h).argmax(-1), torch.stack(made)[:, b])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_loops", [1, 2, 4])
+def test_256_tokens_in_bfloat16_are_as_near_the_truth_as_recomputation(n_loops, backend):
+    """A block in bfloat16 whose keys and values stay float32: what auto serves in one C++ call on a CPU."""
+    torch.manual_seed(n_loops)
+    spec = BlockSpec(16, 2, position="rope", injection="add")
+    block = LoopedBlock(spec, dtype=torch.bfloat16).requires_grad_(False)
+    embed, prompt, new = nn.Embedding(11, 16).requires_grad_(False).bfloat16(), torch.tensor([[3, 1, 4]]), 256
+    cache = LoopedCache(spec, 1, 3 + new, n_loops, dtype=torch.float32)
+    tokens, states = prompt, []
+    h = block(embed(prompt), n_loops, cache=cache, backend=backend)
+    while len(states) < new:
+        states.append(h[:, -1:])
+        tokens = torch.cat([tokens, (states[-1] @ embed.weight.T).argmax(-1)], dim=1)
+        h = block(embed(tokens[:, -1:]), n_loops, cache=cache, backend=backend)
+    e, ours = embed(tokens[:, :-1]), torch.cat(states, dim=1)
+    recomputed = block(e, n_loops, backend="torch")[:, 2:]
+    exact = block.double()(e.double(), n_loops, backend="torch")[:, 2:]
+    logits = embed.weight.double().T
+    error, allowed = (((h.double() - exact) @ logits).norm() for h in (ours, recomputed))
+    assert error <= 2 * allowed
+
+
 def test_shared_caches_hold_the_last_loops(block):
     """keep_loops = k: what is kept is the k-th part, and all that one token in each call needs."""
     e = torch.randn(BATCH, 5, 16)
