@@ -198,7 +198,7 @@ def _no_memory(shape: tuple[int, ...]) -> MemoryError:
 
 
 _FREE: dict[int, np.ndarray] = {}
-"""By their id, buffers that no step uses: one for each part of a model (prelude, core, coda), and one more."""
+"""By their id, buffers that no step uses: one for each part of a model (prelude, core, coda), one more."""
 MOST_FREE = 4
 
 
