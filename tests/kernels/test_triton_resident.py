@@ -1,9 +1,11 @@
 """The resident Triton kernels against the float64 reference: interpreted, or on a GPU if there is one."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from triton_interpreter import DEVICE, to_bits, to_float32
 from shift_kernels import BlockSpec, LoopedBlock, dispatch, looped_block, reference
 from shift_kernels.backends import device, weight_gradients
 from shift_kernels.backends.triton import backend as triton_backend
-from shift_kernels.backends.triton import packing, resident_plan, tuned
+from shift_kernels.backends.triton import packing, resident, resident_plan, tuned
 from shift_kernels.call import CallOptions, Problem
 
 F64 = torch.float64
@@ -346,6 +348,23 @@ def test_what_a_devices_shared_memory_does_not_hold_is_streamed_in_words(monkeyp
     assert fits or f"> {shared * 1024} on this device" in words
     narrow = dataclasses.replace(problem, spec=BlockSpec(128, 4))
     assert triton_backend.TRITON.describe(narrow).startswith("resident")
+
+
+@pytest.mark.parametrize("columns", [None, 512, 576])
+def test_a_kernel_that_triton_made_empty_is_an_error(columns):
+    kernel = SimpleNamespace(metadata=SimpleNamespace(tmem_size=columns))
+    with pytest.raises(RuntimeError, match="576 columns") if columns == 576 else contextlib.nullcontext():
+        resident.check_not_empty(kernel)
+
+
+@pytest.mark.parametrize(
+    ("sm", "grad", "fits"), [(80, False, False), (90, False, True), (90, True, False), (100, False, False)]
+)
+def test_the_block_that_holds_most_is_resident_where_it_was_compiled_so(sm, grad, fits):
+    wide = dict(activation="swiglu", position="rope", norm_placement="sandwich", head_dim=128)
+    chip = resident_plan.Chip(sm, 227 * 1024)
+    refused = resident_plan.too_large(BlockSpec(256, 2, **wide), 64, torch.bfloat16, grad=grad, chip=chip)
+    assert (refused is None) == fits
 
 
 @pytest.mark.parametrize("grad", [False, True])

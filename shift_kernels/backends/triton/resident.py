@@ -14,6 +14,9 @@ from shift_kernels.backends.windows import Forward, Window, backward_through_win
 from shift_kernels.call import CallOptions
 from shift_kernels.spec import BlockSpec
 
+TENSOR_MEMORY = 512
+"""Columns."""
+
 
 def saved_like(e: Tensor, spec: BlockSpec, n_loops: int, compute_dtype: torch.dtype) -> list[Tensor]:
     """Empty tensors of the shapes that :func:`forward` saves: states of every loop, and packed weights."""
@@ -37,7 +40,7 @@ def forward(
     io = States(
         e.contiguous(), run.own_loops, seq_lens_on(e, options), run.h, saved, run.used if halt else None
     )
-    resident_forward[(tile.programs(batch, seq_len),)](
+    kernel = resident_forward[(tile.programs(batch, seq_len),)](
         io,
         packed,
         run.most,
@@ -49,6 +52,7 @@ def forward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    check_not_empty(kernel)
     return run.h, run.used, [] if saved is None else [saved, packed.w, packed.b, packed.v]
 
 
@@ -73,7 +77,7 @@ def backward(
     dn = torch.empty(e.shape, dtype=torch.float32, device=e.device)
 
     def launch(window: Window) -> None:
-        resident_backward[(programs,)](
+        kernel = resident_backward[(programs,)](
             Gradients(kept, grad_h, own_loops, lens, window.dh, window.de, dn, sums.vectors, window.operands),
             packed,
             most,
@@ -87,6 +91,21 @@ def backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+        check_not_empty(kernel)
 
     grad_e = backward_through_windows(grad_h, e, spec, options, most, sums, launch)
     return grad_e, unpack(sums.packed(), weights, spec)
+
+
+def check_not_empty(kernel: object) -> None:
+    """Triton makes a kernel that does nothing, without a word, of accumulators beyond tensor memory.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    columns = getattr(getattr(kernel, "metadata", None), "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:
+        raise RuntimeError(
+            f"shift_kernels: this block needs {columns} columns of tensor memory, and there are "
+            f"{TENSOR_MEMORY}. Use backend='torch', or shorter sequences."
+        )

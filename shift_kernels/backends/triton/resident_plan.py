@@ -24,8 +24,9 @@ APART = 64  # d_pad up to which two sequences take fewer instructions apart than
 FORWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 BACKWARD_TILE = {2: 64 * 256, 4: 64 * 64}
 MAX_ROWS = 128
-# Numbers that a thread of the backward may hold at a time; beyond, it spills 5 to 15 KB (NOTES.md).
-MOST_HELD = 256
+# Numbers that a thread may hold at a time. Beyond, a backward spills 5 to 15 KB, and a forward whose products
+# read operands from registers 3 to 61 KB; half of it where a backward must fit tensor memory (NOTES.md).
+HELD, TENSOR_MEMORY_HELD = 256, 128
 MOST_FF_CHUNK = 64  # hidden columns at a time, at most; d_ff is padded to a multiple
 # With compute capability 10 accumulators live in tensor memory, 512 columns of it: the backward holds many.
 BLACKWELL_BACKWARD_ROWS, BLACKWELL_BACKWARD_TILE = 64, 64 * 128
@@ -278,8 +279,10 @@ def too_large(
             f"a tile of {rows} x {d_pad} (seq_len x d_model, padded) > {most} elements"
             f"{' with gradients' if grad else ''} in {str(compute_dtype).removeprefix('torch.')}"
         )
-    if grad and held(spec, rows, compute_dtype.itemsize) > MOST_HELD:
-        return f"{held(spec, rows, compute_dtype.itemsize)} numbers a thread > {MOST_HELD} with gradients"
+    numbers = held(spec, rows, compute_dtype.itemsize)
+    most_held = TENSOR_MEMORY_HELD if grad and chip.tensor_memory else HELD
+    if numbers > most_held and (grad or chip.tensor_memory or not chip.warpgroups):
+        return f"{numbers} numbers a thread > {most_held}{' with gradients' if grad else ' on this device'}"
     shared = shared_bytes(spec, rows, compute_dtype.itemsize, grad=grad, chip=chip)
     if shared > chip.shared_bytes:
         return f"up to {shared} bytes of shared memory a program > {chip.shared_bytes} on this device"
