@@ -32,8 +32,8 @@ struct Call : Block {
     float* dh;   // [batch, seq_len, d_model]: in: gradient of h_high (first launch: grad_out without pads, or 0 with
                  // return_all, whose gradients the kernel adds itself); out: of h_low
     float* de;   // [batch, seq_len, d_model]: with injection gradient of e so far, zeroed before the first launch
-    float* dv;   // [programs, n_layers + 1, 8, d_model]: gradients of norm weights so far in the order N1_W .. N1P_B,
-                 // N2_W .. N2P_B (loop norm: the first two of "layer" n_layers), zeroed; sum over programs at the end
+    float* dv;   // [blocks, n_layers + 1, 8, d_model]: gradients of norm weights so far in the order N1_W .. N1P_B,
+                 // N2_W .. N2P_B (loop norm: the first two of "layer" n_layers), zeroed; sum over blocks at the end
     // Operands of the weight gradients, in compute_dtype, each [n_layers, high - low, batch * seq_len, columns].
     // For every (layer, loop, token) that the launch reaches all columns are written; at pads the left operand is 0
     // and the right one finite. With own_loops some loops are not reached: zero the operands before.
@@ -55,7 +55,8 @@ struct Plan {
     int64_t rows;             // tokens a program owns; a multiple of 16 if `tiles` is 0
     int64_t sequences;        // whole sequences among them, or 1
     int64_t split;            // programs, neighbours in a cluster, over which that one's rows are split; or 1
-    int64_t programs;         // blocks of the grid
+    int64_t programs;         // shares of the batch, as above
+    int64_t blocks;           // of the grid; each goes through every blocks-th program
     int64_t threads;
     int64_t kv_heads;         // key/value heads (with all their query heads) at a time
     int64_t ff_pad;           // d_ff to the next multiple of 16

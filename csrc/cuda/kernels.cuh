@@ -28,7 +28,8 @@ struct OneShape {
         job.call.seq_len = SHAPE.seq_len, job.call.dtype = SHAPE.dtype;
         job.call.own_loops = SHAPE.own_loops, job.call.halting = SHAPE.halting;
         job.plan = SHAPE.plan;
-        job.plan.programs = given.plan.programs, job.plan.cluster = given.plan.cluster;
+        job.plan.programs = given.plan.programs, job.plan.blocks = given.plan.blocks;
+        job.plan.cluster = given.plan.cluster;
         job.at = layout(job.call, job.plan, SHAPE.backward);
         job.backward = int(SHAPE.backward);
         return job;
@@ -44,16 +45,18 @@ __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant
 template <class T, class S>
 __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job given) {
     const Job& job = S::job(given);
-    backward(Program<Sm80, T>(job));
+    Program<Sm80, T> p(job);
+    do backward(p);
+    while (p.next());
 }
 
-// Streams the weights of so many loops, at most; false for who did that, true for those who own the rows.
-template <class T>
-__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, int64_t loops) {
+// Streams the weights of all programs' loops, loops(program) at most; false for who did that, true for those who own
+// the rows.
+template <class T, class Loops>
+__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, Loops loops) {
     if (threadIdx.x == 0) start_ring(p);
     sync_cluster();
     const bool streams = shuffle(warp(), 0) == p.warps();  // which the compiler then knows to be so for a whole warp
-    if (!streams) p.find_spans();
     if (streams && lane() == 0) stream_weights(p, loops);
     return !streams;
 }
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_forward_sm9
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
         const Program<Sm90a, T> p(job);
-        if (beside_the_weights(p, p.loops()))
+        if (beside_the_weights(p, [](const auto& program) { return program.loops(); }))
             forward(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
         sync_cluster();  // others may still arrive here, and bring tiles
     } else {
@@ -75,8 +78,11 @@ template <class T, class S>
 __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm90a(const __grid_constant__ Job given) {
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
-        const Program<Sm90a, T> p(job);
-        if (beside_the_weights(p, loops_backward(p))) backward(p);
+        Program<Sm90a, T> p(job);
+        if (beside_the_weights(p, [](const auto& program) { return loops_backward(program); })) {
+            do backward(p);
+            while (p.next());
+        }
         sync_cluster();
     } else {
         asm volatile("trap;");

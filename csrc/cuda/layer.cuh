@@ -28,7 +28,7 @@ __device__ inline Prefetch<T> following(const Program<A, T>& p, int layer, bool 
 }
 
 // Keep has: xn(layer, is_mlp), rows for the branch's input; n_rows, how many of them exist; input(layer, is_mlp)
-// and sum(layer, is_mlp), tiles for x and for what the second norm reads, or tiles at null. apply: whether the
+// and sum(layer, is_mlp), scratch states for x and for what the second norm reads, or none. apply: whether the
 // result is wanted, and not only what is kept before the branch.
 template <class A, class T, class Keep>
 __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bool is_mlp, const Keep& keep,
@@ -38,7 +38,7 @@ __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bo
     const int slot = is_mlp ? NORM2 : NORM1;
     const float scale = float(p.c().residual_scale);
     const Rows<T> xn = keep.xn(layer, is_mlp);
-    const Tile input = keep.input(layer, is_mlp), sum = keep.sum(layer, is_mlp);
+    const ScratchState input = keep.input(layer, is_mlp), sum = keep.sum(layer, is_mlp);
     const auto to_operand = [&](int r, int j, float2 x) {
         if (r < keep.n_rows) store(xn.at + int64_t(r) * xn.ld + j, pack<T>(x.x, x.y));
     };
@@ -46,7 +46,7 @@ __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bo
         p.each_pair([&](int r, int j) { to_operand(r, j, tile_pair(p, r, j)); });
     else
         norm(p, w.norm(slot), to_operand);
-    if (input.at) p.each_pair([&](int r, int j) { store(input.row(r) + j, tile_pair(p, r, j)); });
+    if (input.at) p.each_pair([&](int r, int j) { input.set(r, j, tile_pair(p, r, j)); });
     if (!apply) return;
     if (sandwich) clear_tile(p);
 
@@ -56,11 +56,11 @@ __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bo
         attention(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
     p.sync();
 
-    if (sum.at) p.each_pair([&](int r, int j) { store(sum.row(r) + j, tile_pair(p, r, j)); });
+    if (sum.at) p.each_pair([&](int r, int j) { sum.set(r, j, tile_pair(p, r, j)); });
     if (post) norm_in_place(p, w.norm(slot));
     if (sandwich)
         norm(p, w.norm(slot + 2), [&](int r, int j, float2 y) {
-            const float2 x = load<float2>(input.row(r) + j);
+            const float2 x = input.get(r, j);
             store(p.tile.row(r) + j, make_float2(x.x + scale * y.x, x.y + scale * y.y));
         });
 }

@@ -94,6 +94,7 @@ PYBIND11_MODULE(_native_cuda, m) {
         .number("sequences", &Plan::sequences)
         .number("split", &Plan::split)
         .number("programs", &Plan::programs)
+        .number("blocks", &Plan::blocks)
         .number("threads", &Plan::threads)
         .number("kv_heads", &Plan::kv_heads)
         .number("ff_pad", &Plan::ff_pad)

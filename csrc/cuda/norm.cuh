@@ -8,19 +8,20 @@ struct Moments {
     float mean, inverse;  // 1 / deviation; for rmsnorm 0 and 1 / root mean square
 };
 
-// Of one row of d numbers, by a warp.
-__device__ inline Moments moments(const float* x, const Call& c) {
+// Of row r of a Tile or ScratchState, by a warp.
+template <class X>
+__device__ inline Moments moments(const X& x, int r, const Call& c) {
     const int d = int(c.d_model);
     float mean = 0.0f, squares = 0.0f;
     if (c.norm == LAYERNORM) {
         for (int j = 2 * lane(); j < d; j += 64) {
-            const float2 v = load<float2>(x + j);
+            const float2 v = x.get(r, j);
             mean += v.x + v.y;
         }
         mean = sum_over_lanes(mean) / d;
     }
     for (int j = 2 * lane(); j < d; j += 64) {
-        const float2 v = load<float2>(x + j);
+        const float2 v = x.get(r, j);
         squares += (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean);
     }
     return {mean, rsqrt_approx(sum_over_lanes(squares) / d + float(c.eps))};
@@ -36,7 +37,7 @@ __device__ inline void norm(const Program<A, T>& p, const float* weight, Out out
             for (int j = 2 * lane(); j < d; j += 64) out(r, j, load<float2>(x + j));
             continue;
         }
-        const Moments m = moments(x, p.c());
+        const Moments m = moments(p.tile, r, p.c());
         for (int j = 2 * lane(); j < d; j += 64) {
             const float2 v = load<float2>(x + j), w = load<float2>(weight + j), b = load<float2>(weight + d + j);
             out(r, j, make_float2((v.x - m.mean) * m.inverse * w.x + b.x, (v.y - m.mean) * m.inverse * w.y + b.y));

@@ -8,10 +8,10 @@
 namespace shift_cuda {
 
 // x: what the norm read. dy(row, column) gives pairs of columns, zero in pads; out(row, column, dx) may replace
-// what dy reads. dv: [2][d_model] of this program in device memory, the same thread for the same column each time.
+// what dy reads. dv: [2][d_model] of this block in device memory, the same thread for the same column each time.
 // A warp adds up its own rows, then the block adds up the warps' sums; work, which is free here, holds these.
 template <class A, class T, class Dy, class Out>
-__device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float* weight, float* dv, Dy dy, Out out) {
+__device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, const float* weight, float* dv, Dy dy, Out out) {
     const int d = p.d();
     if (p.c().norm == NO_NORM) {
         p.each_pair([&](int r, int j) { out(r, j, dy(r, j)); });
@@ -19,7 +19,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float
     }
     sync_warp();  // all lanes have read those of the norm before
     for (int r = warp(); r < p.rows(); r += p.warps()) {
-        const Moments m = moments(x.row(r), p.c());
+        const Moments m = moments(x, r, p.c());
         if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;
     }
     sync_warp();
@@ -30,8 +30,8 @@ __device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float
         p.sync();  // all have read the sums before
         for (int j = 2 * lane(); warp() < summing && j < n; j += 64) {
             float2 dw = make_float2(0.0f, 0.0f), db = dw;
-            for (int r = warp(); r < p.inside; r += p.warps()) {
-                const float2 v = load<float2>(x.row(r) + first + j), g = dy(r, first + j);
+            for (int r = warp(); r < p.inside(); r += p.warps()) {
+                const float2 v = x.get(r, first + j), g = dy(r, first + j);
                 const float mean = p.mean()[r], inverse = p.inverse()[r];
                 dw.x += g.x * (v.x - mean) * inverse, dw.y += g.y * (v.y - mean) * inverse;
                 db.x += g.x, db.y += g.y;
@@ -50,7 +50,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, Tile x, const float
     for (int r = warp(); r < p.rows(); r += p.warps()) {
         const float mean = p.mean()[r], inverse = p.inverse()[r];
         const auto unit_of = [&](int j) {
-            const float2 v = load<float2>(x.row(r) + j);
+            const float2 v = x.get(r, j);
             return make_float2((v.x - mean) * inverse, (v.y - mean) * inverse);
         };
         const auto g_of = [&](int j) {

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
     const auto& from = pack.from[blockIdx.y];
     const Weights<T> w{job, layer};
     const auto same = [](int i) { return i; };
-    const auto qkv = [&](int i) { return qkv_row(job, i); };
+    const int chunk = int(head_chunk_columns(c, job.plan.kv_heads));
+    const auto qkv = [&](int i) { return qkv_row(job, i / chunk, i % chunk); };
     const auto up = [&](int i) {
         const bool swiglu = c.activation == SWIGLU;
         const int hidden = swiglu ? from_halves(i, int(ff)) : i, column = hidden % int(ff);

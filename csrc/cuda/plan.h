@@ -202,21 +202,38 @@ constexpr int64_t vectors_bytes(const Call& c, int64_t ff_pad) {
     return ceil_to((c.n_layers + 1) * layer_vectors(c, ff_pad) * 4, 256);
 }
 
-// The workspace: each program's scratch states, [rows, d_model + 8] fp32. Forward: the residual around a sandwiched
-// branch, and h before a loop that may be the last. Backward: every half layer's input and, for its second norm, the
-// norm's; the loop norm's.
+// The workspace: each block's scratch states, [rows, d_model + 8]. Forward, fp32: the residual around a sandwiched
+// branch, and h before a loop that may be the last. Backward, in the dtype of e as the loop boundaries are: what every
+// norm has read.
+constexpr int64_t norms_of_half_layer(const Call& c) { return c.placement == SANDWICH ? 2 : 1; }
 constexpr int64_t scratch_states(const Call& c, bool backward) {
     if (!backward) return (c.placement == SANDWICH) + (c.halting != 0);
-    return c.n_layers * halves(c) * (c.placement == PRE ? 1 : 2) + (c.loop_norm != 0);
+    return c.n_layers * halves(c) * norms_of_half_layer(c) + (c.loop_norm != 0);
 }
-constexpr int64_t workspace_bytes(const Call& c, const Plan& p, bool backward) {
-    return p.programs * (scratch_states(c, backward) + !p.tile_in_shared) * tile_bytes(c, p.rows);
+constexpr int64_t scratch_state_bytes(const Call& c, const Plan& p, bool backward) {
+    return tile_bytes(c, p.rows) / (backward && c.dtype != FLOAT32 ? 2 : 1);
+}
+// Of one block; the tile last, if it is there.
+constexpr int64_t scratch_bytes(const Call& c, const Plan& p, bool backward) {
+    const int64_t tile = p.tile_in_shared ? 0 : tile_bytes(c, p.rows);
+    return scratch_states(c, backward) * scratch_state_bytes(c, p, backward) + tile;
+}
+
+// Blocks of the grid. A forward's programs are a block each, so that one that has few loops makes room for the next. A
+// backward's blocks are as many as the device may run at once, for what they put aside shall stay in L2; by shared
+// memory and threads (the launch knows by registers, too).
+constexpr int64_t blocks(const Call& c, const Plan& p, bool backward) {
+    constexpr int64_t RESERVED = 1024, THREADS = 2048;  // bytes a block; of a multiprocessor
+    const int64_t on_one = smaller((c.shared_bytes + RESERVED) / (p.shared_bytes + RESERVED), THREADS / p.threads);
+    const int64_t at_once = larger(c.n_sms * on_one / p.cluster, int64_t{1}) * p.cluster;
+    return backward ? smaller(p.programs, at_once) : p.programs;
 }
 
 constexpr void fill_in_bytes(const Call& c, Plan& p, bool backward) {
     p.shared_bytes = shared_bytes(c, p, backward);
     p.packed_bytes = weights_bytes(c, p) + vectors_bytes(c, p.ff_pad);
-    p.workspace_bytes = workspace_bytes(c, p, backward);
+    p.blocks = blocks(c, p, backward);
+    p.workspace_bytes = p.blocks * scratch_bytes(c, p, backward);
 }
 
 constexpr Refusal refusal(const Call& c) {

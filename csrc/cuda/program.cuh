@@ -40,6 +40,7 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 struct Layout {
     int mbarriers, xn, work, remote, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
     int norm_columns;  // whose sums of a norm's gradient fit into work at once
+    int64_t scratch, scratch_state;           // bytes of a block's workspace, and of one state there
     int64_t layer, out, up, down;             // weights, in T; for sm_90a only how many a layer has
     int64_t vectors, layer_vectors;           // bytes from where the weights begin; fp32
     int up_bias, out_bias, down_bias, norms;  // fp32 behind qkv's bias
@@ -58,6 +59,8 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
     l.norm_columns = int(work_bytes(c, p, backward) / norm_sums_bytes(p) * NORM_COLUMNS);
+    l.scratch = scratch_bytes(c, p, backward);
+    l.scratch_state = scratch_state_bytes(c, p, backward);
     l.layer = p.tiles ? layer_subtiles(c, p) * (SUBTILE / OPERAND) : layer_weights(c, p.ff_pad);
     l.out = qkv_columns(c) * d;
     l.up = l.out + c.n_heads * c.head_dim * d;
@@ -101,11 +104,11 @@ struct Weights {
 // Row of a matrix whose two halves of `half` rows are interleaved by 8: where packed row i comes from.
 __device__ inline int from_halves(int i, int half) { return i / 16 * 8 + i % 8 + (i % 16 < 8 ? 0 : half); }
 
-// Row of in_proj that packed row i is.
-__device__ inline int qkv_row(const Job& job, int i) {
+// Row of in_proj that packed row i of a chunk of heads is.
+__device__ inline int qkv_row(const Job& job, int chunk, int i) {
     const Call& c = job.call;
     const int hd = int(c.head_dim), heads = int(job.plan.kv_heads), queries = heads * int(query_group(c));
-    const int chunk = i / int(head_chunk_columns(c, heads)), head = i % int(head_chunk_columns(c, heads)) / hd;
+    const int head = i / hd;
     const int first = head < queries           ? chunk * queries + head
                       : head < queries + heads ? int(c.n_heads) + chunk * heads + head - queries
                                                : int(c.n_heads + c.n_kv_heads) + chunk * heads + head - queries - heads;
@@ -132,6 +135,16 @@ struct Tile {
     float* at;
     int ld;
     __device__ float* row(int r) const { return at + int64_t(r) * ld; }
+    __device__ float2 get(int r, int j) const { return load<float2>(row(r) + j); }
+};
+
+// The same, put aside in the workspace in any dtype; or nothing, where `at` is null.
+struct ScratchState {
+    void* at;
+    int ld;
+    int64_t dtype;
+    __device__ float2 get(int r, int j) const { return load_pair(at, int64_t(r) * ld + j, dtype); }
+    __device__ void set(int r, int j, float2 x) const { store_pair(at, int64_t(r) * ld + j, dtype, x); }
 };
 
 // Operand rows of a matrix product. Streamed: in device memory, rows beyond `inside` count as zero.
@@ -145,9 +158,7 @@ struct Rows {
 template <class A, class T>
 struct Program {
     const Job& job;
-    int inside;     // how many of the rows are tokens of the batch (pads included)
-    int first;      // the first row's position in its sequence: not 0 where that is split
-    int64_t token;  // the first row in [batch * seq_len]
+    int index;   // of the plan's programs
     Tile tile;      // not computed where it is needed: that is the innermost loop
     // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
     // behind it are under way.
@@ -165,10 +176,18 @@ struct Program {
     __device__ bool exists(int row) const { return A::ROWS_ARE_PADDED || row < rows(); }
     __device__ int split() const { return A::SPLITS ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
-    __device__ int sample() const { return int(blockIdx.x) / split() * int(job.plan.sequences); }
-    __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
-    __device__ int64_t loops() const {
-        return c().loops ? smaller(c().loops[sample()], c().most_loops) : c().most_loops;
+    __device__ int sample() const { return index / split() * int(job.plan.sequences); }
+    // The first row's position in its sequence: not 0 where that is split; and the row in [batch * seq_len].
+    __device__ int first() const { return part() * rows(); }
+    __device__ int64_t token() const { return sample() * job.call.seq_len + first(); }
+    // How many of the rows are tokens of the batch (pads included).
+    __device__ int inside() const {
+        const int64_t left = smaller(job.plan.sequences, c().batch - sample()) * c().seq_len - first();
+        return int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
+    }
+    __device__ int position(int row) const { return (first() + row) % int(job.call.seq_len); }  // in its sequence
+    __device__ int loops() const {  // MAX_LOOPS of Python's is an int
+        return int(c().loops ? smaller(c().loops[sample()], c().most_loops) : c().most_loops);
     }
 
     // Those who own the rows: all of the block, but for the warp that streams weights.
@@ -207,11 +226,11 @@ struct Program {
     __device__ bool valid(int row) const { return high()[row] > 0; }
 
     // The i-th scratch state, see plan.h.
-    __device__ Tile scratch_state(int i) const {
-        const int64_t states = scratch_states(c(), job.backward) + !job.plan.tile_in_shared;
-        unsigned char* base = static_cast<unsigned char*>(c().workspace);
-        return {reinterpret_cast<float*>(base + (blockIdx.x * states + i) * tile_bytes(c(), rows())), d() + int(PAD)};
+    __device__ unsigned char* scratch(int i) const {
+        unsigned char* block = static_cast<unsigned char*>(c().workspace) + blockIdx.x * job.at.scratch;
+        return block + i * job.at.scratch_state;
     }
+    __device__ ScratchState scratch_state(int i, int64_t dtype) const { return {scratch(i), d() + int(PAD), dtype}; }
 
     // Calls f(row, column) for this thread's pairs of columns. They are the same in every pass over rows, here
     // and in norm.cuh, so that such passes need no barrier among them.
@@ -221,23 +240,24 @@ struct Program {
             for (int j = 2 * lane(); j < d(); j += 64) f(r, j);
     }
 
-    __device__ explicit Program(const Job& j) : job(j) {
-        const Call& c = j.call;
-        first = part() * rows();
-        token = sample() * c.seq_len + first;
-        const int64_t left = smaller(j.plan.sequences, c.batch - sample()) * c.seq_len - first;
-        inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
-        tile = j.plan.tile_in_shared ? Tile{shared<float>(j.at.tile), d() + int(PAD)}
-                                     : scratch_state(int(scratch_states(c, j.backward)));
-        if (!A::OWNERS) find_spans();
+    __device__ explicit Program(const Job& j) : job(j), index(int(blockIdx.x)) {
+        unsigned char* last = scratch(int(scratch_states(j.call, j.backward)));
+        tile = {j.plan.tile_in_shared ? shared<float>(j.at.tile) : reinterpret_cast<float*>(last), d() + int(PAD)};
+    }
+
+    // Becomes the block's next program; false if there is none.
+    __device__ bool next() {
+        index += int(gridDim.x);
+        return index < job.plan.programs;
     }
 
     __device__ void find_spans() const {
         const Call& c = job.call;
         const int n = int(c.seq_len);
+        sync();  // the program before has read its own
         for (int r = threadIdx.x; r < rows(); r += threads()) {
-            const int pos = position(r), begin = first + r - pos;
-            const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
+            const int pos = position(r), begin = first() + r - pos;
+            const int64_t length = r >= inside() ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
             const int last = pos < length ? begin + int(c.causal ? pos + 1 : length) : 0;
             low()[r] = last ? begin : int(MOST_ROWS);
             high()[r] = last;

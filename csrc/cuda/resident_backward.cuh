@@ -9,7 +9,7 @@
 // Shared memory: one fp32 tile (x, then the branch's input gradient), one chunk's intermediates, weight
 // tiles and (but for sm_90a) tiles of xn and dy under way (bytes: plan.h). L2: the weights; what the loop put aside;
 // dh; and the fp32 tile where it is too large. Device memory: one h_t a loop in, the operands out.
-// Grid: plan.h `programs` blocks of `threads` (sm_90a: kernels.cuh).
+// Grid: plan.h `blocks` of `threads` (sm_90a: kernels.cuh), each for one of `programs` after the other.
 #pragma once
 #include "attention_backward.cuh"
 #include "mlp_backward.cuh"
@@ -28,17 +28,21 @@ struct BackwardKeep {
     // This program's rows of an operand [n_layers, loops, tokens, columns].
     __device__ Rows<T> rows(void* operand, int64_t columns, int layer) const {
         const Call& c = p.c();
-        const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token) * columns;
+        const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token()) * columns;
         return {static_cast<T*>(operand) + first, int(columns), true};
     }
     __device__ Rows<T> xn(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
     __device__ Rows<T> dy(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().dy2 : p.c().dy, p.d(), layer); }
-    __device__ Tile input(int layer, bool is_mlp) const {
-        return p.scratch_state((layer * int(halves(p.c())) + is_mlp) * (p.c().placement == PRE ? 1 : 2));
+    // What the norm before the branch has read, and what the one behind it has.
+    __device__ ScratchState input(int layer, bool is_mlp) const {
+        return p.c().placement == POST ? ScratchState{} : state(layer, is_mlp, 0);
     }
-    __device__ Tile sum(int layer, bool is_mlp) const {
-        return p.c().placement == PRE ? Tile{nullptr, 0}
-                                      : p.scratch_state((layer * int(halves(p.c())) + is_mlp) * 2 + 1);
+    __device__ ScratchState sum(int layer, bool is_mlp) const {
+        return p.c().placement == PRE ? ScratchState{} : state(layer, is_mlp, p.c().placement == SANDWICH);
+    }
+    __device__ ScratchState state(int layer, bool is_mlp, int norm) const {
+        const int half = layer * int(halves(p.c())) + is_mlp;
+        return p.scratch_state(half * int(norms_of_half_layer(p.c())) + norm, p.c().dtype);
     }
 };
 
@@ -46,13 +50,13 @@ struct BackwardKeep {
 template <class A, class T>
 struct Gradient {
     const Program<A, T>& p;
-    float* at;
-    __device__ Gradient(const Program<A, T>& p, float* of_batch) : p(p), at(of_batch + p.token * p.d()) {}
+    float* of_batch;
+    __device__ float* at(int r, int j) const { return of_batch + (p.token() + r) * p.d() + j; }
     __device__ float2 get(int r, int j) const {
-        return r < p.inside ? load<float2>(at + int64_t(r) * p.d() + j) : make_float2(0.0f, 0.0f);
+        return r < p.inside() ? load<float2>(at(r, j)) : make_float2(0.0f, 0.0f);
     }
     __device__ void set(int r, int j, float2 x) const {
-        if (r < p.inside) store(at + int64_t(r) * p.d() + j, x);
+        if (r < p.inside()) store(at(r, j), x);
     }
     __device__ void add(int r, int j, float2 x) const {
         const float2 old = get(r, j);
@@ -76,7 +80,7 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
         return make_float2(scale * x.x, scale * x.y);
     };
     const auto to_dy = [&](int r, int j, float2 x) {
-        if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
+        if (r < p.inside()) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
     };
     // The norm behind the branch, if there is one; dy.
     if (c.placement == POST)
@@ -107,19 +111,19 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
 
 // Loop t again from its boundary, and dh from the gradient of h_t to that of h_{t-1}.
 template <class A, class T>
-__device__ __forceinline__ void loop_backward(const Program<A, T>& p, int64_t t, const Gradient<A, T>& dh) {
+__device__ __forceinline__ void loop_backward(const Program<A, T>& p, int t, const Gradient<A, T>& dh) {
     const Call& c = p.c();
-    const BackwardKeep<A, T> keep{p, p.inside, t - 1 - c.low};
+    const BackwardKeep<A, T> keep{p, p.inside(), t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
-    const int64_t boundary = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
+    const int64_t boundary = ((t - int64_t{1}) * c.batch * c.seq_len + p.token()) * p.d();
     // The loop again; inputs of its half layers stay in scratch states.
     begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
     for (int i = 0; i <= last; i++)
         half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, i < last || needs_last_half(c));
     // The loop norm.
     if (c.loop_norm) {
-        const Tile u = p.scratch_state(int(scratch_states(c, true)) - 1);
-        p.each_pair([&](int r, int j) { store(u.row(r) + j, tile_pair(p, r, j)); });
+        const ScratchState u = p.scratch_state(int(scratch_states(c, true)) - 1, c.dtype);
+        p.each_pair([&](int r, int j) { u.set(r, j, tile_pair(p, r, j)); });
         norm_backward(
             p, u, Weights<T>{p.job, layers}.norm(NORM1),
             c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),
@@ -131,25 +135,26 @@ __device__ __forceinline__ void loop_backward(const Program<A, T>& p, int64_t t,
 
 // Up to this loop of the program's no gradient is carried.
 template <class A, class T>
-__device__ inline int64_t loops_without_gradient(const Program<A, T>& p) {
-    const int64_t n = p.c().n_grad_loops;
-    return n ? larger<int64_t>(p.loops() - n, 0) : 0;
+__device__ inline int loops_without_gradient(const Program<A, T>& p) {
+    const int n = int(p.c().n_grad_loops);
+    return n ? larger(p.loops() - n, 0) : 0;
 }
 
 // How many loops of this launch the program goes through.
 template <class A, class T>
-__device__ inline int64_t loops_backward(const Program<A, T>& p) {
-    return smaller(p.loops(), p.c().high) - larger(p.c().low, loops_without_gradient(p));
+__device__ inline int loops_backward(const Program<A, T>& p) {
+    return smaller(p.loops(), int(p.c().high)) - larger(int(p.c().low), loops_without_gradient(p));
 }
 
 template <class A, class T>
 __device__ __forceinline__ void backward(const Program<A, T>& p) {
     const Call& c = p.c();
-    const Gradient<A, T> dh(p, c.dh), de(p, c.de);
-    const int64_t last = p.loops(), first = loops_without_gradient(p);
-    for (int64_t t = c.high; t > larger(c.low, first); t--) {
+    const Gradient<A, T> dh{p, c.dh}, de{p, c.de};
+    const int last = p.loops(), first = loops_without_gradient(p);
+    p.find_spans();
+    for (int t = int(c.high); t > larger(int(c.low), first); t--) {
         if (c.return_all) {
-            const int64_t at = ((t - 1) * c.batch * c.seq_len + p.token) * p.d();
+            const int64_t at = ((t - int64_t{1}) * c.batch * c.seq_len + p.token()) * p.d();
             p.each_pair([&](int r, int j) {
                 if (p.valid(r)) dh.add(r, j, load_pair(c.grad_out, at + int64_t(r) * p.d() + j, c.dtype));
             });

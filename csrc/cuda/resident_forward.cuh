@@ -18,18 +18,18 @@ struct ForwardKeep {
     const Program<A, T>& p;
     int n_rows;
     __device__ Rows<T> xn(int, bool) const { return {p.xn(), p.d() + int(PAD), false}; }
-    __device__ Tile input(int, bool) const {
-        return p.c().placement == SANDWICH ? p.scratch_state(0) : Tile{nullptr, 0};
+    __device__ ScratchState input(int, bool) const {
+        return p.c().placement == SANDWICH ? p.scratch_state(0, FLOAT32) : ScratchState{};
     }
-    __device__ Tile sum(int, bool) const { return {nullptr, 0}; }
+    __device__ ScratchState sum(int, bool) const { return {}; }
 };
 
 // The tile as h_{at + 1} or h_T in a [.., batch, seq_len, d_model] tensor; pads become 0.
 template <class A, class T>
 __device__ inline void store_state(const Program<A, T>& p, void* to, int64_t at) {
-    const int64_t first = (at * p.c().batch * p.c().seq_len + p.token) * p.d();
+    const int64_t first = (at * p.c().batch * p.c().seq_len + p.token()) * p.d();
     p.each_pair([&](int r, int j) {
-        if (r < p.inside)
+        if (r < p.inside())
             store_pair(to, first + int64_t(r) * p.d() + j, p.c().dtype,
                        p.valid(r) ? tile_pair(p, r, j) : make_float2(0.0f, 0.0f));
     });
@@ -44,7 +44,7 @@ __device__ inline void begin_loop(const Program<A, T>& p, H h) {
         if (p.valid(r)) {
             x = h(r, j);
             if (p.c().injection) {
-                const float2 e = load_pair(p.c().e, (p.token + r) * d + j, p.c().dtype);
+                const float2 e = load_pair(p.c().e, (p.token() + r) * d + j, p.c().dtype);
                 x = make_float2(x.x + e.x, x.y + e.y);
             }
         }
@@ -72,11 +72,11 @@ __device__ inline float2 sequence_sum(const Program<A, T>& p, float2 x) {
 
 // Whether rms(h_t - h_{t-1}) < threshold rms(h_{t-1}) over the program's one sequence.
 template <class A, class T>
-__device__ inline bool settled(const Program<A, T>& p, Tile before) {
+__device__ inline bool settled(const Program<A, T>& p, ScratchState before) {
     float2 squares = make_float2(0.0f, 0.0f);  // of the change, of h_{t-1}
     p.each_pair([&](int r, int j) {
         if (!p.valid(r)) return;
-        const float2 h = load<float2>(before.row(r) + j), x = tile_pair(p, r, j);
+        const float2 h = before.get(r, j), x = tile_pair(p, r, j);
         squares.x += (x.x - h.x) * (x.x - h.x) + (x.y - h.y) * (x.y - h.y);
         squares.y += h.x * h.x + h.y * h.y;
     });
@@ -89,17 +89,18 @@ template <class A, class T, class Begins>
 __device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
     const Call& c = p.c();
     const ForwardKeep<A, T> keep{p, p.rows()};
-    const Tile before = p.scratch_state(c.placement == SANDWICH);  // with halting
+    const ScratchState before = p.scratch_state(c.placement == SANDWICH, FLOAT32);  // with halting
     const int64_t most = p.loops();
+    p.find_spans();
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);
-        if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);
+        if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token() + r) * p.d() + j, c.dtype);
         store(p.tile.row(r) + j, h);
     });
     int64_t t = 0;
     for (bool running = most > 0; begins(t, running);) {
         if (c.save) store_state(p, c.boundaries, t);
-        if (c.halting) p.each_pair([&](int r, int j) { store(before.row(r) + j, tile_pair(p, r, j)); });
+        if (c.halting) p.each_pair([&](int r, int j) { before.set(r, j, tile_pair(p, r, j)); });
         begin_loop(p, [&](int r, int j) { return tile_pair(p, r, j); });
         for (int layer = 0; layer < c.n_layers; layer++) {
             half_layer(p, layer, false, keep);

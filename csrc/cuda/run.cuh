@@ -11,8 +11,9 @@ const char* run(const Job& job, void* stream);
 
 inline const char* launch_programs(const Job& job, void* stream, void (*kernel)(Job)) {
     tile::Launch grid;
-    grid.grid = dim3(unsigned(job.plan.programs)), grid.threads = unsigned(job.plan.threads);
+    grid.grid = dim3(unsigned(job.plan.blocks)), grid.threads = unsigned(job.plan.threads);
     grid.shared_bytes = size_t(job.plan.shared_bytes), grid.cluster = unsigned(job.plan.cluster), grid.stream = stream;
+    grid.at_once = job.plan.blocks < job.plan.programs;
     return tile::launch(grid, kernel, job);
 }
 

@@ -17,7 +17,7 @@ static_assert(alignof(Shape) == 8 && sizeof(Shape) % 8 == 0, "a gap would have a
 
 constexpr Shape shape_of(const Call& c, const Plan& p, bool backward) {
     Shape s = {c, c.seq_len, c.own_loops, c.halting, c.dtype, backward, p};
-    s.plan.programs = s.plan.cluster = s.plan.packed_bytes = s.plan.workspace_bytes = 0;
+    s.plan.programs = s.plan.blocks = s.plan.cluster = s.plan.packed_bytes = s.plan.workspace_bytes = 0;
     return s;
 }
 

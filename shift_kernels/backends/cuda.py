@@ -415,7 +415,7 @@ class CudaBackend:
         call.most_loops, call.boundaries, call.grad_out = most, boundaries.data_ptr(), grad_h.data_ptr()
         call.n_grad_loops = min(options.n_grad_loops or 0, most)  # 0: all
         vectors = torch.zeros(
-            plan.programs, spec.n_layers + 1, len(NORM_VECTORS), spec.d_model, device=e.device
+            plan.blocks, spec.n_layers + 1, len(NORM_VECTORS), spec.d_model, device=e.device
         )
         call.dv = vectors.data_ptr()
         widths = Widths(spec.d_model, spec.head_dim, plan.ff_pad)

@@ -140,6 +140,16 @@ def test_tiles_of_many_sequences(gpu, sms, monkeypatch):
     check(*make(20, 7, injection="add"), {"n_loops": 2})
 
 
+@pytest.mark.parametrize("library", ["gpu", "watched"])
+def test_a_block_goes_from_program_to_program(request, library, monkeypatch):
+    request.getfixturevalue(library)
+    monkeypatch.setattr(cuda_backend, "HOPPER", (GEFORCE, 1))
+    block, e = make(3, 40, norm_placement="sandwich", loop_norm=True)
+    p = plan(block.spec, 3, 40, GEFORCE, True, sms=1, own_loops=True)
+    assert (p.programs, p.blocks) == (3, 1)
+    check(block, e, {"n_loops": torch.tensor([1, 0, 2]), "seq_lens": torch.tensor([40, 3, 31])})
+
+
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_tile_outside_shared_memory(gpu, placement, monkeypatch):
     monkeypatch.setattr(cuda_backend, "HOPPER", (72 * 1024, 132))

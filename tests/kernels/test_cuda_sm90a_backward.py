@@ -35,6 +35,25 @@ PLANS = {
     "two stages": (58 * KB, 3, 20, {"loop_norm": True, "d_ff": 0}, 20, 1, 1, 2, 9, True),
     "two split, four share": (93 * KB, 2, 48, GROUPED, 24, 2, 4, 4, 19, True),
 }
+# on one multiprocessor: shared memory, batch, seq_len, block, call: programs, blocks, cluster, weights stay
+OWN = {"n_loops": torch.tensor([0, 2, 1]), "seq_lens": torch.tensor([30, 9, 50])}
+ROUNDS = {
+    "weights stay": (190 * KB, 7, 20, {"d_ff": 0}, {}, 2, 1, 1, True),
+    "weights stay, own loops": (
+        190 * KB,
+        3,
+        60,
+        {"d_ff": 0},
+        OWN | {"return_all_loops": True},
+        3,
+        1,
+        1,
+        True,
+    ),
+    "four share": (85 * KB, 8, 25, {"norm_placement": "post"}, {"return_all_loops": True}, 8, 4, 4, False),
+    "tile in L2": (79 * KB, 3, 31, {"d_model": 128, "loop_norm": True}, {}, 3, 1, 1, False),
+    "split, own loops": (93 * KB, 3, 50, GROUPED, {"n_grad_loops": 1} | OWN, 6, 2, 2, False),
+}
 SPLIT_CALLS = {
     "packed": {"n_loops": 2, "n_grad_loops": 1},
     "ragged, own loops": {
@@ -45,11 +64,11 @@ SPLIT_CALLS = {
 }
 
 
-def on_hopper(monkeypatch, shared_bytes, watched=False):
+def on_hopper(monkeypatch, shared_bytes, watched=False, n_sms=132):
     """The emulated GPU with ``shared_bytes`` of shared memory. Its outputs are NaN before a run."""
     library = emulated(*LIBRARY, watched=watched).library
     monkeypatch.setattr(cuda_backend, "_LIBRARY", compiled.load("_native_cuda", Path(library._name))[0])
-    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, 132, True))
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(shared_bytes, n_sms, True))
     operands = cuda_backend.ResidentGradients.operands
 
     def poisoned(self, rows, *, untouched):
@@ -93,6 +112,20 @@ def test_gradients_are_right_however_it_is_arranged(monkeypatch, name, watched):
     for seed in range(1 if watched else 2):
         library.shift_emulation_seed(seed)
         check(block, e, {"n_loops": 2})
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "watched"])
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_block_goes_from_program_to_program(monkeypatch, name, watched):
+    shared_bytes, batch, seq_len, options, call, *expected = ROUNDS[name]
+    library = on_hopper(monkeypatch, shared_bytes, watched, n_sms=1)
+    block, e = make(batch, seq_len, **options)
+    own = "n_loops" in call and isinstance(call["n_loops"], torch.Tensor)
+    p = plan(block.spec, batch, seq_len, shared_bytes, True, sms=1, sm90a=True, own_loops=own)
+    assert [p.programs, p.blocks, p.cluster, p.stages == p.tiles] == expected
+    for seed in range(1 if watched else 2):
+        library.shift_emulation_seed(seed)
+        check(block, e, call)
 
 
 def test_tiny_recursive_models_at_their_own_size(monkeypatch):

@@ -212,3 +212,35 @@ def test_rows_do_not_give_way_where_weights_cannot_stay(library):
     plan = plan_of(library, BlockSpec(d_model=128, n_heads=4, d_ff=512), 1024, 64)
     assert plan.stages < plan.tiles
     assert plan.rows == 128
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("placement", "states"), [("pre", 4), ("post", 4), ("sandwich", 8)])
+def test_what_a_backward_puts_aside_is_bounded_by_the_device(library, placement, states, dtype):
+    spec = BlockSpec(d_model=512, n_heads=8, **KINDS["trm"] | {"norm_placement": placement})
+    found = set()
+    for batch in (256, 4096):
+        call = cuda_backend.sizes(spec, batch, 97, dtype, BF16, (227 * KB, 132, True), library)
+        plan = library.plan(call, backward=True)
+        assert (plan.blocks, plan.rows, plan.tile_in_shared) == (132, 49, True)
+        found.add(plan.workspace_bytes)
+    assert found == {132 * states * 49 * (512 + 8) * dtype.itemsize}
+
+
+def test_blocks_are_whole_clusters_of_what_runs_at_once(library):
+    rng = random.Random(1)
+    rounds = 0
+    for _ in range(200):
+        spec, seq_len, batch = any_spec(rng), rng.randint(1, 128), rng.choice([1, 40, 4096])
+        sms, limit, sm90a = rng.choice([1, 6, 132]), rng.choice([99, 227]) * KB, rng.random() < 0.7
+        forward, backward = (
+            plan_of(library, spec, batch, seq_len, limit, sms, backward, sm90a) for backward in (False, True)
+        )
+        assert forward.blocks == forward.programs
+        if backward.refusal:
+            continue
+        at_once = sms * min((limit + KB) // (backward.shared_bytes + KB), 2048 // backward.threads)
+        whole = max(at_once // backward.cluster, 1) * backward.cluster
+        assert backward.blocks == min(backward.programs, whole)
+        rounds += backward.blocks < backward.programs
+    assert rounds > 20

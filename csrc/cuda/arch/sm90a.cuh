@@ -77,9 +77,10 @@ __device__ inline void start_ring(const Program<Sm90a, T>& p) {
     mbarrier_init_fence();
 }
 
-// By one thread. With halting only those who own the rows know whether another loop comes: begins_loop says so.
-template <class T>
-__device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops) {
+// By one thread, for all programs of the block. With halting, where a block has one, only those who own the rows know
+// whether another loop comes: begins_loop says so.
+template <class T, class Loops>
+__device__ inline void stream_weights(Program<Sm90a, T> p, Loops loops) {
     const Call& c = p.c();
     const int stages = int(p.p().stages), blocks = int(p.p().cluster), share = int(SUBTILE) / blocks;
     const int offset = cluster_rank() * share, columns = int(p.p().tile_columns), stage = int(stage_bytes(p.p(), false));
@@ -109,13 +110,19 @@ __device__ inline void stream_weights(const Program<Sm90a, T>& p, int64_t loops)
                 if (++s == stages) s = 0, passes++;
             }
     };
-    for (int64_t t = 0; t < (reads_weights_once(p) ? smaller<int64_t>(loops, 1) : loops); t++) {
-        if (c.halting) {
-            mbarrier_wait(p.again(), int(t % 2));
-            if (!*reinterpret_cast<int*>(p.again() + 1)) return;
+    const bool once = reads_weights_once(p);
+    bool brought = false;
+    do {
+        const int64_t n = loops(p);
+        for (int64_t t = 0; t < n && !(once && brought); t++) {
+            if (c.halting) {
+                mbarrier_wait(p.again(), int(t % 2));
+                if (!*reinterpret_cast<int*>(p.again() + 1)) return;
+            }
+            each_product(c, p.p(), p.job.backward, stream);
+            brought = true;
         }
-        each_product(c, p.p(), p.job.backward, stream);
-    }
+    } while (p.next());
 }
 
 template <class T>
@@ -141,7 +148,7 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int r = row + lane() / 4 + i % 2 * 8, column = j + lane() % 4 * 2 + i / 2 * 8;
-                fa[kk][i] = j < k && r < p.inside ? load<uint32_t>(a.at + int64_t(r) * a.ld + column) : 0;
+                fa[kk][i] = j < k && r < p.inside() ? load<uint32_t>(a.at + int64_t(r) * a.ld + column) : 0;
             }
     }
 }

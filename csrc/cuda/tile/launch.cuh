@@ -14,7 +14,27 @@ struct Launch {
     size_t shared_bytes;      // dynamic shared memory a block
     unsigned cluster = 1;     // blocks a cluster, neighbours in x (sm_90)
     void* stream = nullptr;   // a cudaStream_t; emulation runs the kernel before it returns
+    bool at_once = false;     // no more blocks than the device runs at once: they share all work among them
 };
+
+#if !defined(SHIFT_EMULATE)
+// A multiple of the cluster; 0 if not even one cluster would run.
+inline cudaError_t most_blocks_at_once(const void* kernel, const cudaLaunchConfig_t& config, unsigned& most) {
+    int device = 0, processors = 0, found = 0;
+    cudaError_t error;
+    if (config.numAttrs) {
+        error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
+        most = unsigned(found) * config.attrs->val.clusterDim.x;
+    } else {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, int(config.blockDim.x),
+                                                              config.dynamicSmemBytes);
+        if (error == cudaSuccess) error = cudaGetDevice(&device);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        most = unsigned(found * processors);
+    }
+    return error;
+}
+#endif
 
 // Starts kernel(args...). Returns null, or what went wrong, in words that stay valid until the next launch.
 template <class... P, class... A>
@@ -33,6 +53,12 @@ const char* launch(const Launch& l, void (*kernel)(P...), A... args) {
     config.gridDim = l.grid, config.blockDim = dim3(l.threads);
     config.dynamicSmemBytes = l.shared_bytes, config.stream = static_cast<cudaStream_t>(l.stream);
     config.attrs = &cluster, config.numAttrs = l.cluster > 1;
+    if (l.at_once) {
+        unsigned most = 0;
+        error = most_blocks_at_once(reinterpret_cast<const void*>(kernel), config, most);
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+        if (most && most < l.grid.x) config.gridDim.x = most;
+    }
     error = cudaLaunchKernelEx(&config, kernel, P(args)...);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
