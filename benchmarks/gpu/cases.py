@@ -111,7 +111,7 @@ SLOPES: tuple[Block, ...] = (BLOCKS[1], BLOCKS[4])
 """Timed against the number of loops, too."""
 
 if rehearsing():  # tiny, since an interpreter runs them
-    BLOCKS = (Block(2, 9, 64, 4, 2),)
+    BLOCKS = (Block(1, 5, 64, 4, 1),)
     ATTENTIONS = (Attention(1, 2, 20, 8),)
     SLOPES = BLOCKS
 

@@ -66,7 +66,7 @@ def groups() -> list[Group]:
     compiled = [[_case("compile", *one)] for one in tried if one[0] != "streamed"]
     by_kind = [list(ones) for _, ones in itertools.groupby(tried, key=lambda one: one[0])]
     timed = [[_case("time", *one) for one in ones] for ones in by_kind]
-    blocks, grads = (RESIDENT, (True,)) if rehearsing() else (BLOCKS, (False, True))
+    blocks, grads = (RESIDENT, (False,)) if rehearsing() else (BLOCKS, (False, True))
     problems = [[_problem(case, grad)] for case in blocks for grad in grads]
     return [Group(_by_eights(compiled), workers=8), Group(timed), Group(problems)]
 

@@ -36,7 +36,7 @@ __device__ inline void keep_dqkv(const Program<A, T>& p, const HeadChunk& of, co
     const uint32_t first = pack<T>(x.x, x.y), second = pack<T>(y.x, y.y);
     store(g.dqkv + r * of.ld + j, first);
     store(g.dqkv + r * of.ld + j + 8, second);
-    if (r < p.inside()) {
+    if (r < p.inside) {
         store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, chunk, j), first);
         store(dqkv.at + int64_t(r) * dqkv.ld + qkv_row(p.job, chunk, j + 8), second);
     }
@@ -143,7 +143,7 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
     const int hd = of.head_dim;
     const float factor = rsqrt_approx(float(hd));
     const T *k = p.work() + key0 * of.ld + of.k(kv), *v = p.work() + key0 * of.ld + of.v(kv);
-    const int rows_k = p.rows_from(key0), position0 = p.first() + key0;
+    const int rows_k = p.rows_from(key0), position0 = p.first + key0;
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dk[HELD_COLUMNS / 16][2][4] = {}, dv[HELD_COLUMNS / 16][2][4] = {};
 #pragma unroll 1
@@ -209,7 +209,7 @@ __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<
                 const float2 dx = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j));
                 const float2 dy8 = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j + 8));
                 o_do += x.x * dx.x + x.y * dx.y + y.x * dy8.x + y.y * dy8.y;
-                if (r >= p.inside()) return;
+                if (r >= p.inside) return;
                 T* to = o.at + int64_t(r) * o.ld + of.first_query_column + of.q(head) + j;
                 store(to, pack<T>(x.x, x.y));
                 store(to + 8, pack<T>(y.x, y.y));

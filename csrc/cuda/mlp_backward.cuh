@@ -26,7 +26,7 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
             store(p.work() + r * ld + j + 8, pack<T>(y.x, y.y));
         });
         const auto keep = [&](Rows<T> to, int r, int column, uint32_t pair) {
-            if (r < p.inside()) store(to.at + int64_t(r) * to.ld + column, pair);
+            if (r < p.inside) store(to.at + int64_t(r) * to.ld + column, pair);
         };
         // pre again; act and dpre
         project_up(p, xn, w, first, n, [&](int r, int j, float2 x, float2 y) {

@@ -30,7 +30,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
         p.sync();  // all have read the sums before
         for (int j = 2 * lane(); warp() < summing && j < n; j += 64) {
             float2 dw = make_float2(0.0f, 0.0f), db = dw;
-            for (int r = warp(); r < p.inside(); r += p.warps()) {
+            for (int r = warp(); r < p.inside; r += p.warps()) {
                 const float2 v = x.get(r, first + j), g = dy(r, first + j);
                 const float mean = p.mean()[r], inverse = p.inverse()[r];
                 dw.x += g.x * (v.x - mean) * inverse, dw.y += g.y * (v.y - mean) * inverse;

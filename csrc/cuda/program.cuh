@@ -158,7 +158,10 @@ struct Rows {
 template <class A, class T>
 struct Program {
     const Job& job;
-    int index;   // of the plan's programs
+    int index;      // of the plan's programs
+    int first;      // the first row's position in its sequence: not 0 where that is split
+    int inside;     // how many of the rows are tokens of the batch (pads included)
+    int64_t token;  // the first row in [batch * seq_len]
     Tile tile;      // not computed where it is needed: that is the innermost loop
     // The ring of weight tiles, see matmul.cuh: where the next product's first tile is, and whether it and those
     // behind it are under way.
@@ -177,15 +180,7 @@ struct Program {
     __device__ int split() const { return A::SPLITS ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's
     __device__ int sample() const { return index / split() * int(job.plan.sequences); }
-    // The first row's position in its sequence: not 0 where that is split; and the row in [batch * seq_len].
-    __device__ int first() const { return part() * rows(); }
-    __device__ int64_t token() const { return sample() * job.call.seq_len + first(); }
-    // How many of the rows are tokens of the batch (pads included).
-    __device__ int inside() const {
-        const int64_t left = smaller(job.plan.sequences, c().batch - sample()) * c().seq_len - first();
-        return int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
-    }
-    __device__ int position(int row) const { return (first() + row) % int(job.call.seq_len); }  // in its sequence
+    __device__ int position(int row) const { return (first + row) % int(job.call.seq_len); }  // in its sequence
     __device__ int loops() const {  // MAX_LOOPS of Python's is an int
         return int(c().loops ? smaller(c().loops[sample()], c().most_loops) : c().most_loops);
     }
@@ -240,15 +235,24 @@ struct Program {
             for (int j = 2 * lane(); j < d(); j += 64) f(r, j);
     }
 
-    __device__ explicit Program(const Job& j) : job(j), index(int(blockIdx.x)) {
+    __device__ explicit Program(const Job& j) : job(j), first(part() * int(j.plan.rows)) {
         unsigned char* last = scratch(int(scratch_states(j.call, j.backward)));
         tile = {j.plan.tile_in_shared ? shared<float>(j.at.tile) : reinterpret_cast<float*>(last), d() + int(PAD)};
+        be(int(blockIdx.x));
     }
 
     // Becomes the block's next program; false if there is none.
     __device__ bool next() {
-        index += int(gridDim.x);
-        return index < job.plan.programs;
+        const bool is = index + int(gridDim.x) < job.plan.programs;
+        if (is) be(index + int(gridDim.x));
+        return is;
+    }
+
+    __device__ void be(int program) {
+        index = program;
+        token = sample() * c().seq_len + first;
+        const int64_t left = smaller(job.plan.sequences, c().batch - sample()) * c().seq_len - first;
+        inside = int(smaller<int64_t>(rows(), larger<int64_t>(left, 0)));
     }
 
     __device__ void find_spans() const {
@@ -256,8 +260,8 @@ struct Program {
         const int n = int(c.seq_len);
         sync();  // the program before has read its own
         for (int r = threadIdx.x; r < rows(); r += threads()) {
-            const int pos = position(r), begin = first() + r - pos;
-            const int64_t length = r >= inside() ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
+            const int pos = position(r), begin = first + r - pos;
+            const int64_t length = r >= inside ? 0 : c.lengths ? smaller<int64_t>(c.lengths[sample() + r / n], n) : n;
             const int last = pos < length ? begin + int(c.causal ? pos + 1 : length) : 0;
             low()[r] = last ? begin : int(MOST_ROWS);
             high()[r] = last;

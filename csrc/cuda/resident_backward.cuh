@@ -28,7 +28,7 @@ struct BackwardKeep {
     // This program's rows of an operand [n_layers, loops, tokens, columns].
     __device__ Rows<T> rows(void* operand, int64_t columns, int layer) const {
         const Call& c = p.c();
-        const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token()) * columns;
+        const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token) * columns;
         return {static_cast<T*>(operand) + first, int(columns), true};
     }
     __device__ Rows<T> xn(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
@@ -51,12 +51,12 @@ template <class A, class T>
 struct Gradient {
     const Program<A, T>& p;
     float* of_batch;
-    __device__ float* at(int r, int j) const { return of_batch + (p.token() + r) * p.d() + j; }
+    __device__ float* at(int r, int j) const { return of_batch + (p.token + r) * p.d() + j; }
     __device__ float2 get(int r, int j) const {
-        return r < p.inside() ? load<float2>(at(r, j)) : make_float2(0.0f, 0.0f);
+        return r < p.inside ? load<float2>(at(r, j)) : make_float2(0.0f, 0.0f);
     }
     __device__ void set(int r, int j, float2 x) const {
-        if (r < p.inside()) store(at(r, j), x);
+        if (r < p.inside) store(at(r, j), x);
     }
     __device__ void add(int r, int j, float2 x) const {
         const float2 old = get(r, j);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
         return make_float2(scale * x.x, scale * x.y);
     };
     const auto to_dy = [&](int r, int j, float2 x) {
-        if (r < p.inside()) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
+        if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
     };
     // The norm behind the branch, if there is one; dy.
     if (c.placement == POST)
@@ -113,9 +113,9 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
 template <class A, class T>
 __device__ __forceinline__ void loop_backward(const Program<A, T>& p, int t, const Gradient<A, T>& dh) {
     const Call& c = p.c();
-    const BackwardKeep<A, T> keep{p, p.inside(), t - 1 - c.low};
+    const BackwardKeep<A, T> keep{p, p.inside, t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
-    const int64_t boundary = ((t - int64_t{1}) * c.batch * c.seq_len + p.token()) * p.d();
+    const int64_t boundary = ((t - int64_t{1}) * c.batch * c.seq_len + p.token) * p.d();
     // The loop again; inputs of its half layers stay in scratch states.
     begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
     for (int i = 0; i <= last; i++)
@@ -154,7 +154,7 @@ __device__ __forceinline__ void backward(const Program<A, T>& p) {
     p.find_spans();
     for (int t = int(c.high); t > larger(int(c.low), first); t--) {
         if (c.return_all) {
-            const int64_t at = ((t - int64_t{1}) * c.batch * c.seq_len + p.token()) * p.d();
+            const int64_t at = ((t - int64_t{1}) * c.batch * c.seq_len + p.token) * p.d();
             p.each_pair([&](int r, int j) {
                 if (p.valid(r)) dh.add(r, j, load_pair(c.grad_out, at + int64_t(r) * p.d() + j, c.dtype));
             });

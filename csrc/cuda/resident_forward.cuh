@@ -27,9 +27,9 @@ struct ForwardKeep {
 // The tile as h_{at + 1} or h_T in a [.., batch, seq_len, d_model] tensor; pads become 0.
 template <class A, class T>
 __device__ inline void store_state(const Program<A, T>& p, void* to, int64_t at) {
-    const int64_t first = (at * p.c().batch * p.c().seq_len + p.token()) * p.d();
+    const int64_t first = (at * p.c().batch * p.c().seq_len + p.token) * p.d();
     p.each_pair([&](int r, int j) {
-        if (r < p.inside())
+        if (r < p.inside)
             store_pair(to, first + int64_t(r) * p.d() + j, p.c().dtype,
                        p.valid(r) ? tile_pair(p, r, j) : make_float2(0.0f, 0.0f));
     });
@@ -44,7 +44,7 @@ __device__ inline void begin_loop(const Program<A, T>& p, H h) {
         if (p.valid(r)) {
             x = h(r, j);
             if (p.c().injection) {
-                const float2 e = load_pair(p.c().e, (p.token() + r) * d + j, p.c().dtype);
+                const float2 e = load_pair(p.c().e, (p.token + r) * d + j, p.c().dtype);
                 x = make_float2(x.x + e.x, x.y + e.y);
             }
         }
@@ -94,7 +94,7 @@ __device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
     p.find_spans();
     p.each_pair([&](int r, int j) {
         float2 h = make_float2(0.0f, 0.0f);
-        if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token() + r) * p.d() + j, c.dtype);
+        if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);
         store(p.tile.row(r) + j, h);
     });
     int64_t t = 0;

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +54,9 @@ def _compile(job: tuple[Path, list[str]], folder: Path) -> Path:
     """An object file, named by all that went into it, so that tests and processes share it."""
     source, flags = job
     command = ["g++", *flags, str(source)]
-    done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=True)
-    digest = hashlib.sha256(done.stdout + " ".join(command).encode()).hexdigest()[:24]
+    headers = _contents(HERE) if source.parent == HERE and source.suffix == ".cpp" else _contents(HERE, CSRC)
+    known = [*map(_told, command), _compiler(), headers, source.read_text()]
+    digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:24]
     target = folder / f"{digest}.o"
     if not target.exists():
         scratch = folder / f"{digest}.{os.getpid()}.o"
@@ -63,6 +65,25 @@ def _compile(job: tuple[Path, list[str]], folder: Path) -> Path:
             raise RuntimeError(done.stderr)
         scratch.rename(target)
     return target
+
+
+def _told(word: str) -> str:
+    """A word of the command; of a shape's file what is in it."""
+    named, _, path = word.partition("=")
+    return named + Path(path.strip('"')).read_text() if named == "-DSHIFT_SHAPE" else word
+
+
+@functools.cache
+def _contents(*folders: Path) -> str:
+    """Digest of every header there, read: to preprocess the sources takes a second of every process."""
+    headers = sorted(p for folder in folders for p in folder.rglob("*.*h") if "cpu" not in p.parts)
+    return hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()
+
+
+@functools.cache
+def _compiler() -> str:
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{version.splitlines()[0]}, Python {sys.version}"
 
 
 @functools.cache

@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply(const Program<Sm80, T>& p, Rows<T> a, c
                 copy_tile(to, LD_K, b + k0 * ld_b + n0, ld_b, some_k, some_n, some_k);
             else
                 copy_tile(to, LD_N, b + n0 * ld_b + k0, ld_b, some_n, some_k, some_n);
-            if (a.streamed) copy_tile(to + TILE_N * LD_N, LD_N, a.at + k0, a.ld, p.rows(), some_k, p.inside());
+            if (a.streamed) copy_tile(to + TILE_N * LD_N, LD_N, a.at + k0, a.ld, p.rows(), some_k, p.inside);
         }
         copy_async_commit();  // an empty group too, so that their number tells which have arrived
     };

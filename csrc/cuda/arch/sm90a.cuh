@@ -110,17 +110,16 @@ __device__ inline void stream_weights(Program<Sm90a, T> p, Loops loops) {
                 if (++s == stages) s = 0, passes++;
             }
     };
-    const bool once = reads_weights_once(p);
-    bool brought = false;
     do {
-        const int64_t n = loops(p);
-        for (int64_t t = 0; t < n && !(once && brought); t++) {
+        int n = loops(p);
+        if (reads_weights_once(p)) n = smaller(n, 1 - passes);
+#pragma unroll 1
+        for (int t = 0; t < n; t++) {
             if (c.halting) {
-                mbarrier_wait(p.again(), int(t % 2));
+                mbarrier_wait(p.again(), t % 2);
                 if (!*reinterpret_cast<int*>(p.again() + 1)) return;
             }
             each_product(c, p.p(), p.job.backward, stream);
-            brought = true;
         }
     } while (p.next());
 }
@@ -148,7 +147,7 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int r = row + lane() / 4 + i % 2 * 8, column = j + lane() % 4 * 2 + i / 2 * 8;
-                fa[kk][i] = j < k && r < p.inside() ? load<uint32_t>(a.at + int64_t(r) * a.ld + column) : 0;
+                fa[kk][i] = j < k && r < p.inside ? load<uint32_t>(a.at + int64_t(r) * a.ld + column) : 0;
             }
     }
 }
