@@ -32,7 +32,14 @@ with tempfile.TemporaryDirectory() as scratch:
         **os.environ,
         "SHIFT_KERNELS_CPU_LIBRARY": str(library),
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # the interpreter's; huge sizes
     }
-    tests = [sys.executable, "-m", "pytest", "tests/kernels/test_cpu_backend.py", *sys.argv[1:]]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/kernels/test_cpu_backend.py",
+        "tests/kernels/test_cpu_wide.py",
+        *sys.argv[1:],
+    ]
     sys.exit(subprocess.run(tests, env=environment).returncode)
