@@ -157,6 +157,30 @@ def cpu_all() -> str:
     return table(read("cpu/cpu")["rows"])
 
 
+def cpu_sizes() -> str:
+    """Eager's time over ours for one sequence of every size: with one loop / with two."""
+    rows = [
+        (isa if isa != "best" else "all of the machine's", r)
+        for isa in ("best", "avx2")
+        for r in read(f"cpu/sizes_{isa}")["rows"]
+    ]
+    lengths = sorted({r["seq_len"] for _, r in rows})
+    cells: dict[tuple[str, str, int], dict[int, list[str]]] = {}
+    for isa, r in rows:
+        mark = "" if r["auto"] == "cpu" else "*"
+        cell = f"{speedup(r['ms'], 'cpu', ['eager']):.2f}{mark}"
+        cells.setdefault((isa, r["dtype"], r["d_model"]), {}).setdefault(r["seq_len"], []).append(cell)
+    found = [[*map(str, key), *(" / ".join(row[n]) for n in lengths)] for key, row in cells.items()]
+    return _table(["instructions", "dtype", "d_model", *(f"n = {n:,}" for n in lengths)], found)
+
+
+def cpu_long() -> str:
+    """Long sequences."""
+    from benchmarks.kernels.long import table
+
+    return table(read("cpu/long")["rows"])
+
+
 def training() -> str:
     """Samples a second of ours over those of eager and of torch.compile."""
     rows = read("training/throughput")["rows"]
@@ -300,6 +324,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recompile": recompile,
     "cpu": cpu,
     "cpu_all": cpu_all,
+    "cpu_sizes": cpu_sizes,
+    "cpu_long": cpu_long,
     "training": training,
     "training_all": training_all,
     "profile": profile,
