@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shift_kernels import LoopedBlock, LoopedCache
+from shift_kernels.cache import dtype_beside
 from shift_kernels.call_checks import own_per_sample
 from shift_kernels.checks import check_int
 from shift_kernels.errors import input_error, type_error
@@ -82,8 +83,7 @@ def new_caches(model: TokenModel, batch: int, max_len: int, n_loops: int | Tenso
     """
     most = int(n_loops.max()) if isinstance(n_loops, Tensor) else n_loops
     weight = model.tokens.weight
-    # On a CPU keys and values stay float32, as the cpu backend reads them.
-    dtype = weight.dtype if weight.device.type != "cpu" else torch.promote_types(weight.dtype, torch.float32)
+    dtype = dtype_beside(weight)
     return {
         name: LoopedCache(
             part.spec,

@@ -22,6 +22,11 @@ from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
 _FUNCTION = "shift_kernels.LoopedCache"
 
 
+def dtype_beside(x: Tensor) -> torch.dtype:
+    """Of keys and values that are kept for x: on a CPU at least float32, as the cpu backend reads them."""
+    return x.dtype if x.device.type != "cpu" else torch.promote_types(x.dtype, torch.float32)
+
+
 class LoopedCache:
     """Keys and values of up to ``max_len`` tokens of each sample, for every loop and layer.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
-from shift_kernels.cache import LoopedCache
+from shift_kernels.cache import LoopedCache, dtype_beside
 from shift_kernels.hf.families import refuse
 from shift_kernels.hf.tokens import Seen, Tokens, read
 from shift_kernels.module import LoopedBlock
@@ -62,7 +62,8 @@ class LoopedSlot(cache_utils.CacheLayerMixin):
         """The cache of call number ``call`` of a step, with room for e."""
         n = int(self.get_seq_length()) + e.shape[1]
         if call == len(self.caches):
-            new = LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=e.dtype, device=e.device)
+            dtype = dtype_beside(e)
+            new = LoopedCache(block.spec, len(e), max(n, ROOM), n_loops, dtype=dtype, device=e.device)
             self.caches.append(new)
         cache = self.caches[call]
         if cache.max_len < n:

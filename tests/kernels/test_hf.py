@@ -4,6 +4,7 @@ Models are tiny and random, built from their config classes: nothing is download
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from shift_kernels import ShiftInputError  # noqa: E402
+from shift_kernels import BackendFallbackWarning, ShiftInputError  # noqa: E402
 from shift_kernels.hf import LoopedLayers, loop_layers, unloop  # noqa: E402
 
 SIZES = dict(
@@ -112,6 +113,14 @@ def test_in_bfloat16_the_logits_point_the_same_way(family):
     loop_layers(model, LOOPED, n_loops=1)
     after = logits(model, **inputs).float()
     assert torch.cosine_similarity(before, after, dim=-1).min() >= 0.9999
+
+
+def test_in_bfloat16_a_cpu_decodes_without_a_slow_path():
+    model = make("llama", noise=0.03).bfloat16()
+    loop_layers(model, LOOPED, n_loops=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BackendFallbackWarning)
+        model.generate(**prompt(0, 4), do_sample=False, max_new_tokens=3)
 
 
 WAYS = {
