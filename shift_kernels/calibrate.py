@@ -61,7 +61,7 @@ def calibrate(
             if prepare := getattr(LOOPED_BLOCK.get(name), "prepare", None):
                 prepare(problem, say)
             row[name] = _in_child(problem, name, limit_s)
-            say(f"  {name:<8}{row[name]}")
+            say(f"  {name:<12}{row[name]}")
         measured.record(problem, row)
         dispatch.forget()
         rows[measured.shape_class(problem)] = row

@@ -34,7 +34,7 @@ def report() -> str:
         ("cuda library", compiled.load("_native_cuda")[1]),
     ]
     rows += [(f"backend {name}", status) for name, status in shift_kernels.backends().items()]
-    lines = [f"{name:<16}{value}" for name, value in rows]
+    lines = [f"{name:<21}{value}" for name, value in rows]
     for name in ("_native", "_native_cuda"):
         words = compiled.reason(name).splitlines()[-MOST_LINES:]
         lines += [f"why there is no {name}:", *(f"  {line}" for line in words)] if words else []
