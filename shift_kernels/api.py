@@ -92,8 +92,7 @@ def looped_block(
     if left_pad is not None:
         e, checked = _moved_left(e, left_pad, checked)
     compute_dtype = e.dtype
-    autocast = torch.amp.is_autocast_available(e.device.type)  # meta tensors can't
-    autocast = autocast and torch.is_autocast_enabled(e.device.type)
+    autocast = e.device.type != "meta" and torch.is_autocast_enabled(e.device.type)
     if autocast and e.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     cache = checked.pop("cache", None)

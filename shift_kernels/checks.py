@@ -22,13 +22,13 @@ def check_int(
 ) -> int:
     """The value as an int, if it is one (numpy's too) and within the bounds."""
     allowed = allowed or (f"an int >= {low}" if high is None else f"an int from {low} to {high}")
+    if isinstance(value, (bool, np.bool_)):
+        raise type_error(function, name, value, allowed, "Pass an int.")
     if not isinstance(value, (int, torch.SymInt)):
         try:
             value = operator.index(value)
         except (TypeError, ValueError, RuntimeError):
             raise type_error(function, name, value, allowed, "Pass an int.") from None
-    elif isinstance(value, bool):
-        raise type_error(function, name, value, allowed, "Pass an int.")
     if value < low or (high is not None and value > high):
         raise input_error(
             function, name, value, allowed, f"Choose a {'larger' if value < low else 'smaller'} one."

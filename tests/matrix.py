@@ -46,6 +46,7 @@ TOOLS = [
     "pytest>=8",
     "pytest-xdist>=3.2",
     "hypothesis",
+    "tensorboard",
 ]
 
 
@@ -78,8 +79,8 @@ def copied(home: Path) -> Path:
     source = home / "source"
     source.mkdir(exist_ok=True)
     own = {"GIT_WORK_TREE": str(source), "GIT_INDEX_FILE": str(home / "index")}
-    command = ["git", "read-tree", "-u", "--reset", "HEAD"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **own})
+    for command in ("read-tree -u --reset HEAD", "clean -fdq"):  # what is ignored stays: built objects
+        subprocess.run(["git", *command.split()], cwd=source, check=True, env={**os.environ, **own})
     return source
 
 

@@ -582,6 +582,7 @@ def in_child(function, *arguments):
         os._exit(99)
 
 def interrupted(n_threads, n_loops, batch, grad):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     torch.set_num_threads(n_threads)
     e = torch.randn(batch, 64, 64)
     block.requires_grad_(grad)

@@ -91,13 +91,13 @@ def assert_same_numbers(run_dir, other, first=0):
     for kind, keys in (("train", ("loss", "grad_norm", "flops", "n_loops")), ("eval", ("loss", "accuracy"))):
         ours, theirs = rows(run_dir, kind)[first:], rows(other, kind)[first:]
         for key in keys:
-            assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-4), key
+            assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=5e-4), key
 
 
 def assert_same_numbers_of_training(run_dir, other):
     for key in ("loss", "grad_norm"):
         ours, theirs = ([row[key] for row in rows(path, "train")][:6] for path in (run_dir, other))
-        assert ours == pytest.approx(theirs, rel=1e-4), key
+        assert ours == pytest.approx(theirs, rel=5e-4), key
 
 
 @pytest.fixture(scope="module")
