@@ -129,7 +129,7 @@ def looped_block(
             h = LOOPED_BLOCK.get(chosen.backend).extend(e, ordered, spec, options, step)  # type: ignore[attr-defined]
             step.commit(n_loops)
         elif exported:  # operator by operator, so that others can run it
-            h, used = reference.looped_block(e, ordered, spec, **vars(options))
+            h, used = reference.looped_block(e, ordered, spec, **options.keywords())
         elif torch.compiler.is_compiling() or (chosen.backend != "torch" and must_be_observed(inputs)):
             h, used = _as_operator(e, ordered, spec, options, grad, chosen.backend)
         elif chosen.backend == "torch":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -125,6 +125,10 @@ class CallOptions:
     residual_scale: float | Tensor | None = None
     position_offset: Tensor | None = None
 
+    def keywords(self) -> dict[str, Any]:
+        """By name; without ``vars``, which torch.compile of torch 2.11 can't trace here."""
+        return {name: getattr(self, name) for name in CALL_OPTIONS}
+
     def names(self) -> tuple[str, ...]:
         """Which of :data:`OWN_OPTIONS` are given."""
         return tuple(name for name in OWN_OPTIONS if getattr(self, name) is not None)
@@ -156,6 +160,10 @@ class CallOptions:
         if isinstance(self.n_loops, Tensor) and (self.n_loops.is_cuda or has_no_values(self.n_loops)):
             return None
         return self.max_loops()
+
+
+CALL_OPTIONS = tuple(field.name for field in dataclasses.fields(CallOptions))
+"""Names of all options of a call."""
 
 
 def differentiable(e: Tensor, weights: Mapping[str, Tensor], options: CallOptions) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ class TorchBackend:
         heads = None
         if not _needs_scores(spec, e.dtype) and not transforms_are_active(inputs):
             heads = _fused_heads(e, spec, options)
-        return reference.looped_block(e, weights, spec, **vars(options), heads=heads)
+        return reference.looped_block(e, weights, spec, **options.keywords(), heads=heads)
 
     def forward(
         self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, for_backward: bool
@@ -94,7 +94,7 @@ class TorchBackend:
         offset = step.offset
         if options.position_offset is not None:
             offset = offset + options.position_offset.cpu()
-        call = {**vars(options), "seq_lens": None, "position_offset": offset}
+        call = {**options.keywords(), "seq_lens": None, "position_offset": offset}
         h, _ = reference.looped_block(torch.where(real, e, 0), weights, spec, **call, heads=heads.attend)
         return torch.where(real, h, 0)
 

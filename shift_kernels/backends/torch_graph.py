@@ -174,7 +174,7 @@ class TorchGraphBackend:
     ) -> Sequence[Tensor]:
         """What ``run`` gives for these inputs, by the recording of such a call, made where there is none."""
         inputs = [x.detach() for x in inputs]
-        settings = tuple(vars(options).values())
+        settings = tuple(options.keywords().values())
         if capturing(inputs[0].device) or any(isinstance(value, Tensor) for value in settings):
             return run(inputs)
         shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
