@@ -31,6 +31,7 @@ from shift_kernels.layouts import Packed, rolled
 from shift_kernels.spec import MAX_TOKENS, BlockSpec
 from shift_kernels.torch_internals import (
     exports_to_onnx,
+    is_exporting,
     must_be_observed,
     transforms_are_active,
     without_negations,
@@ -121,7 +122,7 @@ def looped_block(
     if isinstance(backend, str) and backend == "auto" and not torch.compiler.is_compiling():
         at_first_use(problem)  # what is no name at all is refused by the plan
     chosen = dispatch.plan_and_warn(problem, backend)
-    exported = chosen.backend == "torch" and torch.compiler.is_exporting()
+    exported = chosen.backend == "torch" and is_exporting()
     if chosen.backend != "torch" and not torch.compiler.is_compiling():
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if autocast else contextlib.nullcontext():

@@ -12,7 +12,7 @@ from shift_kernels.call import CallKeywords
 from shift_kernels.checks import check_bool, check_floating, check_int, check_positive, is_floating
 from shift_kernels.errors import input_error, near_miss, type_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
-from shift_kernels.torch_internals import has_no_values
+from shift_kernels.torch_internals import has_no_values, is_exporting
 
 
 def check_call(
@@ -207,7 +207,7 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
 
 def _traced_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in a graph; a graph that is exported has operators of torch alone, and its inputs to itself."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return x.detach().to(dtype)
     return torch.ops.shift_kernels.own_copy(x, dtype)
 

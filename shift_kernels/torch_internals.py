@@ -25,6 +25,12 @@ def constant_for_dynamo(function: F) -> F:
     return function
 
 
+@constant_for_dynamo
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch.compile of torch 2.11 takes torch's own question for a yes."""
+    return torch.compiler.is_exporting()
+
+
 def transforms_are_active(tensors: tuple[Tensor, ...]) -> bool:
     """True under torch.func and in forward-mode differentiation of these tensors."""
     level = forward_ad._current_level  # asked first, for what it spares every other call
@@ -36,7 +42,7 @@ def transforms_are_active(tensors: tuple[Tensor, ...]) -> bool:
 def exports_to_onnx() -> bool:
     """True while torch.onnx traces."""
     # torch imports it late, and so it stays.
-    return torch.compiler.is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    return is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))

@@ -18,7 +18,7 @@ from shift_kernels.cache import Step
 from shift_kernels.call import AttentionProblem, CallOptions, Problem, differentiable, named_again
 from shift_kernels.reference import Heads, Mask
 from shift_kernels.spec import GATED, BlockSpec
-from shift_kernels.torch_internals import recording, transforms_are_active
+from shift_kernels.torch_internals import is_exporting, recording, transforms_are_active
 
 
 class TorchBackend:
@@ -156,7 +156,7 @@ def _fused(
 
 def _would_hide_nan(q: Tensor, k: Tensor) -> bool:
     """On a CPU the library makes 0 of a row whose scores are all NaN. A traced graph cannot ask."""
-    asks = q.device.type == "cpu" and type(q) is Tensor and not torch.compiler.is_exporting()
+    asks = q.device.type == "cpu" and type(q) is Tensor and not is_exporting()
     return asks and not bool(torch.isfinite(q).all() and torch.isfinite(k).all())
 
 
