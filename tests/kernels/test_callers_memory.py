@@ -49,10 +49,6 @@ def test_writing_in_place_after_the_call_is_no_error(name, backend):
     assert torch.equal(before, after)
 
 
-@pytest.mark.xfail(
-    torch.__version__.startswith("2.11."),
-    reason="there a compiled backward gets the caller's tensors, not copies",
-)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_backward_uses_the_numbers_of_its_forward(compiler):
     block, e = make()
