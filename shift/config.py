@@ -427,10 +427,8 @@ def differing_key(
         theirs: :meth:`TrainConfig.to_dict` of another.
         free: keys that may differ.
     """
-    a, b = (
-        flat_keys(ours.to_dict()),
-        flat_keys(TrainConfig().to_dict()) | flat_keys(theirs),
-    )  # older runs hold fewer
+    a = flat_keys(ours.to_dict())
+    b = flat_keys(TrainConfig().to_dict()) | flat_keys(theirs)  # older runs hold fewer
     for key in sorted(a.keys() | b.keys()):
         if key not in free and a.get(key) != b.get(key):
             return key, a.get(key), b.get(key)

@@ -229,6 +229,19 @@ def test_a_sharded_run_that_was_killed_goes_on_exactly(runs, tmp_path):
 # --- what a rank that is gone does to the others -----------------------------------------------------------
 
 
+def exit_code_beside_a_lost_rank(survivor, target, *arguments):
+    """How the survivor of two ranks ends, within a minute; the other is killed."""
+    ranks = [processes().Process(target=target, args=(rank, *arguments)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    ranks[survivor].join(60)
+    code = ranks[survivor].exitcode
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return code
+
+
 def fail_at_step(rank, port, how, folder, argv):
     """Child process: what torchrun starts; rank 1 is gone at its third step. Errors go to a file."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -255,17 +268,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_a_message(tmp_path, how):
         port = free.getsockname()[1]
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny(eval_every=0).to_dict()))
     argv = ["--run-dir", str(tmp_path / "run"), "--config", str(tmp_path / "tiny.toml")]
-    ranks = [
-        processes().Process(target=fail_at_step, args=(rank, port, how, tmp_path, argv)) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        rank.start()
-    ranks[0].join(60)
-    code = ranks[0].exitcode
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    assert code == 1
+    assert exit_code_beside_a_lost_rank(0, fail_at_step, port, how, tmp_path, argv) == 1
     last = (tmp_path / "0.txt").read_text().splitlines()[-1]
     assert last.startswith("shift-train: rank 0: another rank has died, or has not answered for 5 s")
     assert "--resume auto" in last
@@ -297,16 +300,7 @@ def test_a_rank_that_hangs_while_others_wait_ends_them_but_a_long_evaluation_doe
         port = free.getsockname()[1]
     argv = ["--run-dir", str(tmp_path / "run"), "--config", "demo", "--steps", "2", "--eval-every", "1"]
     argv += ["--batch-size", "2", "--eval-samples", "4", "--device", "cpu", "--hang-timeout", "3"]
-    target, arguments = hang_in_the_second_evaluation, (port, tmp_path, argv)
-    ranks = [processes().Process(target=target, args=(rank, *arguments)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    ranks[1].join(60)
-    code = ranks[1].exitcode
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    assert code == 1
+    assert exit_code_beside_a_lost_rank(1, hang_in_the_second_evaluation, port, tmp_path, argv) == 1
     assert (tmp_path / "began to hang").exists()
     assert "or 3 s (hang_timeout)" in (tmp_path / "1.txt").read_text().splitlines()[-1]
 
