@@ -4,8 +4,9 @@
 
 Every arm runs with :data:`FACTORS` times the learning rate of the suite. An arm's best has the smallest mean
 cost: the compute to 98% of the accuracy of Looped at Looped's own best, and Looped's whole run where that is
-never reached. While an arm's best is an end of its grid, its grid is widened there. The rates, and what
-finding them took, go to ``suites/<suite>.rates.json``; ``benchmarks.savings.run`` then goes by them.
+never reached. While an arm's best is an end of its grid, its grid is widened there: so both neighbours of
+every best were tried, and no rates far from it. The rates, and what finding them took, go to
+``suites/<suite>.rates.json``; ``benchmarks.savings.run`` then goes by them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shift.comparison.verdict import mean_accuracy
 from shift.run.files import json_bytes, replace_atomically
 from shift_kernels import ShiftInputError
 
-FACTORS = (0.5, 1.0, 2.0, 4.0)
+FACTORS = (1.0, 2.0)
 """Times the learning rate of the suite's config."""
 WIDEST = 1 / 8, 16.0
 """Where widening ends."""
