@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from shift.config import PRESETS, TaskConfig, TrainConfig, load_config
 from shift_kernels.console import command
 from shift_kernels.errors import input_error
 
-INTERRUPTED = 75
 DEFAULT_ARMS = ("single", "looped", "shift", "ramp", SMALLEST)
 TARGETS = {"demo": 0.99}
 """Accuracies to reach in presets whose tasks have a known ceiling."""
@@ -65,17 +63,12 @@ class Command:
     """Runs at a time, each in a process of one thread; default: one for each core."""
 
 
-@command("shift-compare")
+@command("shift-compare", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     argv = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: save, then stop
     flags = tyro.cli(Command, args=argv, prog="shift-compare")
-    try:
-        results, reports = compare(flags, f"shift-compare {shlex.join(argv)}")
-    except KeyboardInterrupt:
-        print("shift-compare: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    results, reports = compare(flags, f"shift-compare {shlex.join(argv)}")
     print("\n".join(filter(None, [*verdict(results), caveat(results), "", *map(str, reports)])))
     return 0
 

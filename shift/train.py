@@ -30,10 +30,7 @@ from shift.run.process import run
 from shift.run.ranks import OtherRankFailed
 from shift.run.shapes import When
 from shift.run.trainer import TrainingDiverged, TrainingInterrupted
-from shift_kernels.console import command
-
-INTERRUPTED = 75
-"""Exit code of a run that saved a checkpoint and wants to be started again (EX_TEMPFAIL)."""
+from shift_kernels.console import INTERRUPTED, command
 
 
 @dataclass(frozen=True)

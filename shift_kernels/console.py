@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -12,8 +13,9 @@ from typing import Protocol
 from shift_kernels.errors import ShiftInputError
 from shift_kernels.extras import explained
 
-FAILED, UNUSABLE, CLOSED_PIPE = 1, 2, 141
-"""Exit codes: a full disk, say; bad input, a missing extra; nobody reads on (128 + SIGPIPE, as in shells)."""
+FAILED, UNUSABLE, INTERRUPTED, CLOSED_PIPE = 1, 2, 75, 141
+"""Exit codes: a full disk, say; bad input, a missing extra; stopped, and to be started again (EX_TEMPFAIL);
+nobody reads on (128 + SIGPIPE, as in shells)."""
 
 
 class Main(Protocol):
@@ -22,12 +24,19 @@ class Main(Protocol):
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
-def command(name: str) -> Callable[[Main], Main]:
-    """Decorate the function of a command: arguments (None: those of the process) -> exit code."""
+def command(name: str, resumable: bool = False) -> Callable[[Main], Main]:
+    """Decorate the function of a command: arguments (None: those of the process) -> exit code.
+
+    Args:
+        name: begins the lines that it prints.
+        resumable: the same command goes on where a stopped one was: Ctrl-C and SIGTERM say so.
+    """
 
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
+            if resumable:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 code = main(argv)
                 sys.stdout.flush()
@@ -44,6 +53,10 @@ def command(name: str) -> Callable[[Main], Main]:
                 return _say(name, error, UNUSABLE)
             except OSError as error:
                 return _say(name, error, FAILED)
+            except KeyboardInterrupt:
+                if not resumable:
+                    raise
+                return _say(name, "interrupted; the same command goes on from here", INTERRUPTED)
 
         return run
 
@@ -60,7 +73,7 @@ def launch(name: str, module: str) -> int:
     return run(None)
 
 
-def _say(name: str, error: Exception, code: int) -> int:
-    words = str(error)
+def _say(name: str, said: object, code: int) -> int:
+    words = str(said)
     print(words if words.startswith(name) else f"{name}: {words}", file=sys.stderr)
     return code

@@ -24,7 +24,7 @@ from shift.config import TaskConfig, TrainConfig, load_config
 from shift.length.sweep import SweepConfig
 from shift.run.record import FAILURE
 from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
-from shift.train import INTERRUPTED
+from shift_kernels.console import INTERRUPTED, command
 
 SIZES: dict[str, dict[str, Any]] = {
     "parity": dict(n_layers=1, n_heads=64, max_length=20, n_loops=20, curriculum_interval=500),
@@ -113,6 +113,7 @@ def run(
     return 0
 
 
+@command("fan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -127,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto", help="of the loop body")
     args = parser.parse_args(argv)
     configs = {task: task_config(task, args.backend) for task in args.tasks}
-    command = f"python -m benchmarks.gpu.fan {shlex.join(argv)}"
-    return run(configs, args.arms, args.seeds, args.out, args.seconds, command)
+    command_line = f"python -m benchmarks.gpu.fan {shlex.join(argv)}"
+    return run(configs, args.arms, args.seeds, args.out, args.seconds, command_line)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from benchmarks.lm.text import make_shards
 from shift.config import TrainConfig
 from shift.run.directory import CHECKPOINTS
 from shift.tasks.shards import INDEX
-from shift.train import INTERRUPTED
-from shift_kernels import ShiftInputError
+from shift_kernels.console import INTERRUPTED, command
 
 D6 = Path(__file__).with_name("d6.toml")
 SECONDS = 500.0
@@ -63,6 +62,7 @@ def study(suite: Suite, data: Path, out: Path, seconds: float, command: str) -> 
     return lm.run(suite, data, out, train, command)
 
 
+@command("lm")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -74,12 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     args = parser.parse_args(argv)
-    command = f"python -m benchmarks.gpu.lm {shlex.join(argv)}"
+    command_line = f"python -m benchmarks.gpu.lm {shlex.join(argv)}"
     try:
-        print(study(load_suite(args.suite), args.data, args.out, args.seconds, command))
-    except ShiftInputError as error:
-        print(f"lm: {error}", file=sys.stderr)
-        return 2
+        print(study(load_suite(args.suite), args.data, args.out, args.seconds, command_line))
     except TimeIsUp:
         return INTERRUPTED
     return 0

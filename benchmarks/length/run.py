@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.length.report import measure, write
 from benchmarks.savings.suite import load_suite
-from shift.compare import INTERRUPTED
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.config import load_config
 from shift.length.sweep import SweepConfig
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 TASKS = ("parity", "binary_sum")
 TARGET = 0.99
@@ -31,7 +30,9 @@ SHARES = (0.5, 1, 1.25, 1.5, 2)
 RESULTS = Path(__file__).parents[1] / "results/length"
 
 
-def main() -> int:
+@command("length", resumable=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,26 +43,18 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--jobs", type=int, default=default_jobs())
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    command = f"python -m benchmarks.length.run {shlex.join(sys.argv[1:])}"
-    try:
-        variants = load_suite("full").cases[0].variants
-        for task in args.tasks:
-            config, out = load_config(Path(__file__).parent / f"{task}.toml"), args.out / task
-            compare_arms(
-                config, args.arms, args.seeds, out, TARGET, False, args.jobs, command, variants=variants
-            )
-            longest = config.task.options["max_length"]
-            lengths = tuple(round(share * longest) for share in SHARES)  # type: ignore[operator]
-            sweep = SweepConfig(lengths=lengths, samples=args.samples)
-            print(write(measure(out, sweep), args.results / task, [command]), flush=True)
-    except ShiftInputError as error:
-        print(f"length: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("length: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    args = parser.parse_args(argv)
+    command_line = f"python -m benchmarks.length.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    variants = load_suite("full").cases[0].variants
+    for task in args.tasks:
+        config, out = load_config(Path(__file__).parent / f"{task}.toml"), args.out / task
+        compare_arms(
+            config, args.arms, args.seeds, out, TARGET, False, args.jobs, command_line, variants=variants
+        )
+        longest = config.task.options["max_length"]
+        lengths = tuple(round(share * longest) for share in SHARES)  # type: ignore[operator]
+        sweep = SweepConfig(lengths=lengths, samples=args.samples)
+        print(write(measure(out, sweep), args.results / task, [command_line]), flush=True)
     return 0
 
 

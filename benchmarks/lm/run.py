@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import signal
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.lm.multiplier import COSTS, Curve, Point
@@ -25,15 +24,16 @@ from benchmarks.lm.report import write_report
 from benchmarks.lm.suite import Suite, arms_of, load_suite, run_config, step_flops, tuning_budget
 from benchmarks.lm.text import make_shards
 from benchmarks.savings.tune import WIDEST
-from shift.compare import INTERRUPTED
 from shift.comparison.pool import default_jobs, train_all
 from shift.comparison.runs import finished
 from shift.config import TrainConfig
 from shift.run.record import read_run
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("lm", resumable=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,18 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=default_jobs())
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    command = f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        suite = load_suite(args.suite)
-        data = make_shards(args.out / "text", suite.text, args.jobs)
-        print(run(suite, data, args.out, lambda runs: train_all(runs, args.jobs), command))
-    except ShiftInputError as error:
-        print(f"lm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lm: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    command_line = f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    suite = load_suite(args.suite)
+    data = make_shards(args.out / "text", suite.text, args.jobs)
+    print(run(suite, data, args.out, lambda runs: train_all(runs, args.jobs), command_line))
     return 0
 
 

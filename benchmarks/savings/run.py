@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,17 +21,18 @@ from pathlib import Path
 from benchmarks.savings.report import write_suite_report
 from benchmarks.savings.suite import Case, load_suite
 from shift.build import build_model, build_task
-from shift.compare import INTERRUPTED
 from shift.comparison.arms import DERIVED
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.flops import train_step_flops
 from shift.report.rows import read_rows
 from shift.report.words import count
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 
-def main() -> int:
+@command("savings", resumable=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,48 +41,40 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=(), help="these alone")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the suite's")
     parser.add_argument("--jobs", type=int, default=default_jobs())
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        suite = load_suite(args.suite, tuple(args.tasks))
-        waves = (tuple(args.seeds),) if args.seeds else suite.waves
-        command_line = f"python -m benchmarks.savings.run {shlex.join(sys.argv[1:])}"
-        progress = Progress(
-            [
-                0 if finished(case, seeds, args.out) else cost(case) * len(seeds)
-                for seeds in waves
-                for case in suite.cases
-            ]
-        )
-        for i, wave in enumerate(waves):
-            # Each wave takes in the seeds of those before it, so one that is done needs no look of its own.
-            if wave is not waves[-1] and all(finished(case, wave, args.out) for case in suite.cases):
-                progress.advance(len(suite.cases))
-                continue
-            seeds, results = sum(waves[: i + 1], ()), {}
-            for case in suite.cases:
-                print(f"{case.name}, {count(len(seeds), 'seed')} ({progress.words()})", flush=True)
-                found, _ = compare_arms(
-                    case.config,
-                    case.arms,
-                    seeds,
-                    args.out / case.name,
-                    None,
-                    suite.overtime,
-                    args.jobs,
-                    command_line,
-                    case.rates,
-                    case.variants,
-                )
-                results[case.name] = found | {"used_for": case.used_for}
-                progress.advance(1)
-            reports = write_suite_report(results, args.out)
-    except ShiftInputError as error:
-        print(f"savings: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("savings: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    args = parser.parse_args(argv)
+    suite = load_suite(args.suite, tuple(args.tasks))
+    waves = (tuple(args.seeds),) if args.seeds else suite.waves
+    command_line = f"python -m benchmarks.savings.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    progress = Progress(
+        [
+            0 if finished(case, seeds, args.out) else cost(case) * len(seeds)
+            for seeds in waves
+            for case in suite.cases
+        ]
+    )
+    for i, wave in enumerate(waves):
+        # Each wave takes in the seeds of those before it, so one that is done needs no look of its own.
+        if wave is not waves[-1] and all(finished(case, wave, args.out) for case in suite.cases):
+            progress.advance(len(suite.cases))
+            continue
+        seeds, results = sum(waves[: i + 1], ()), {}
+        for case in suite.cases:
+            print(f"{case.name}, {count(len(seeds), 'seed')} ({progress.words()})", flush=True)
+            found, _ = compare_arms(
+                case.config,
+                case.arms,
+                seeds,
+                args.out / case.name,
+                None,
+                suite.overtime,
+                args.jobs,
+                command_line,
+                case.rates,
+                case.variants,
+            )
+            results[case.name] = found | {"used_for": case.used_for}
+            progress.advance(1)
+        reports = write_suite_report(results, args.out)
     print("\n".join(map(str, reports)))
     return 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from typing import Any
 
 from benchmarks.savings.restricted import costs, named
 from benchmarks.savings.suite import Case, load_suite
-from shift.compare import INTERRUPTED
 from shift.comparison.arms import make_arm, seeded
 from shift.comparison.pool import default_jobs, train_all
 from shift.comparison.runs import compare_arms, finished
@@ -30,7 +28,7 @@ from shift.report.document import Table
 from shift.report.rows import write_rows
 from shift.run.record import read_run
 from shift.schedules import SCP, SCPConfig
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 SWEPT: Mapping[str, Sequence[float]] = {
     "delta_1": (0.01, 0.02, 0.03, 0.05, 0.1),
@@ -56,7 +54,9 @@ def settings() -> list[SCPConfig]:
     ]
 
 
-def main() -> int:
+@command("scp_sweep", resumable=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,18 +64,10 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=(), help="default: the tuning tasks of full")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=default_jobs())
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        cases = load_suite("full", tuple(args.tasks)).cases
-        cases = cases if args.tasks else tuple(case for case in cases if case.used_for == "tuning")
-        rows = swept([(case, *trained(case, args.seeds, args.out, args.jobs)) for case in cases])
-    except ShiftInputError as error:
-        print(f"scp_sweep: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("scp_sweep: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    args = parser.parse_args(argv)
+    cases = load_suite("full", tuple(args.tasks)).cases
+    cases = cases if args.tasks else tuple(case for case in cases if case.used_for == "tuning")
+    rows = swept([(case, *trained(case, args.seeds, args.out, args.jobs)) for case in cases])
     about = {"tasks": [case.name for case in cases], "seeds": list(args.seeds), "rounded_to": ROUNDED_TO}
     write_rows(args.out / "summary.json", rows, about)
     from benchmarks.savings.pictures import draw_front
@@ -97,9 +89,9 @@ def trained(case: Case, seeds: Sequence[int], out: Path, jobs: int) -> tuple[Rec
     names = ["looped", "single", *sorted(arms - {"single"}, key=lambda name: int(name.partition(":")[2]))]
     # One rate for all, Looped's: what is compared is when to switch, and SHIFT's best rate depends on that.
     rates = dict.fromkeys(names, case.rates.get("looped", case.config.optimiser.lr))
-    command = " ".join(sys.argv)
+    typed = " ".join(sys.argv)
     folder = out / case.name / "fixed"
-    results, _ = compare_arms(case.config, names, seeds, folder, None, True, jobs, command, rates)
+    results, _ = compare_arms(case.config, names, seeds, folder, None, True, jobs, typed, rates)
     return records, results
 
 

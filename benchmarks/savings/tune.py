@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.savings.suite import Case, load_suite, rates_path, suite_path
-from shift.compare import INTERRUPTED
 from shift.comparison.arms import AGAIN, MATCHED, rate_name
 from shift.comparison.plan import LOOPED_SHARE
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.comparison.verdict import mean_accuracy
 from shift.run.files import json_bytes, replace_atomically
-from shift_kernels import ShiftInputError
+from shift_kernels.console import command
 
 FACTORS = (1.0, 2.0)
 """Times the learning rate of the suite's config."""
@@ -41,7 +39,9 @@ Found = Mapping[float, Mapping[str, Any]]
 """Factor -> ``results.json`` of the comparison at that learning rate."""
 
 
-def main() -> int:
+@command("tune", resumable=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,28 +52,20 @@ def main() -> int:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=default_jobs())
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        path = rates_path(suite_path(args.suite))
-        suite = load_suite(args.suite, tuple(args.tasks))
-        rates = {case.name: dict(case.rates) for case in load_suite(args.suite).cases if case.rates}
-        spent: dict[str, float] = {}
-        for case in suite.cases:
-            found = widened(case, args.seeds, args.out / case.name, args.jobs)
-            factors = best_factors(found)
-            rates[case.name] = {arm: factor * case.config.optimiser.lr for arm, factor in factors.items()}
-            spent[case.name] = tuning_flops(found)
-            print(f"{case.name}: {factors}, {spent[case.name]:.3g} FLOPs", flush=True)
-            replace_atomically(
-                path, json_bytes({"seeds": list(args.seeds), "tuning_flops": spent, "rates": rates})
-            )
-    except ShiftInputError as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("tune: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    args = parser.parse_args(argv)
+    path = rates_path(suite_path(args.suite))
+    suite = load_suite(args.suite, tuple(args.tasks))
+    rates = {case.name: dict(case.rates) for case in load_suite(args.suite).cases if case.rates}
+    spent: dict[str, float] = {}
+    for case in suite.cases:
+        found = widened(case, args.seeds, args.out / case.name, args.jobs)
+        factors = best_factors(found)
+        rates[case.name] = {arm: factor * case.config.optimiser.lr for arm, factor in factors.items()}
+        spent[case.name] = tuning_flops(found)
+        print(f"{case.name}: {factors}, {spent[case.name]:.3g} FLOPs", flush=True)
+        replace_atomically(
+            path, json_bytes({"seeds": list(args.seeds), "tuning_flops": spent, "rates": rates})
+        )
     print(path)
     return 0
 
@@ -110,8 +102,8 @@ def _compared(
     if MATCHED in arms and "shift" not in arms:
         arms.append("shift")
     same = dict.fromkeys([*map(rate_name, arms)], lr)
-    command = " ".join(sys.argv)
-    results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, command, same, case.variants)
+    typed = " ".join(sys.argv)
+    results, _ = compare_arms(case.config, arms, seeds, out, None, False, jobs, typed, same, case.variants)
     return results
 
 
