@@ -14,7 +14,7 @@ from shift.build import build_model, build_task
 from shift.config import ModelConfig, TaskConfig
 from shift.run.record import FAILURE
 from shift.run.trainer import Trainer, TrainingDiverged
-from shift.train import INTERRUPTED
+from shift_kernels.console import INTERRUPTED
 
 MODEL = ModelConfig(n_loops=3, d_model=16, n_heads=2, d_ff=32, learned_positions=False)
 PARITY = tiny(task=TaskConfig("parity", options={"max_length": 3}), model=MODEL, steps=6)

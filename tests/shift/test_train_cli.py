@@ -31,8 +31,9 @@ from shift.length.sweep import SweepConfig
 from shift.reading import tomllib
 from shift.run import checkpoint
 from shift.run.checkpoint import checkpoints
-from shift.train import INTERRUPTED, main, parse
+from shift.train import main, parse
 from shift_kernels import ShiftInputError
+from shift_kernels.console import INTERRUPTED
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 
