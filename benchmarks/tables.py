@@ -15,7 +15,7 @@ from benchmarks.lm.suite import arms_of, load_suite
 from benchmarks.savings.families import Results, label
 from benchmarks.savings.recompile import stalls
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
-from benchmarks.savings.restricted import Choice, best_fixed, named, restricted_mean
+from benchmarks.savings.restricted import Choice, best_fixed, best_t, headline, named, restricted_mean
 from benchmarks.savings.scp_sweep import front_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
@@ -66,13 +66,14 @@ def demo() -> str:
 
 
 def savings() -> str:
-    """The arms over all tasks of the suite: mean ratio, runs lost and late of those that Looped won."""
+    """SHIFT and the best of ours over all tasks: mean ratio, runs lost and late of those that Looped won."""
     r = comparisons("savings/full")
     won = sum(s["flops_to_target"] is not None for t in r.values() for s in t["arms"]["looped"]["seeds"])
     rows = []
-    for name in ("shift", "climb", AGAIN):
+    for name in dict.fromkeys(("shift", headline(r)["arm"], AGAIN)):
         rows.append([label(r, name), *_over_tasks(r, named(name))])
     rows.append(["Best fixed switch of each task, by hindsight", *_over_tasks(r, best_fixed)])
+    rows.append(["Best constant T of each task, by hindsight", *_over_tasks(r, best_t)])
     header = [
         "schedule",
         "no run left out, × Looped (95%)",
