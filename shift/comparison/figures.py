@@ -147,7 +147,7 @@ def loops_figure(results: Mapping[str, Any]) -> Figure:
 
 
 def criterion_figure(results: Mapping[str, Any]) -> Figure | None:
-    """The two signals that a criterion looks at, their limits, a column an arm; a ring where it fires."""
+    """The two signals that a criterion looks at, their limits, an arm a row; a ring where it fires."""
     arms = {
         name: arm
         for name, arm in results["arms"].items()
@@ -156,25 +156,24 @@ def criterion_figure(results: Mapping[str, Any]) -> Figure | None:
     if not arms:
         return None
     colour = colours(list(results["arms"]))
-    figure = Figure(figsize=(WIDTH, 5.2))
-    grid = figure.subplots(2, len(arms), sharex="col", squeeze=False)
-    signals = (
-        ("improvement", "delta_1", "δ₁", "Does the loss still move?"),
-        ("grad_change", "delta_2", "δ₂", "Does the size of the gradient still move?"),
-    )
-    for column, (name, arm) in enumerate(arms.items()):
-        for panels, signal in zip(grid, signals, strict=True):
-            _signal_panel(panels[column], arm, signal, colour[name], narrow=len(arms) > 1)
-        grid[1][column].set(xlim=(0, None))
-    grid[1][0].set(xlabel="training steps (a ring: the criterion fires, the loops begin)")
+    figure = Figure(figsize=(WIDTH, 0.6 + 2.3 * len(arms)))
+    grid = figure.subplots(len(arms), 2, squeeze=False)
+    signals = (("improvement", "delta_1", "δ₁"), ("grad_change", "delta_2", "δ₂"))
+    for panels, (name, arm) in zip(grid, arms.items(), strict=True):
+        for axes, signal in zip(panels, signals, strict=True):
+            _signal_panel(axes, arm, signal, colour[name])
+        panels[0].set_ylabel(f"{literal(arm['label'])}\n{arm['criterion']['change']} change")
+    for axes, question in zip(
+        grid[0], ("Does the loss still move?", "Does the gradient norm still move?"), strict=True
+    ):
+        axes.set_title(question)
+    grid[-1][0].set(xlabel="training steps (a ring: the criterion fires, the loops begin)")
     return figure
 
 
-def _signal_panel(
-    axes: Axes, arm: Mapping[str, Any], signal: tuple[str, str, str, str], colour: str, narrow: bool
-) -> None:
+def _signal_panel(axes: Axes, arm: Mapping[str, Any], signal: tuple[str, str, str], colour: str) -> None:
     """One signal of one arm: a line a seed, the limit, and what lies below it shaded."""
-    key, threshold, symbol, title = signal
+    key, threshold, symbol = signal
     limit = arm["criterion"][threshold]
     most = max(abs(look[key]) for facts in arm["seeds"] for look in facts["looks"])
     top = min(max(1.1 * most, 1.5 * limit), 6 * limit)  # the first looks may be far above
@@ -190,8 +189,7 @@ def _signal_panel(
             if look["fired"]:
                 axes.plot(look["step"], abs(look[key]), "o", ms=8, mfc="white", mec=colour, mew=1.8, zorder=4,
                           clip_on=False)  # fmt: skip
-    head = f"{literal(arm['label'])}\n{title}" if narrow else title
-    axes.set(title=head, ylim=(0, top), ylabel=f"{arm['criterion']['change']} change")
+    axes.set(xlim=(0, None), ylim=(0, top))
 
 
 class Unit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from synthetic_runs import collected, reaches, switches, write_arm
 from shift.comparison.figures import criterion_figure
 from shift.comparison.report import write_report
 from shift.comparison.verdict import caveat, verdict
+from shift.report.style import save_figures
 from shift.report.words import duration, each, flops, percent
 
 NEVER = 1000
@@ -172,6 +174,16 @@ def test_the_looks_of_every_criterion_are_drawn(tmp_path):
     figure = criterion_figure(results)
     assert len(figure.axes) == 2
     assert all(len(axes.lines) == 3 for axes in figure.axes)  # the limit, the seed, its ring
+
+
+def test_there_is_room_for_many_arms_with_a_criterion(tmp_path):
+    names = ["shift", "shift@scaled", "climb", "climb@scaled", "ladder"]
+    for name in names:
+        write_arm(tmp_path, name, {0: reaches(50)}, switches(40), looks=True)
+    results = collected(tmp_path, names, [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the layout warns where panels would collapse
+        assert save_figures({"criterion": lambda: criterion_figure(results)}, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["$\\bad{$", "a\nb", "<b>|`*_[x](y)", "\ud800\u202e", "#"])
