@@ -17,6 +17,7 @@ from benchmarks.savings.recompile import stalls
 from benchmarks.savings.report import interval, ratio_table, restricted_table, sentences, summary_table
 from benchmarks.savings.restricted import Choice, best_fixed, best_t, headline, named, restricted_mean
 from benchmarks.savings.scp_sweep import front_table
+from benchmarks.savings.tune import rates_table
 from benchmarks.training import throughput
 from shift.comparison.arms import AGAIN
 from shift.comparison.summary import read_summary
@@ -106,6 +107,11 @@ def savings_arms() -> str:
 def savings_restricted() -> str:
     """Every arm, with no run left out."""
     return _markdown(restricted_table(comparisons("savings/full")))
+
+
+def savings_rates() -> str:
+    """The learning rate of every arm."""
+    return _markdown(rates_table("full"))
 
 
 def scp_sweep() -> str:
@@ -321,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings_arms": savings_arms,
     "savings_restricted": savings_restricted,
     "savings_sentences": savings_sentences,
+    "savings_rates": savings_rates,
     "scp_sweep": scp_sweep,
     "recompile": recompile,
     "cpu": cpu,

@@ -25,6 +25,9 @@ from shift.comparison.plan import LOOPED_SHARE
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.comparison.verdict import mean_accuracy
+from shift.reading import read_json
+from shift.report.document import Cell, Table
+from shift.report.words import flops
 from shift.run.files import json_bytes, replace_atomically
 from shift_kernels.console import command
 
@@ -138,6 +141,18 @@ def _cost(curve: Mapping[str, Sequence[float]], target: float, most: float) -> f
 def tuning_flops(found: Found) -> float:
     """Training FLOPs of all runs."""
     return sum(s["flops_total"] for r in found.values() for arm in r["arms"].values() for s in arm["seeds"])
+
+
+def rates_table(suite: str) -> Table:
+    """What a suite's arms were given: rates over the suite's own, and the compute that finding them took."""
+    spent = read_json(rates_path(suite_path(suite)), "rates_table", "rates")["tuning_flops"]
+    cases = load_suite(suite).cases
+    names = dict.fromkeys(rate_name(arm) for case in cases for arm in case.arms)
+    rows: list[list[Cell]] = [
+        [name, *(f"{case.rates[name] / case.config.optimiser.lr:g}" for case in cases)] for name in names
+    ]
+    rows.append(["compute of all runs", *(flops(spent[case.name]) for case in cases)])
+    return Table(["arm", *(case.name for case in cases)], rows)
 
 
 if __name__ == "__main__":
