@@ -20,14 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.savings.suite import Case, load_suite
 from shift.build import build_schedule
 from shift.comparison.arms import make_arm, split
-from shift.config import TrainConfig
+from shift.config import ScheduleConfig, TrainConfig
 from shift.run.files import json_bytes, replace_atomically
 from shift.run.trainer import Trainer
 from shift.schedules import Decision
@@ -75,35 +75,41 @@ def measured(config: TrainConfig, kinds: Mapping[str, Decision]) -> dict[str, fl
     return {kind: statistics.median(each[1:]) for kind, each in times.items()}
 
 
-def runs_of(case: Case, r: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[Decision]]]:
-    """Variant, facts and steps of every run that took any."""
+class RunSteps(NamedTuple):
+    """What a run did: its variant and config, what is known of it, what each of its steps was."""
+
+    variant: str
+    config: TrainConfig
+    facts: dict[str, Any]
+    steps: list[Decision]
+
+
+def runs_of(case: Case, r: Mapping[str, Any]) -> Iterator[RunSteps]:
+    """All runs that took any steps."""
     for name, arm in r["arms"].items():
         config = make_arm(name, case.config, variants=case.variants).config
         for facts in arm["seeds"]:
             if facts["loops"]:
                 own, n_steps = dataclasses.replace(config, seed=facts["seed"]), facts["curve"]["step"][-1]
-                yield split(name)[2], facts, list(decisions(own, facts["loops"], n_steps))
+                yield RunSteps(split(name)[2], own, facts, list(decisions(own, facts["loops"], n_steps)))
 
 
 def rates_of(case: Case, r: Mapping[str, Any]) -> Rates:
     """The milliseconds of all kinds of steps of a task."""
     kinds: dict[str, dict[str, Decision]] = {}
-    for variant, _, steps in runs_of(case, r):
-        kinds.setdefault(variant, {}).update({kind_of(decision): decision for decision in steps})
-    return {
-        variant: measured(
-            make_arm(
-                f"looped@{variant}" if variant else "looped", case.config, variants=case.variants
-            ).config,
-            own,
+    configs: dict[str, TrainConfig] = {}
+    for run in runs_of(case, r):
+        kinds.setdefault(run.variant, {}).update({kind_of(decision): decision for decision in run.steps})
+        # The steps are taken one by one, whatever the schedule would have.
+        configs.setdefault(
+            run.variant, dataclasses.replace(run.config, schedule=ScheduleConfig("constant", {}))
         )
-        for variant, own in kinds.items()
-    }
+    return {variant: measured(configs[variant], own) for variant, own in kinds.items()}
 
 
 def with_seconds(case: Case, r: Mapping[str, Any], rates: Rates) -> None:
     """Enter ``quiet_s``, of the whole run, and ``quiet_s_to_target`` into the facts of every run."""
-    for variant, facts, steps in runs_of(case, r):
+    for variant, _, facts, steps in runs_of(case, r):
         spent = list(itertools.accumulate(rates[variant][kind_of(decision)] / 1e3 for decision in steps))
         at = facts["steps_to_target"]
         facts["quiet_s"] = spent[-1]

@@ -291,6 +291,20 @@ def test_no_setting_beats_one_of_the_front():
     assert scp_sweep.front(rows) == [rows[1], rows[2]]
 
 
+def test_steps_are_timed_once_for_each_variant_whatever_its_schedule(monkeypatch):
+    def ran(*loops):
+        return {"seeds": [{"seed": 0, "loops": loops, "curve": {"step": [450]}}]}
+
+    case = load_suite("full", ("markov",)).cases[0]
+    monkeypatch.setattr(quiet, "measured", lambda config, kinds: (config, dict(kinds)))
+    arms = {"climb@later": ran([1, 1], [31, 3]), "looped@scaled": ran([1, 3])}
+    rates = quiet.rates_of(case, {"arms": arms})
+    assert rates.keys() == {"later", "scaled"}
+    config, kinds = rates["later"]
+    assert (config.schedule.kind, config.model.residual_scale) == ("constant", "1/T")
+    assert kinds == {quiet.kind_of(Decision(n)): Decision(n) for n in (1, 3)}
+
+
 def test_seconds_are_the_sum_over_the_steps_that_were_run(results, tmp_path):
     case = load_suite("quick", ("addition",)).cases[0]
     model = dataclasses.replace(case.config.model, n_loops=4)
