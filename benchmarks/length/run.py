@@ -1,9 +1,8 @@
 """The length study as a whole: train on both tasks, sweep the lengths, write the reports.
 
-    python -m benchmarks.length.run --out runs/length --arms single looped shift climb
+    python -m benchmarks.length.run --out runs/length --arms single looped shift climb@later
 
-An arm may be in a variant that ``benchmarks/savings/suites/full.toml`` declares (``climb@normed``). A task is
-a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``. The
+A task is a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``. The
 same command again goes on where an interrupted one stopped.
 """
 
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.length.report import measure, write
-from benchmarks.savings.suite import load_suite
 from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.config import load_config
@@ -39,18 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--arms", nargs="+", default=["single", "looped", "shift", "climb"])
+    parser.add_argument("--arms", nargs="+", default=["single", "looped", "shift", "climb@later"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--jobs", type=int, default=default_jobs())
     args = parser.parse_args(argv)
     command_line = f"python -m benchmarks.length.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    variants = load_suite("full").cases[0].variants
     for task in args.tasks:
         config, out = load_config(Path(__file__).parent / f"{task}.toml"), args.out / task
-        compare_arms(
-            config, args.arms, args.seeds, out, TARGET, False, args.jobs, command_line, variants=variants
-        )
+        compare_arms(config, args.arms, args.seeds, out, TARGET, False, args.jobs, command_line)
         longest = config.task.options["max_length"]
         lengths = tuple(round(share * longest) for share in SHARES)  # type: ignore[operator]
         sweep = SweepConfig(lengths=lengths, samples=args.samples)

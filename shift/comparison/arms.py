@@ -78,8 +78,12 @@ Rates = Mapping[str, float]
 Variants = Mapping[str, Mapping[str, Any]]
 """Name of a variant -> its changes of the config that all arms share, in tables as a config's."""
 
-VARIANTS: Variants = {"scaled": {"model": {"residual_scale": "1/T"}}}
-"""Those that every comparison knows; a suite declares others."""
+SCALED = {"residual_scale": "1/T"}
+VARIANTS: Variants = {
+    "scaled": {"model": SCALED},
+    "later": {"model": SCALED, "schedule": {"options": {"shares": [0.15, 0.45]}}},
+}
+"""Those that every comparison knows; a suite declares others. ``later`` is of ``climb``: longer with one loop."""
 
 VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss", "schedule")
 """Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same. Of
