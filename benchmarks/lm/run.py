@@ -1,9 +1,9 @@
 """Language models, trained in every way, at several budgets: the compute each needs for the same loss.
 
     python -m benchmarks.lm.run quick --out runs/lm         # under ten minutes on two cores
-    python -m benchmarks.lm.run full --out runs/lm-full     # about four core-hours
+    python -m benchmarks.lm.run full --out runs/lm-full     # under four core-hours
 
-First every arm's learning rate is chosen on seeds of their own, at the middle budget, from a grid that is
+First every arm's learning rate is chosen on seeds of their own, at a middle budget, from a grid that is
 widened while its best is at an end. Then all arms run at all budgets, seed by seed, and after each seed the
 report is written. The same command again goes on where an interrupted one stopped. ``out`` gets
 ``summary.json``, ``report.md`` and ``loss.png``. On a GPU: ``benchmarks.gpu.lm``.

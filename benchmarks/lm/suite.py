@@ -134,5 +134,5 @@ def run_config(arm: Arm, budget: float, each: float, factor: float, seed: int) -
 
 
 def tuning_budget(budgets: Sequence[float]) -> float:
-    """The budget at which rates are chosen: the middle one."""
-    return budgets[len(budgets) // 2]
+    """The budget at which rates are chosen: the middle one, or the lower of the two."""
+    return budgets[(len(budgets) - 1) // 2]
