@@ -1,15 +1,16 @@
 """How right a trained model is by length and by number of loops, beyond those of its training too.
 
-One pass of ``max_loops`` loops gives the answer after each; the :data:`RULES` then say which one counts.
-T(n), the loops that a task says a length needs, and the first two confidence rules: Fan et al., arXiv
-2409.15647. An answer is the surer, the less the cross-entropy between its logits and their own argmax, mean
-over its positions. The budget is that of arXiv 2607.20594 (abstract): loops in proportion to the length.
+One pass of ``max_loops`` loops gives the answer after each; with branches times 1/T each has a pass of its
+own. The :data:`RULES` then say which one counts. T(n), the loops that a task says a length needs, and the
+first two confidence rules: Fan et al., arXiv 2409.15647. An answer is the surer, the less the cross-entropy
+between its logits and their own argmax, mean over its positions. The budget is that of arXiv 2607.20594
+(abstract): loops in proportion to the length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from shift.tasks.base import IGNORE, Batch, Task
 from shift.tasks.full_output import FullOutputTask
 from shift.trained import newest, restored, trained_loops
 from shift_kernels.errors import input_error
-from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS
+from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, ONE_OVER_T
 
 RULES = {
     "as trained": "each sample runs T(n) loops, up to what training allowed",
@@ -75,7 +76,7 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
     max_loops = _max_loops(config.max_loops, batches.values(), loops)
     longest = max(tasks.values(), key=lambda task: task.max_seq_len)
     longest_trained = getattr(longest, "max_length", None)
-    model = restored("sweep", run, saved, longest)
+    model = restored("sweep", run, saved, None if run.model.learned_positions else longest)
     return {
         "run": str(run_dir),
         "config": run.to_dict(),
@@ -100,7 +101,9 @@ def _tasks(run: TrainConfig, lengths: tuple[int, ...]) -> dict[int | None, Task]
                 "sweep", "lengths", lengths, f"none: {trained.name!r} has samples of one length", "Drop it."
             )
         return {None: trained}
-    most = trained.max_length * (1 if run.model.learned_positions else 2)
+    most = 2 * trained.max_length
+    if run.model.learned_positions:
+        most = max(trained.max_length, trained.eval_length)
     lengths = lengths or tuple(sorted({max(1, round(most * i / LENGTHS)) for i in range(1, LENGTHS + 1)}))
     if run.model.learned_positions and max(lengths) > most:
         raise input_error(
@@ -124,7 +127,7 @@ def _max_loops(asked: int | None, batches: Collection[list[Batch]], trained_loop
     return asked or (least + LOOPS_BEYOND if own else 2 * least)
 
 
-class _Scores(NamedTuple):
+class _Answers(NamedTuple):
     """Of the answers after each loop, [max_loops, batch]; after one, [batch]."""
 
     right: Tensor
@@ -138,28 +141,39 @@ class _Scores(NamedTuple):
 
 
 @torch.no_grad()
-def _answers(model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig) -> _Scores:
+def _score_batch(model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig) -> _Answers:
     """What there is to say of the answers of a batch, on the CPU."""
     device = next(model.parameters()).device
     there = batch.to(device)
     with autocast(device, run.precision == "bf16"):
-        states = model.states(
-            there.tokens,
-            max_loops,
-            context=there.context,
-            cu_seqlens=there.cu_seqlens,
-            return_all_loops=True,
+        each: list[_Answers] = []
+        before = None
+        for after in _states(model, there, max_loops, run):  # logits of all loops might be too much
+            answers, before = _score_loop(model.read(after), there, before)
+            each.append(answers)
+    return _Answers(*(torch.stack(found).cpu() for found in zip(*each, strict=True)))
+
+
+def _states(model: LoopedTransformer, batch: Batch, max_loops: int, run: TrainConfig) -> Iterator[Tensor]:
+    """The states after 1, 2, .., ``max_loops`` loops, [batch, seq_len, d_model] each."""
+
+    def of(n_loops: int, return_all_loops: bool) -> Tensor:
+        return model.states(
+            batch.tokens,
+            n_loops,
+            context=batch.context,
+            cu_seqlens=batch.cu_seqlens,
+            return_all_loops=return_all_loops,
             backend=run.backend,
         )
-        each: list[_Scores] = []
-        before = None
-        for after in states:  # logits of all loops might be too much
-            scores, before = _scored(model.read(after), there, before)
-            each.append(scores)
-    return _Scores(*(torch.stack(found).cpu() for found in zip(*each, strict=True)))
+
+    if run.model.residual_scale == ONE_OVER_T:
+        # The first t loops of more are no answer here: their branches are not scaled by 1/t.
+        return (of(t, return_all_loops=False) for t in range(1, max_loops + 1))
+    return iter(of(max_loops, return_all_loops=True))
 
 
-def _scored(logits: Tensor, batch: Batch, before: Tensor | None) -> tuple[_Scores, Tensor]:
+def _score_loop(logits: Tensor, batch: Batch, before: Tensor | None) -> tuple[_Answers, Tensor]:
     """The scores after one loop, and its answers, given those after the loop before."""
     read = batch.targets != IGNORE
     answer = logits.argmax(-1)
@@ -168,22 +182,22 @@ def _scored(logits: Tensor, batch: Batch, before: Tensor | None) -> tuple[_Score
     log_p = logits.float().log_softmax(-1)
     loss = -log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
     surprise = (-log_p.amax(-1) * read).sum(-1) / read.sum(-1)
-    return _Scores(right, surprise, (loss * read).sum(-1), stays), answer
+    return _Answers(right, surprise, (loss * read).sum(-1), stays), answer
 
 
 def _chosen(
-    scores: _Scores, batches: list[Batch], trained: tuple[int, int | None], length: int | None
+    answers: _Answers, batches: list[Batch], trained: tuple[int, int | None], length: int | None
 ) -> dict[str, Tensor]:
     """The loops of each sample by each rule that can be followed, int64 [samples].
 
     Args:
-        scores: of all samples.
+        answers: of all samples.
         batches: that they are from.
         trained: the most loops and the longest length of training; None: samples have no length.
         length: of the samples.
     """
     trained_loops, longest = trained
-    surprise = scores.surprise
+    surprise = answers.surprise
     max_loops, n = surprise.shape
     own = [batch.n_loops for batch in batches if batch.n_loops is not None]
     loops = {"as trained": torch.full((n,), trained_loops)}
@@ -192,7 +206,7 @@ def _chosen(
         loops = {"as trained": oracle.clamp(max=trained_loops), "oracle": oracle}
     loops["confidence"] = surprise.argmin(0) + 1
     loops["joint confidence"] = (surprise.mean(1).argmin() + 1).expand(n)
-    unstable = ~scores.stays & scores.stays.any(0)  # where no answer ever stays, all loops count
+    unstable = ~answers.stays & answers.stays.any(0)  # where no answer ever stays, all loops count
     loops["stable confidence"] = surprise.masked_fill(unstable, math.inf).argmin(0) + 1
     if length is not None and longest is not None:
         budget = math.ceil(length * trained_loops / longest)
@@ -210,25 +224,25 @@ def _row(
     bytes_per_token: float | None,
 ) -> dict[str, Any]:
     """One row of :func:`sweep`."""
-    found = [_answers(model, batch, max_loops, run) for batch in batches]
-    scores = _Scores(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+    found = [_score_batch(model, batch, max_loops, run) for batch in batches]
+    answers = _Answers(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
     read = torch.cat([(batch.targets != IGNORE).sum(-1) for batch in batches])
-    loops = _chosen(scores, batches, trained, length)
+    loops = _chosen(answers, batches, trained, length)
     rules = {}
     for rule, chosen in loops.items():
-        exact, accuracy = _scores(scores.right.gather(0, chosen[None] - 1), read)
+        exact, accuracy = _exact_and_accuracy(answers.right.gather(0, chosen[None] - 1), read)
         rules[rule] = {"exact": exact[0], "accuracy": accuracy[0], "loops": chosen.double().mean().item()}
-    exact, accuracy = _scores(scores.right, read)
+    exact, accuracy = _exact_and_accuracy(answers.right, read)
     needed = loops["oracle"].double().mean().item() if "oracle" in loops else None
     of_text = {}
     if bytes_per_token is not None:
-        nats = scores.loss.sum(1).double() / read.sum()
+        nats = answers.loss.sum(1).double() / read.sum()
         of_text["bits_per_byte"] = (nats / math.log(2) / bytes_per_token).tolist()
     row = {"length": length, "needed": needed, "exact": exact, "accuracy": accuracy}
     return {**row, **of_text, "rules": rules}
 
 
-def _scores(right: Tensor, read: Tensor) -> tuple[list[float], list[float]]:
+def _exact_and_accuracy(right: Tensor, read: Tensor) -> tuple[list[float], list[float]]:
     """Exact match and token accuracy, one of each for every row of ``right`` [rows, samples]."""
     exact = (right == read).double().mean(1)
     return exact.tolist(), (right.sum(1).double() / read.sum()).tolist()

@@ -1,5 +1,6 @@
 """Accuracy by length and loops: against the trainer's own evaluation, and answers known beforehand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -20,9 +21,15 @@ from shift.tasks.parity import Parity
 from shift_kernels import ShiftInputError
 
 MODEL = ModelConfig(n_loops=3, d_model=16, n_heads=2, d_ff=32, learned_positions=False)
-PARITY = tiny(
-    task=TaskConfig("parity", options={"max_length": 4}), model=MODEL, schedule=ScheduleConfig("constant")
-)
+SCALED = dataclasses.replace(MODEL, residual_scale="1/T")
+
+
+def parity(model):
+    task = TaskConfig("parity", options={"max_length": 4})
+    return tiny(task=task, model=model, schedule=ScheduleConfig("constant"))
+
+
+PARITY = parity(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +39,15 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("config", [PARITY, parity(SCALED)], ids=["plain", "scaled by 1/T"])
 @pytest.mark.parametrize(("rule", "allowed"), [("as trained", 3), ("oracle", 99)])
-def test_it_finds_what_the_trainers_evaluation_finds(run, rule, allowed):
+def test_it_finds_what_the_trainers_evaluation_finds(tmp_path, config, rule, allowed):
+    run = tmp_path / "run"
+    Trainer(config, run).fit()
     found = sweep(run, SweepConfig(lengths=(2, 7), samples=20))
     for row in found["rows"]:
         task = Parity(max_length=4, eval_length=row["length"])
-        model = build_model(PARITY, task)
+        model = build_model(config, task)
         newest_valid(run / "checkpoints")[0].restore_weights(model)
         scores = evaluate(model, task, n_loops=allowed, n_samples=20, batch_size=8)
         own = min(row["length"], allowed)
@@ -135,10 +145,13 @@ def test_what_cannot_be_tried_is_refused(run, tmp_path):
     positions = ModelConfig(n_loops=2, d_model=16, n_heads=2, d_ff=32)
     learned = trained(tmp_path / "learned", task=PARITY.task, model=positions)
     hop = trained(tmp_path / "hop")
+    beyond = TaskConfig("parity", options={"max_length": 4, "eval_length": 6})
+    longer = trained(tmp_path / "longer", task=beyond, model=positions)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.toml").write_text("")
     for path, config, argument in [
         (learned, SweepConfig(lengths=(5,)), "learned positions"),
+        (longer, SweepConfig(lengths=(7,)), "at most 6"),
         (hop, SweepConfig(lengths=(5,)), "'hop'"),
         (run, SweepConfig(lengths=(9,), max_loops=8), "'max_loops' = 8"),
         (hop, SweepConfig(max_loops=2), "'max_loops' = 2"),
@@ -151,6 +164,7 @@ def test_what_cannot_be_tried_is_refused(run, tmp_path):
         with pytest.raises(ShiftInputError, match=argument):
             SweepConfig(**{argument: value})
     assert [row["length"] for row in sweep(learned, SweepConfig(samples=4))["rows"]] == [1, 2, 3, 4]
+    assert [row["length"] for row in sweep(longer, SweepConfig((2, 6), samples=4))["rows"]] == [2, 6]
 
 
 def test_the_command_writes_numbers_table_and_picture(run, tmp_path, capsys):
