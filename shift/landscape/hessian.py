@@ -52,7 +52,7 @@ class LossSurface:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise input_error("LossSurface", "dtype", dtype, "float32 or float64", "Use float64.")
-        self._model = copy.deepcopy(model).to(dtype)
+        self._model = copy.deepcopy(model).to(dtype).eval()  # a random first state must stay the same
         self._batch, self.n_loops, self.dtype, self._backend = batch, n_loops, dtype, backend
         self.names = [name for name, _ in model.named_parameters()]
         self.shapes = [p.shape for p in model.parameters()]
@@ -90,7 +90,11 @@ class LossSurface:
             name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
         batch = self._batch
-        options = {"context": batch.context, "backend": self._backend}
+        options = {
+            "context": batch.context,
+            "cu_seqlens": batch.cu_seqlens,
+            "backend": self._backend,
+        }
         logits = functional_call(self._model, values, (batch.tokens, loops_of(batch, self.n_loops)), options)
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shift.build import build_model, build_task
+from shift.build import build_model, build_schedule, build_task
 from shift.config import TrainConfig, load_config
 from shift.landscape.hessian import LossSurface
 from shift.model import LoopedTransformer
@@ -39,6 +39,14 @@ class Recording:
     def steps(self) -> dict[int, dict[str, Any]]:
         """The ``train`` row of each step, by the number of steps done before it."""
         return {row["step"] - 1: row for row in self.of_kind("train")}
+
+    def moments_age(self, step: int) -> int | None:
+        """The steps that Adam's second moments go back before a step; None: Muon's run, or a switch may have
+        cleared them."""
+        optimiser = self.config.optimiser
+        clears = build_schedule(self.config).keep < 1 or optimiser.keep_moments == 0
+        switched = len({row["n_loops"] for before, row in self.steps().items() if before <= step}) > 1
+        return None if optimiser.kind != "adamw" or (clears and switched) else step
 
     def surface(self, n_loops: int, samples: int, dtype: torch.dtype) -> LossSurface:
         """The loss with ``n_loops`` on the first ``samples`` held-out sequences, always the same ones."""

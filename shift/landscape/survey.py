@@ -98,9 +98,9 @@ def survey(
             for j in range(burst.start, burst.stop)
             if steps.get(int(found.steps[j]), same)["n_loops"] == n_loops
         ]
-        moments = found.second_moments[states[0]]
+        moments = found.second_moments[states[0]], run.moments_age(step)
         point, pairs = _point(
-            surfaces, n_loops, found.weights[states], moments, step, lr, run.config, config, pairs
+            surfaces, n_loops, found.weights[states], moments, lr, run.config, config, pairs
         )
         points.append({"step": step, "n_loops": n_loops, "lr": lr, **point})
         if progress is not None:
@@ -128,8 +128,7 @@ def _point(
     surfaces: dict[int, LossSurface],
     n_loops: int,
     weights: np.ndarray,
-    second_moment: np.ndarray,
-    step: int,
+    moments: tuple[np.ndarray, int | None],
     lr: float,
     run: TrainConfig,
     config: SurveyConfig,
@@ -163,7 +162,7 @@ def _point(
         "effective_rank": effective_rank(spectrum),
         "mutual_information": None if before is None else mutual_information(before, (values, vectors)),
         "eta_sharpness": lr * float(values[0]),
-        "adam_eta_sharpness": _adam_sharpness(hessian, second_moment, step, lr, run.optimiser.betas[1]),
+        "adam_eta_sharpness": _adam_sharpness(hessian, *moments, lr, run.optimiser.betas[1]),
         "cuts": {str(height): _cut(surface, w, vectors[:, 0], height) for height in config.heights},
         "agreement": agreement(surfaces[1], surfaces[run.model.n_loops], torch.from_numpy(weights[0])),
     }
@@ -184,14 +183,15 @@ def _cut(surface: LossSurface, w: torch.Tensor, direction: np.ndarray, height: f
 
 
 def _adam_sharpness(
-    hessian: Hessian, second_moment: np.ndarray, step: int, lr: float, beta2: float
+    hessian: Hessian, second_moment: np.ndarray, age: int | None, lr: float, beta2: float
 ) -> float | None:
     """lr * l_max of P^-1/2 H P^-1/2, P = sqrt(v) + eps: to be held against 2 (1 + beta1) / (1 - beta1).
 
-    Adaptive edge of stability: Cohen et al., arXiv 2207.14484. ``v`` is bias-corrected; None before a step.
+    Adaptive edge of stability: Cohen et al., arXiv 2207.14484. ``v`` is bias-corrected for its ``age`` in steps;
+    None where that is 0 or not known.
     """
-    if step == 0:
+    if not age:
         return None
-    corrected = second_moment.astype(np.float64) / (1 - beta2**step)
+    corrected = second_moment.astype(np.float64) / (1 - beta2**age)
     scale = torch.from_numpy((np.sqrt(corrected) + 1e-8) ** -0.5).to(hessian.gradient.dtype)
     return lr * float(hessian.scaled(scale).extreme(1, tol=1e-3)[0][0])

@@ -95,4 +95,6 @@ def read_snapshots(run_dir: Path, n_parameters: int) -> Snapshots:
             "It was written by another model, or cut short.",
         )  # fmt: skip
     rows = np.fromfile(path, row)
+    # A run that was extended may have recorded the state at its old end twice.
+    rows = rows[np.unique(rows["step"], return_index=True)[1]]
     return Snapshots(rows["step"].astype(np.int64), rows["weights"], rows["second_moments"])

@@ -9,8 +9,9 @@ import torch
 from tiny_runs import tiny
 
 from shift.build import build_model, build_task
-from shift.config import LandscapeConfig, TrainConfig
+from shift.config import LandscapeConfig, OptimiserConfig, TrainConfig
 from shift.landscape.cli import main
+from shift.landscape.recording import open_recording
 from shift.report.style import STYLE
 from shift.run.snapshots import SNAPSHOTS, read_snapshots
 from shift.run.trainer import Trainer, TrainingInterrupted
@@ -68,6 +69,23 @@ def test_recording_may_begin_in_a_resumed_run(tmp_path):
         trainer.fit(lambda done, _: trainer.stop() if done == 5 else None)
     Trainer(CONFIG, tmp_path, resume=True).fit()
     assert read_snapshots(tmp_path, SIZE).steps.tolist() == [6, 7, 10, 11, 12]
+
+
+def test_a_run_that_was_extended_has_each_state_once(tmp_path):
+    Trainer(CONFIG, tmp_path).fit()
+    Trainer(dataclasses.replace(CONFIG, steps=14), tmp_path, resume=True, extend=True).fit()
+    assert read_snapshots(tmp_path, SIZE).steps.tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12, 14]
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "ages"),
+    [({}, [2, 10]), ({"keep_moments": 0.0}, [2, None]), ({"kind": "muon"}, [None, None])],
+)
+def test_the_age_of_adams_moments_is_known_or_said_to_be_unknown(tmp_path, optimiser, ages):
+    options = OptimiserConfig(warmup=4, **optimiser)  # the switch is at step 6
+    Trainer(dataclasses.replace(CONFIG, optimiser=options), tmp_path).fit()
+    run = open_recording(tmp_path)
+    assert [run.moments_age(step) for step in (2, 10)] == ages
 
 
 def test_a_config_with_recording_survives_toml_and_refuses_nonsense():

@@ -15,6 +15,7 @@ from shift import data
 from shift import eval as evaluation
 from shift.build import build_model, build_task
 from shift.config import ModelConfig, TaskConfig, TrainConfig
+from shift.landscape.hessian import LossSurface
 from shift.run.evaluate import evaluate
 from shift.run.trainer import Trainer
 from shift.tasks import Task, find_task, make_task
@@ -317,6 +318,16 @@ def test_a_packed_document_sees_itself_alone(made, injection):
     for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         alone = model(batch.tokens.flatten()[start:stop][None], 2)[0]
         torch.testing.assert_close(together[start:stop], alone)
+
+
+def test_a_landscape_of_packed_documents_is_that_of_their_loss(made):
+    config = config_of(made, options={"packed": True})
+    task = build_task(config)
+    model, batch = build_model(config, task), task.batch(6, 0, split="eval")
+    surface = LossSurface(model, batch, 2, dtype=torch.float32)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = evaluate(model, task, n_loops=2, n_samples=6, batch_size=6)["loss"]
+    assert surface.loss(weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
