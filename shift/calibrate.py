@@ -24,10 +24,9 @@ from shift.run.shapes import problems_of
 from shift_kernels import BlockSpec
 from shift_kernels.calibrate import LIMIT_S, calibrate
 from shift_kernels.call import Problem
-from shift_kernels.checks import check_int
+from shift_kernels.checks import check_int, check_usable_device
 from shift_kernels.console import command
 from shift_kernels.errors import input_error
-from shift_kernels.measured import table_path
 from shift_kernels.spec import MAX_TOKENS
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -39,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     problems = problems_of(load_config(flags.config)) if flags.config else _problems(flags)
     calibrate(problems, limit_s=flags.limit)
-    print(f"written to {table_path(problems[0].device)}")
     return 0
 
 
@@ -63,17 +61,16 @@ def _problems(flags: argparse.Namespace) -> list[Problem]:
     try:
         text = flags.spec if flags.spec.lstrip().startswith("{") else Path(flags.spec).read_text("utf-8-sig")
         fields = json.loads(text)
-        device = torch.device(flags.device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise input_error(
-            me, "--spec or --device", str(error), "JSON or a file of it; a device", ""
-        ) from error
+    except (OSError, ValueError) as error:
+        raise input_error(me, "--spec", str(error), "JSON or a file of it", "") from error
+    check_usable_device(me, "--device", flags.device)
     if not isinstance(fields, dict) or not {"d_model", "n_heads"} <= set(fields):
         raise input_error(me, "--spec", fields, "fields of BlockSpec, d_model and n_heads among them", "")
     sizes = {"--batch": flags.batch, "--seq-len": flags.seq_len}
     for name, size in [*sizes.items(), *(("--n-loops", n) for n in flags.n_loops)]:
         check_int(me, name, size, 1, MAX_TOKENS)
     spec, dtype, grad = BlockSpec(**fields), getattr(torch, flags.dtype), not flags.forward_only
+    device = torch.device(flags.device)
     return [
         Problem(spec, flags.batch, flags.seq_len, dtype, dtype, device, grad, n_loops=n)
         for n in flags.n_loops

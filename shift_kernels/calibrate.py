@@ -62,9 +62,13 @@ def calibrate(
                 prepare(problem, say)
             row[name] = _in_child(problem, name, limit_s)
             say(f"  {name:<12}{row[name]}")
-        measured.record(problem, row)
-        dispatch.forget()
         rows[measured.shape_class(problem)] = row
+        try:
+            say(f"  written to {measured.record(problem, row)}")
+        except OSError as error:
+            measured.adopt(rows)
+            say(f"  for this process alone, as the table cannot be written: {error}")
+        dispatch.forget()
     return rows
 
 
@@ -120,14 +124,16 @@ def _in_child(problem: Problem, backend: str, limit_s: float) -> Verdict:
             stderr=subprocess.PIPE,
             env=environment,
             text=True,
-            start_new_session=True,  # a time-out ends what it started, too
+            start_new_session=True,  # a time-out or Ctrl-C ends what it started, too
         )
         try:
             _, words = child.communicate(json.dumps(request), timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
             return Verdict(TIMED_OUT, f"over {limit_s:g} s")
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
         if not answer.exists():
             last = (words.strip().splitlines() or ["without a word"])[-1]
             return Verdict(CRASHED, f"exit code {child.returncode}: {last[:200]}")

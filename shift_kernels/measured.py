@@ -218,9 +218,9 @@ def identity(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of all that decides what a backend computes: its Python sources and the compiled libraries."""
+    """Of all that decides what a backend computes: the Python sources and the compiled libraries."""
     digest = hashlib.sha256()
-    files = [*(HERE / "backends").rglob("*.py"), *HERE.rglob("*.so"), *HERE.rglob("tuned.json")]
+    files = [*HERE.rglob("*.py"), *HERE.rglob("*.so"), *HERE.rglob("tuned.json")]
     for path in sorted(files):
         digest.update(str(path.relative_to(HERE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

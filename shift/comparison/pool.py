@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -35,6 +36,9 @@ def train_all(runs: Mapping[Path, TrainConfig], jobs: int, stream: TextIO | None
 
     A run that diverges leaves the reason in :data:`shift.run.record.FAILURE`; the others go on. Ctrl-C lets
     every worker save a checkpoint, then raises :class:`KeyboardInterrupt`.
+
+    Raises:
+        ChildProcessError: a worker was killed.
     """
     if not runs:
         return
@@ -53,6 +57,11 @@ def train_all(runs: Mapping[Path, TrainConfig], jobs: int, stream: TextIO | None
                 while not reports.empty():
                     display.step(*reports.get())
                 display.show(len(runs) - len(waiting))
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker was killed, most likely for want of memory; the same command goes on from the last "
+                "checkpoints (fewer --jobs take less memory)"
+            ) from error
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -128,6 +137,7 @@ def _die_with_parent() -> None:
 
 def _train(config: TrainConfig, run_dir: Path) -> None:
     trainer = Trainer(config, run_dir, resume=True)
+    (run_dir / FAILURE).unlink(missing_ok=True)
     reported = 0.0
 
     def progress(step: int, total: int) -> None:

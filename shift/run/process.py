@@ -45,7 +45,7 @@ def run(
         TrainingInterrupted: after SIGTERM or Ctrl-C; a checkpoint was saved.
         ShiftInputError, TrainingDiverged, OtherRankFailed, OSError: see there.
     """
-    with _process_group(config.parallel) as leads:
+    with _process_group(config) as leads:
         watchers = [open_log(log, config, run_dir) for log in dict.fromkeys(logs)] if leads else []
         console = Watchers([Console(config.steps), *watchers]) if leads else None
         try:
@@ -59,16 +59,16 @@ def run(
 
 
 @contextlib.contextmanager
-def _process_group(parallel: str) -> Iterator[bool]:
+def _process_group(config: TrainConfig) -> Iterator[bool]:
     """Join the processes of ``torchrun``, if there are any; yields whether this one is rank 0.
 
     Shards want a group even where one process holds all of them.
     """
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone and parallel == "ddp":
+    if alone and config.parallel == "ddp":
         yield True
         return
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and config.device != "cpu":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if alone:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)

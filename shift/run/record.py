@@ -56,7 +56,7 @@ def read_run(path: Path) -> Run:
         rows=rows,
         timing=read_timing(path),
         result=result,
-        failure=None if result else _read(path / FAILURE, parse_text, "").strip() or "not finished",
+        failure=_read(path / FAILURE, parse_text, "").strip() or (None if result else "not finished"),
     )
 
 

@@ -158,16 +158,18 @@ class SCP:
         return None
 
     @staticmethod
-    def replay(config: SCPConfig, losses: Sequence[float], grad_norms: Sequence[float]) -> int | None:
+    def replay(
+        config: SCPConfig, losses: Sequence[float | None], grad_norms: Sequence[float | None]
+    ) -> int | None:
         """The step at which a criterion would have fired that had watched a run on record; None: never.
 
         Args:
             config: of the criterion.
-            losses, grad_norms: of the run's steps.
+            losses, grad_norms: of the run's steps; None: not finite.
         """
         scp, pending = SCP(config), []
         for step, pair in enumerate(zip(losses, grad_norms, strict=True), start=1):
-            if all(map(math.isfinite, pair)):
+            if None not in pair and all(map(math.isfinite, pair)):
                 pending.append(list(pair))
             if len(pending) == config.interval:
                 look = scp._look(pending)

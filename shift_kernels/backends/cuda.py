@@ -372,7 +372,7 @@ class CudaBackend:
                 cuda_shapes.compile_kernel(found.shape)
                 seconds = time.perf_counter() - start
                 say(f"  cuda    the {direction} for this shape: {seconds:.0f} s to compile")
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 say(f"  cuda    no {direction} for this shape, the one for any serves: {error}")
         _prepared_on.cache_clear()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -175,6 +176,36 @@ def test_candidates_that_crash_or_hang_are_marked_and_this_process_goes_on(monke
     assert outcomes == {"fake_fast": VERIFIED, "fake_crashing": CRASHED, "fake_hanging": TIMED_OUT}
     assert dispatch.plan(problem()).backend == "fake_fast"
     assert any("fake_crashing" in line and "exit code" in line for line in told)
+
+
+def test_without_a_place_for_the_table_this_process_goes_by_its_rows(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHIFT_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(dispatch, "candidates", lambda _: ["fake_fast"])
+    told = []
+    try:
+        calibrate([problem()], say=told.append)
+        assert "this process alone" in told[-1]
+        assert dispatch.plan(problem()).backend == "fake_fast"
+    finally:
+        measured.drop_adopted()
+
+
+def test_ctrl_c_ends_the_candidate_too(monkeypatch):
+    children = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, text=None, timeout=None):
+            if text is not None:
+                children.append(self)
+                raise KeyboardInterrupt
+            return super().communicate()
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(dispatch, "candidates", lambda _: ["fake_hanging"])
+    with pytest.raises(KeyboardInterrupt):
+        calibrate([problem()], say=[].append)
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_first_use_measures_once_and_then_runs_what_won(monkeypatch):

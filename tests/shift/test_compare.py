@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import multiprocessing
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from synthetic_runs import (
     switches,
     write_arm,
 )
-from tiny_runs import processes
+from tiny_runs import processes, tiny
 
 from shift.build import build_schedule
 from shift.compare import main
@@ -33,11 +36,12 @@ from shift.comparison.arms import (
 )
 from shift.comparison.fairness import fairness
 from shift.comparison.plan import alone_in, matched_mean
-from shift.comparison.pool import Display
+from shift.comparison.pool import Display, train_all
 from shift.comparison.ratios import against_looped
 from shift.comparison.results import first_crossing, share_of_looped
 from shift.comparison.verdict import verdict
 from shift.config import ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
+from shift.run.record import read_run
 from shift.run.trainer import Trainer
 from shift_kernels import ShiftInputError
 
@@ -131,6 +135,22 @@ def test_arms_in_a_variant_are_fair_if_they_differ_in_what_it_declares_alone(out
     assert check(unsaid, "Same model")["detail"] == "they differ in model.loop_norm"
 
 
+def test_a_killed_worker_is_said_in_one_line(tmp_path):
+    runs = {tmp_path / "run": tiny(steps=100_000)}
+
+    def kill():
+        while not (tmp_path / "run" / "checkpoints").exists():
+            time.sleep(0.05)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ChildProcessError, match="memory"):
+        train_all(runs, 1, io.StringIO())
+    killer.join()
+
+
 def test_looped_again_has_the_same_weights_and_other_data():
     base = TrainConfig()
     looped, again = (seeded(make_arm(name, base), 3) for name in ("looped", "again"))
@@ -167,6 +187,14 @@ def test_facts_of_a_run_are_read_off_its_rows(out):
     assert (facts["switch_step"], facts["final_accuracy"]) == (40, 0.995)
     assert facts["final_groups"] == {"1 hop": 1.0, "2 hops": 0.995}
     assert facts["loops"] == [[1, 1], [41, 4]]
+
+
+def test_a_run_that_diverged_beyond_its_steps_says_so_and_keeps_its_result(out):
+    collected(out, NAMES, SEEDS)
+    (out / "shift" / "seed-0" / "failure.txt").write_text("diverged: not finite")
+    run = read_run(out / "shift" / "seed-0")
+    assert run.result
+    assert run.failure == "diverged: not finite"
 
 
 def test_a_row_that_a_full_disk_cut_short_is_no_row(out):
