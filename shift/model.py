@@ -28,8 +28,8 @@ class Layout:
         n_prelude: layers between embedding and core, of the core's kind; run once.
         n_coda: layers between core and read-out; run once.
         initial_state: h_0. ``default``: that of the block's injection. ``learned``: a vector, the same at all
-            positions. ``random``: normal, standard deviation 1, drawn at every call in training and always
-            the same in evaluation (the idea of Huginn, arXiv 2502.05171).
+            positions. ``random``: normal, standard deviation 1, drawn for every position at every call in
+            training (the idea of Huginn, arXiv 2502.05171); in evaluation one vector, always the same.
         tied: the read-out's weights are the token embedding's, without bias.
         logit_softcap: c of logits c tanh(z / c); None: logits z.
         init_loops: T, so that maps into the residual stream start 1 / sqrt(2 L) as large, L = n_prelude +
@@ -250,8 +250,11 @@ class LoopedTransformer(nn.Module):
             return self.start.expand_as(e)
         if self.layout.initial_state != "random":
             return None
-        fixed = None if self.training else torch.Generator(e.device).manual_seed(0)
-        return torch.empty_like(e).normal_(generator=fixed)
+        if self.training:
+            return torch.randn_like(e)
+        # One for all positions: a sample's answer depends neither on its batch nor on what is cached.
+        fixed = torch.Generator(e.device).manual_seed(0)
+        return e.new_empty(e.shape[-1]).normal_(generator=fixed).expand_as(e)
 
     def forward(
         self,

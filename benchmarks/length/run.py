@@ -2,8 +2,8 @@
 
     python -m benchmarks.length.run --out runs/length --arms single looped shift climb@later
 
-A task is a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``. The
-same command again goes on where an interrupted one stopped.
+A task is a comparison of its own in ``out/<task>``; its report goes to ``benchmarks/results/length/<task>``.
+The same command again goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ VARIANTS: Variants = {
     "scaled": {"model": SCALED},
     "later": {"model": SCALED, "schedule": {"options": {"shares": [0.15, 0.45]}}},
 }
-"""Those that every comparison knows; a suite declares others. ``later`` is of ``climb``: longer with one loop."""
+"""Those that every comparison knows; a suite declares others. ``later`` is for ``climb`` alone: longer with
+one loop."""
 
 VARIED = ("model", "optimiser", "n_grad_loops", "loop_loss", "schedule")
 """Keys of a config that a variant may change: data, weights' seeds, steps and evaluations stay the same. Of

@@ -187,8 +187,8 @@ def _adam_sharpness(
 ) -> float | None:
     """lr * l_max of P^-1/2 H P^-1/2, P = sqrt(v) + eps: to be held against 2 (1 + beta1) / (1 - beta1).
 
-    Adaptive edge of stability: Cohen et al., arXiv 2207.14484. ``v`` is bias-corrected for its ``age`` in steps;
-    None where that is 0 or not known.
+    Adaptive edge of stability: Cohen et al., arXiv 2207.14484. ``v`` is bias-corrected for its ``age`` in
+    steps; None where that is 0 or not known.
     """
     if not age:
         return None

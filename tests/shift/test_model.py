@@ -106,6 +106,9 @@ def test_a_random_start_is_drawn_in_training_and_fixed_in_evaluation():
     state = torch.get_rng_state()
     assert torch.equal(model(TOKENS, 2), model(TOKENS, 2))
     assert torch.equal(torch.get_rng_state(), state)
+    # Neither on the other samples of the batch nor on the tokens before, which a cache may hold.
+    e = model.embed(TOKENS)
+    assert torch.equal(model.initial(e)[1:, 3:], model.initial(e[1:, 3:]))
 
 
 def test_a_tied_model_begins_as_one_that_knows_nothing():
