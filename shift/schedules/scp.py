@@ -169,8 +169,9 @@ class SCP:
         """
         scp, pending = SCP(config), []
         for step, pair in enumerate(zip(losses, grad_norms, strict=True), start=1):
-            if None not in pair and all(map(math.isfinite, pair)):
-                pending.append(list(pair))
+            finite = [x for x in pair if x is not None and math.isfinite(x)]
+            if len(finite) == len(pair):
+                pending.append(finite)
             if len(pending) == config.interval:
                 look = scp._look(pending)
                 if look is not None and look.fired:
