@@ -167,21 +167,15 @@ class Step:
 
     Args:
         cache: which.
-        begin, end: int64 [batch] on the CPU: which tokens of e are real, the others being pads.
+        n_new: int64 [batch] on the CPU: so many of e's tokens are real, those after them pads.
     """
 
     cache: LoopedCache
-    begin: Tensor
-    end: Tensor
+    n_new: Tensor
 
     def __post_init__(self) -> None:
         self.before = self.cache.lengths.clone()
-        self.after = self.before + (self.end - self.begin)
-
-    @property
-    def offset(self) -> Tensor:
-        """What is added to a token's index for its position, int64 [batch]."""
-        return self.before - self.begin
+        self.after = self.before + self.n_new
 
     def commit(self, n_loops: int | Tensor) -> None:
         """All loops are done: the tokens count from now on."""
@@ -195,13 +189,9 @@ def check_step(
     e: Tensor,
     spec: BlockSpec,
     n_loops: int | Tensor,
-    begin: Tensor | None,
-    end: Tensor | None,
+    seq_lens: Tensor | None,
 ) -> Step:
     """The step of arguments that are else checked.
-
-    Args:
-        begin, end: as of :class:`Step`; None: no pads on that side.
 
     Raises:
         ShiftInputError: the cache is another block's or batch's, is full, or had other loops before.
@@ -228,11 +218,8 @@ def check_step(
             f"one filled with {loops.tolist()}",
             "Keep n_loops: a token's deeper loops would read keys that earlier tokens never wrote.",
         )
-    first, last = (
-        torch.as_tensor(side, device="cpu").expand(cache.batch).to(torch.int64)
-        for side in (0 if begin is None else begin, e.shape[1] if end is None else end)
-    )
-    step = Step(cache, first, torch.maximum(first, last))
+    lengths = torch.as_tensor(e.shape[1] if seq_lens is None else seq_lens, device="cpu")
+    step = Step(cache, lengths.expand(cache.batch).to(torch.int64).clamp(min=0))
     if step.after.max() > cache.max_len:
         refuse(f"of max_len {cache.max_len}", f"one of {int(step.after.max())}", "Build a longer one.")
     return step

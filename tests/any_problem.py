@@ -3,11 +3,11 @@
 import torch
 from hypothesis import strategies as st
 
-from shift_kernels.backends.base import FIRST_OPTIONS
+from shift_kernels.backends.base import SERVED_BY_ALL
 
 
 @st.composite
-def problems(draw, norm=None, max_batch=6, max_seq_len=20, served=FIRST_OPTIONS):
+def problems(draw, norm=None, max_batch=6, max_seq_len=20, served=SERVED_BY_ALL):
     """Options of the block and of a call, batch, seq_len and a seed.
 
     Args:

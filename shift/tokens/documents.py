@@ -18,7 +18,7 @@ PARQUET_ROWS = 1024
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and how far the files are read once it is."""
+    """A text, and what it took of its file."""
 
     text: str
     file_bytes: float

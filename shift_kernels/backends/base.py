@@ -79,7 +79,7 @@ class Served:
         return value in served or type(value) in served
 
 
-FIRST_OPTIONS: Mapping[str, Collection[object]] = {
+SERVED_BY_ALL: Mapping[str, Collection[object]] = {
     "activation": ("relu", "gelu", "gelu_tanh", "swiglu", "relu2"),
     "norm": ("layernorm", "rmsnorm", "none"),
     "norm_placement": ("pre", "post", "sandwich"),
@@ -92,7 +92,7 @@ FIRST_OPTIONS: Mapping[str, Collection[object]] = {
     "loop_norm": (bool,),
     "residual_scale": (float,),
 }
-"""What every backend serves."""
+"""Of every field that some backend does not serve in full, the values that all do."""
 _SIZES = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BlockSpec) if f.init and f.name not in _SIZES}
 

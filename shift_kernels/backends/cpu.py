@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels import compiled
-from shift_kernels.backends.base import FIRST_OPTIONS, Kind, Served, WhyNot
+from shift_kernels.backends.base import SERVED_BY_ALL, Kind, Served, WhyNot
 from shift_kernels.cache import Step
 from shift_kernels.call import CallOptions, Problem
 from shift_kernels.rotary import rotary_table
@@ -175,7 +175,7 @@ def _rotary_of_step(spec: BlockSpec, options: CallOptions, step: Step) -> tuple[
     if options.position_offset is None:  # as a rule: one table for all steps
         return _rotary_rows(spec.key, step.cache.max_len), step.before.contiguous()
     first = step.before + options.position_offset.cpu()
-    rows = int(first.max() - first.min() + (step.end - step.begin).max())
+    rows = int(first.max() - first.min() + step.n_new.max())
     table = rotary_table(max(rows, 1), spec, torch.device("cpu"), first.min()[None])
     return table[:, 0, 0].to(torch.float32).contiguous(), (first - first.min()).contiguous()
 
@@ -246,7 +246,7 @@ class CpuBackend:
     name, saves = "cpu", True
     served = Served(
         {
-            **FIRST_OPTIONS,
+            **SERVED_BY_ALL,
             "activation": ACTIVATIONS,
             "norm_placement": PLACEMENTS,
             "norm_weight": NORM_WEIGHTS,
@@ -300,7 +300,7 @@ class CpuBackend:
         for_backward: bool,
         isa: str | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """h_T (or all h_t), the loops used, and the loop boundaries if a backward follows."""
+        """h_T (or all h_t), the loops used, and what the backward reads, if one follows."""
         call, keep = _call(e, weights, spec, options)
         shape = (call.most_loops, *e.shape) if options.return_all_loops else e.shape
         new = torch.empty if options.seq_lens is None else torch.zeros  # pads are never written
@@ -325,7 +325,7 @@ class CpuBackend:
         """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
         before, cache = step.before.contiguous(), step.cache
         rotary, positions = _rotary_of_step(spec, options, step)
-        lengths = dataclasses.replace(options, seq_lens=step.end)
+        lengths = dataclasses.replace(options, seq_lens=step.n_new)
         call, keep = _call(e, weights, spec, lengths, rotary)
         shape = (call.most_loops, *e.shape) if options.return_all_loops else e.shape
         out, used = _allocate(torch.zeros, shape), torch.empty(e.shape[0], dtype=torch.int64, device="cpu")

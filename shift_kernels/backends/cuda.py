@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shift_kernels import compiled
 from shift_kernels.backends import cuda_shapes
-from shift_kernels.backends.base import FIRST_OPTIONS, Served, WhyNot
+from shift_kernels.backends.base import SERVED_BY_ALL, Served, WhyNot
 from shift_kernels.backends.device import DTYPES, no_device, on_device_of, why_not
 from shift_kernels.backends.weight_gradients import (
     NORM_VECTORS,
@@ -342,7 +342,7 @@ class CudaBackend:
     """Resident kernels in CUDA C++; see the top of this file."""
 
     name, saves = "cuda", True
-    served = Served(FIRST_OPTIONS)
+    served = Served(SERVED_BY_ALL)
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         return why_not(problem, absent=_absent(), emulated=_emulated(), unserved=_unserved)

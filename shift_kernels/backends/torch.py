@@ -88,10 +88,10 @@ class TorchBackend:
     ) -> Tensor:
         """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
         index = torch.arange(e.shape[1])
-        real = (index >= step.begin[:, None]) & (index < step.end[:, None])
-        heads = _CachedHeads(step, real, (index + step.offset[:, None]).clamp(min=0), options.n_loops)
+        real = index < step.n_new[:, None]
+        heads = _CachedHeads(step, real, index + step.before[:, None], options.n_loops)
         real = real.to(e.device)[..., None]
-        offset = step.offset
+        offset = step.before
         if options.position_offset is not None:
             offset = offset + options.position_offset.cpu()
         call = {**options.keywords(), "seq_lens": None, "position_offset": offset}

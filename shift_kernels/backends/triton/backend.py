@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from shift_kernels.backends.base import FIRST_OPTIONS, UNVERIFIED, Kind, Served, WhyNot
+from shift_kernels.backends.base import SERVED_BY_ALL, UNVERIFIED, Kind, Served, WhyNot
 from shift_kernels.backends.device import (
     foreign_device,
     matmul_precision,
@@ -93,7 +93,7 @@ class TritonBackend:
     """Resident or streamed kernels in Triton; see the top of this file."""
 
     name, saves = "triton", True
-    served = Served({**FIRST_OPTIONS, "activation": ACTIVATIONS})
+    served = Served({**SERVED_BY_ALL, "activation": ACTIVATIONS})
 
     def why_not(self, problem: Problem | None) -> WhyNot | None:
         return why_not(problem, absent=_absent(), emulated=_interpreted(), unserved=_unserved)
