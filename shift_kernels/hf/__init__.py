@@ -13,10 +13,12 @@ Importing this module makes ``AutoModelForCausalLM.from_pretrained`` load what s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from shift_kernels.checks import check_int
+from shift_kernels.errors import type_error
 from shift_kernels.extras import require
 
 require("hf", "shift_kernels.hf")
@@ -55,20 +57,30 @@ def loop_layers(model: Any, layers: Sequence[int] = range(4, 8), n_loops: int = 
         refuse("model", type(model).__name__, "a model without loops", "Call unloop(model) first.")
     family = family_of(model)
     n_layers = len(getattr(model.base_model, family.layers))
+    if not isinstance(layers, Sequence):
+        raise type_error(FUNCTION, "layers", layers, "numbers of layers", "Pass range(4, 8), say.")
     numbers = [check_int(FUNCTION, "layers", i, 0, n_layers - 1) for i in layers]
     if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         refuse("layers", numbers, f"successive numbers from 0 to {n_layers - 1}", "Name a range.")
     n_loops = check_int(FUNCTION, "n_loops", n_loops, 1, MAX_LOOPS)
-    config = model.config
-    config.looped = {"layers": [numbers[0], numbers[-1] + 1], "n_loops": n_loops}
+    shared = model.config
+    own = copy.deepcopy(shared)  # another model may have been made with the same one
+    own.looped = {"layers": [numbers[0], numbers[-1] + 1], "n_loops": n_loops}
+    _give_config(model, shared, own)
     try:
         looped = install(model)
     except BaseException:
-        del config.looped
+        _give_config(model, own, shared)
         raise
     model.__class__ = looped_class(model.__class__)
-    config.__class__ = model.config_class
+    own.__class__ = model.config_class
     return looped
+
+
+def _give_config(model: Any, old: Any, new: Any) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
 
 
 def unloop(model: Any) -> None:
@@ -79,8 +91,12 @@ def unloop(model: Any) -> None:
     """
     layers, looped = find(model)
     config = model.config
-    model.__class__ = type(model).original
+    for part in {model, model.base_model}:
+        if isinstance(part, LoopedModel):
+            part.__class__ = type(part).original
     config.__class__ = type(config).original
     del config.looped
+    if looped.mask_check is not None:
+        looped.mask_check.remove()
     for i, layer in enumerate(looped.original()):
         layers[looped.first + i] = layer

@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from shift_kernels.checks import check_int
 from shift_kernels.errors import input_error
 from shift_kernels.hf.slots import Step
+from shift_kernels.spec import MAX_LOOPS
+
+LOSS_KEYWORDS = frozenset({"num_items_in_batch", "shift_labels", "ignore_index"})
+ONLY = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""What every model of Transformers takes, and the one value that these serve."""
 
 
 class LoopedCausalLM(PreTrainedModel, GenerationMixin):
@@ -48,6 +54,7 @@ class LoopedCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         n_loops: int | None = None,
         exit_threshold: float | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, seq_len, vocab_size], and their loss with ``labels``.
@@ -60,10 +67,17 @@ class LoopedCausalLM(PreTrainedModel, GenerationMixin):
             n_loops: T; default ``config.n_loops``. One cache takes one T.
             exit_threshold: a token's logits are those after its first loop that :meth:`is_sure`, else after
                 the last. All loops run: later tokens see the keys of all of them.
+            past_key_values: the cache by its former name.
+            kwargs: :data:`LOSS_KEYWORDS`, and :data:`ONLY`.
 
         Raises:
-            ShiftInputError: another mask, other positions, or a cache that no looped block can serve.
+            ShiftInputError: another mask, other positions, or a cache that no looped block can serve; an
+                unknown keyword.
         """
+        loops = self._check(input_ids, n_loops, exit_threshold, kwargs)
+        cache = past_key_values if cache is None else cache
+        if isinstance(attention_mask, dict):  # one for each kind of layers, of which there is one here
+            (attention_mask,) = attention_mask.values()
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         ids = input_ids[..., None]
@@ -74,7 +88,6 @@ class LoopedCausalLM(PreTrainedModel, GenerationMixin):
             raise input_error(name, "position_ids", start.tolist(), allowed, "Leave them out.")
         counts = step.seen.counts(len(ids), ids.device)
         e = self.embed(step.tokens.pack(ids)[0][..., 0], counts)
-        loops = self.config.n_loops if n_loops is None else n_loops
         h = self.states(step, step.begin(step.tokens.unpack(e), self), loops, exit_threshold is not None)
         h = step.end(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -88,3 +101,21 @@ class LoopedCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+
+    def _check(self, ids: Tensor, n_loops: Any, threshold: Any, others: dict[str, Any]) -> Any:
+        """T of this call; ``others`` keeps what the loss takes."""
+        me = type(self).__name__
+        others.pop("cache_position", None)  # says what the cache knows
+        for name, served in ONLY.items():
+            if (given := others.pop(name, None)) not in (None, served):
+                raise input_error(me, name, given, str(served), "Leave it out.")
+        if unknown := others.keys() - LOSS_KEYWORDS:
+            known = ", ".join(sorted(LOSS_KEYWORDS))
+            raise input_error(me, min(unknown), "given", f"a keyword of forward, or {known}", "Leave it out.")
+        if ids.ndim != 2:
+            raise input_error(me, "input_ids", list(ids.shape), "[batch, seq_len]", "Add a dimension.")
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise input_error(me, "exit_threshold", threshold, "None or a number from 0 to 1", "Change it.")
+        loops = self.config.n_loops if n_loops is None else n_loops
+        least = 0 if threshold is None else 1
+        return loops if isinstance(loops, Tensor) else check_int(me, "n_loops", loops, least, MAX_LOOPS)

@@ -9,11 +9,14 @@ from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from shift_kernels.hf.families import Family, refuse
+from shift_kernels.checks import check_int
+from shift_kernels.hf.families import FUNCTION, Family, refuse
 from shift_kernels.hf.slots import Step
+from shift_kernels.hf.tokens import REMEDY
 from shift_kernels.module import LoopedBlock
-from shift_kernels.spec import BlockSpec
+from shift_kernels.spec import MAX_LOOPS, BlockSpec
 from shift_kernels.torch_internals import outside_of_dynamo
 
 
@@ -43,11 +46,19 @@ class LoopedLayers(nn.Module):
             blocks.append(_block(family, spec, layers[at : at + n]))
             at += n
         self.blocks = nn.ModuleList(blocks)
+        self.mask_check: RemovableHandle | None = None
 
     @property
-    def n_loops(self) -> int:
-        """T, of the next call."""
-        return self.config.looped["n_loops"]
+    def n_loops(self) -> Any:
+        """T, of the next call.
+
+        Raises:
+            ShiftInputError: it is none.
+        """
+        given = self.config.looped["n_loops"]
+        if isinstance(given, Tensor) and len(self.blocks) == 1:
+            return given  # one for each sample, which the block checks
+        return check_int(FUNCTION, 'config.looped["n_loops"]', given, 1, MAX_LOOPS)
 
     @outside_of_dynamo  # masks are read on the host; the blocks are a call of a kernel each as it is
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,15 +73,19 @@ class LoopedLayers(nn.Module):
         if call.get("encoder_hidden_states") is not None:
             refuse("encoder_hidden_states", "given", "None", "Cross attention is not part of a LoopedBlock.")
         self._refuse_dropout()
+        if self.config.num_hidden_layers < self.first + self.n_layers:
+            allowed = f"{self.first + self.n_layers} or more: layers from {self.first} on are looped as one"
+            refuse("config.num_hidden_layers", self.config.num_hidden_layers, allowed, "Exit elsewhere.")
         blocks = self.in_order
         spec = blocks[0].spec
         positions = call.get("position_ids") if spec.position == "rope" else None
         slots = range(self.first, self.first + self.n_layers)
-        step = Step(call.get("cache"), slots, e, call.get("attention_mask"), positions, spec.window)
-        h = step.begin(e, self)
+        windows, n_loops = [block.spec.window for block in blocks], self.n_loops
+        step = Step(call.get("cache"), slots, e, call.get("attention_mask"), positions, windows)
         if len(blocks) == 1:
-            return step.end(step(blocks[0], h, self.n_loops))
-        for _ in range(self.n_loops):
+            return step.end(step(blocks[0], step.begin(e, self), n_loops))
+        h = step.begin(e, self, n_loops * len(blocks))
+        for _ in range(n_loops):
             for block in blocks:
                 h = step(block, h, 1)
         return step.end(h)
@@ -103,6 +118,16 @@ class LoopedLayers(nn.Module):
         return layer.train(self.training)
 
 
+def refuse_own_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a model whose looped layers alternate: they see the mask of the first kind alone.
+
+    Transformers makes a mask for each kind out of one of two dimensions; one of four it gives to all of them.
+    """
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        refuse("attention_mask", list(mask.shape), "[batch, seq_len], as some layers have a window", REMEDY)
+
+
 class PassedThrough(nn.Module):
     """In the place of a layer that :class:`LoopedLayers`, further up, has run already."""
 
@@ -117,8 +142,27 @@ def assign(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         setattr(module.get_submodule(path), leaf, parameter)
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _refuse_changed(layer: nn.Module) -> None:
+    """A block takes a layer's weights; what else a user put there would be gone without a word."""
+    for name, module in layer.named_modules(prefix="layer"):
+        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+        if any(not _is_known(hook.__module__) for hook in hooks):
+            refuse(name, "a module with hooks", "one without", "Remove them first.")
+        if "forward" in vars(module) or not _is_known(type(module).__module__):
+            refuse(name, f"a changed {type(module).__name__}", "the module that Transformers has there")
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "transformers")
+
+
 def _block(family: Family, spec: BlockSpec, layers: Sequence[nn.Module]) -> LoopedBlock:
     """One block of layers that are alike, with their weights."""
+    for layer in layers:
+        _refuse_changed(layer)
     block = LoopedBlock(dataclasses.replace(spec, n_layers=len(layers)), device="meta")
     for i, layer in enumerate(layers):
         assign(block.get_submodule(f"layers.{i}"), family.to_block(dict(layer.named_parameters()), spec))

@@ -10,14 +10,29 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from shift_kernels.hf.families import FAMILIES, Family, refuse
-from shift_kernels.hf.layers import LoopedLayers, PassedThrough
+from shift_kernels.hf.layers import LoopedLayers, PassedThrough, refuse_own_mask
 
 PREFIX = "looped_"
+MAPPINGS = {
+    AutoModel: modeling_auto.MODEL_MAPPING,
+    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSequenceClassification: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForQuestionAnswering: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+"""Transformers' classes that load a model, and what they know."""
 
 
 class LoopedModel:
@@ -26,28 +41,34 @@ class LoopedModel:
     original: type
     """The class of the model without loops."""
 
+    _can_compile_fullgraph = False  # masks are read on the host
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self)
+        if not isinstance(self.base_model, LoopedModel) or self.base_model is self:  # type: ignore[attr-defined]
+            install(self)
 
 
 @cache
 def looped_config_class(original: type) -> type:
     """The config class of the looped models of a family."""
     name = PREFIX + original.model_type  # type: ignore[attr-defined]
-    return type(f"Looped{original.__name__}", (original,), _named({"model_type": name, "original": original}))
+    return _made(original, (original,), {"model_type": name})
 
 
 @cache
 def looped_class(original: type) -> type:
     """The looped twin of a model class."""
     config_class = looped_config_class(original.config_class)  # type: ignore[attr-defined]
-    members = _named({"config_class": config_class, "original": original})
-    return type(f"Looped{original.__name__}", (LoopedModel, original), members)
+    return _made(original, (LoopedModel, original), {"config_class": config_class})
 
 
-def _named(members: dict[str, Any]) -> dict[str, Any]:
-    return members | {"__module__": __name__}
+def _made(original: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    """A class that this module has by its name, as pickle wants it."""
+    name = f"Looped{original.__name__}"
+    made = type(name, bases, {**members, "original": original, "__module__": __name__})
+    globals()[name] = made
+    return made
 
 
 def family_of(model: Any) -> Family:
@@ -72,6 +93,8 @@ def install(model: Any) -> LoopedLayers:
     looped = LoopedLayers(family, model.config, layers[first:end], first)  # type: ignore[arg-type]
     looped.train(model.training)
     layers[first] = looped
+    if len(looped.blocks) > 1:
+        looped.mask_check = model.base_model.register_forward_pre_hook(refuse_own_mask, with_kwargs=True)
     for i in range(first + 1, end):
         layers[i] = PassedThrough()
     return looped
@@ -83,7 +106,8 @@ def find(model: Any) -> tuple[nn.ModuleList, LoopedLayers]:
     Raises:
         ShiftInputError: there is none.
     """
-    layers = getattr(model.base_model, family_of(model).layers)
+    family = family_of(model)
+    layers = getattr(model.base_model, family.layers)
     for layer in layers:
         if isinstance(layer, LoopedLayers):
             return layers, layer
@@ -96,8 +120,6 @@ def register() -> None:
         config_class: Any = CONFIG_MAPPING[kind]
         looped_config = looped_config_class(config_class)
         AutoConfig.register(looped_config.model_type, looped_config)  # type: ignore[attr-defined]
-        for auto, mapping in (
-            (AutoModel, MODEL_MAPPING),
-            (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-        ):
-            auto.register(looped_config, looped_class(mapping[config_class]))
+        for auto, mapping in MAPPINGS.items():
+            if config_class in mapping:
+                auto.register(looped_config, looped_class(mapping[config_class]))

@@ -6,6 +6,7 @@ for lengths and masks as everywhere else. Keys and values of the loops are in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -34,11 +35,11 @@ class LoopedSlot(cache_utils.CacheLayerMixin):
         clock: Transformers' own layer for this slot.
     """
 
-    is_compileable = False
-
     def __init__(self, clock: Any) -> None:
         self.clock = clock
         self.is_sliding, self.is_croppable = clock.is_sliding, getattr(clock, "is_croppable", True)
+        # By it Transformers knows that a mask must hide empty slots.
+        self.is_compileable = clock.is_compileable
         self._forget()
 
     def _forget(self) -> None:
@@ -140,7 +141,7 @@ class Step:
         cache: Transformers' own; None for none.
         slots: the numbers of the layers that the blocks stand for.
         x: what the call is about, [batch, seq_len, ..]: hidden states, or ids with a last dimension.
-        mask, positions, window: see :func:`shift_kernels.hf.tokens.read`.
+        mask, positions, windows: see :func:`shift_kernels.hf.tokens.read`.
 
     Raises:
         ShiftInputError: a cache, a mask or positions that no looped block can serve.
@@ -153,18 +154,19 @@ class Step:
         x: Tensor,
         mask: Any,
         positions: Tensor | None,
-        window: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self.cache, self.slots = cache, slots
         self.past = None if cache is None else slot(cache, slots[0])
         self.seen = Seen() if self.past is None else self.past.seen(x.shape[1])
-        self.tokens = read(mask, positions, x, self.seen, window)
+        self.tokens = read(mask, positions, x, self.seen, windows)
         self.calls = 0
 
-    def begin(self, e: Tensor, model: nn.Module) -> Tensor:
+    def begin(self, e: Tensor, model: nn.Module, n_calls: int | None = None) -> Tensor:
         """e [batch, seq_len, d_model] with each sample's tokens first, for the first block.
 
         Args:
+            n_calls: of blocks in this step; None: as many as in the others.
             model: whose parameters decide whether there will be gradients. A cache records nothing then: in
                 training Transformers makes one, and nothing reads it.
         """
@@ -176,6 +178,10 @@ class Step:
                 allowed = "one filled and read without"
                 refuse("cache", "continued with gradients", allowed, "Use torch.no_grad().")
             self.past.is_recorded = not grad
+            cached = len(self.past.caches)
+            if self.seen.n and n_calls not in (None, cached):
+                allowed = f"{cached} calls of blocks, as the cached tokens had (not {n_calls})"
+                refuse("n_loops", "changed", allowed, "Begin with a new cache.")
         packed, self.seq_lens = self.tokens.pack(e)
         return packed
 

@@ -6,7 +6,8 @@ itself, a bias) would be lost in it, so the mask that these tokens should have i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ class Tokens(NamedTuple):
         return (~self.real).to(torch.int8).argsort(dim=1, stable=True)[..., None].expand_as(x)
 
 
-def read(mask: Tensor | None, positions: Tensor | None, x: Tensor, seen: Seen, window: int | None) -> Tokens:
+def read(
+    mask: Any, positions: Tensor | None, x: Tensor, seen: Seen, windows: Sequence[int | None] = (None,)
+) -> Tokens:
     """The tokens of a call.
 
     Args:
@@ -70,7 +73,7 @@ def read(mask: Tensor | None, positions: Tensor | None, x: Tensor, seen: Seen, w
         positions: int [batch or 1, seq_len]; None where there are no rotary angles.
         x: [batch, seq_len, ..].
         seen: the tokens before.
-        window: of the layer that this mask is for.
+        windows: of the layer that this mask is for, then those of the layers that go by the same tokens.
 
     Raises:
         ShiftInputError: padded causal sequences have no such mask, or no such positions.
@@ -83,16 +86,28 @@ def read(mask: Tensor | None, positions: Tensor | None, x: Tensor, seen: Seen, w
     elif not isinstance(mask, Tensor):
         refuse("attention_mask", type(mask).__name__, "a tensor", "Use attn_implementation='sdpa'.")
     elif mask.ndim == 2:
-        real = _of_keys(mask.bool(), n_new, seen)
+        real = _of_keys(mask.bool(), batch, n_new, seen)
     else:
-        real = _of_pairs(_allowed(mask, n_new), seen, batch, window)
+        real = _of_pairs(_allowed(mask, n_new), seen, batch, windows[0])
+        if any(windows[1:]):
+            _refuse_holes(real, seen)
     if real is not None and bool(real.all()):
         real = None
     start = None if positions is None else _start(positions, real, seen, batch)
     return Tokens(real, start)
 
 
-def _of_keys(mask: Tensor, n_new: int, seen: Seen) -> Tensor:
+def _refuse_holes(real: Tensor, seen: Seen) -> None:
+    """Where another layer's window counts tokens, pads between them would count in its own mask."""
+    cached = seen.real if seen.real is not None else real.new_ones(len(real), seen.n)
+    keys = torch.cat([cached.new_zeros(len(real), 1), cached, real], 1).int()
+    if bool(((keys.diff(dim=1) == 1).sum(1) > 1).any()):
+        refuse("attention_mask", "pads between tokens", "none where some layers have a window", REMEDY)
+
+
+def _of_keys(mask: Tensor, batch: int, n_new: int, seen: Seen) -> Tensor:
+    if mask.shape != (batch, seen.n + n_new):
+        refuse("attention_mask", list(mask.shape), f"[{batch}, {seen.n + n_new}]", REMEDY)
     before, real = mask.split([mask.shape[1] - n_new, n_new], dim=1)
     cached = seen.real if seen.real is not None else mask.new_ones(len(mask), seen.n)
     if not torch.equal(before, cached):

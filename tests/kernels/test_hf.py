@@ -4,6 +4,7 @@ Models are tiny and random, built from their config classes: nothing is download
 """
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -269,6 +270,64 @@ def test_a_call_by_hand_goes_on_from_the_cache():
     torch.testing.assert_close(rest.logits, whole[:, 6:], atol=1e-4, rtol=0)
 
 
+@each_family
+def test_a_static_cache_filled_token_by_token_needs_no_mask(family):
+    model, tokens = make(family), prompt(0)["input_ids"]
+    whole = logits(unrolled(model, 2), **prompt(0))
+    loop_layers(model, LOOPED, n_loops=2)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        found = [model(token, cache=cache).logits[0] for token in tokens.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(found), whole, atol=1e-4, rtol=0)
+
+
+def test_models_of_one_config_are_looped_each_for_itself():
+    config = CONFIGS["llama"]()
+    one, other = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    before = logits(other, **prompt(0))
+    loop_layers(one, LOOPED, n_loops=3)
+    assert not hasattr(other.config, "looped")
+    loop_layers(other, LOOPED, n_loops=1)
+    unloop(one)
+    torch.testing.assert_close(logits(other, **prompt(0)), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_looped_model_can_be_copied_and_pickled(family):
+    model = make(family)
+    loop_layers(model, LOOPED, n_loops=2)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        torch.testing.assert_close(logits(twin, **prompt(0, 4)), logits(model, **prompt(0, 4)))
+    assert pickle.loads(pickle.dumps(model.config)).looped == model.config.looped
+
+
+@pytest.mark.parametrize(
+    "auto",
+    [
+        transformers.AutoModel,
+        transformers.AutoModelForSequenceClassification,
+        transformers.AutoModelForTokenClassification,
+        transformers.AutoModelForQuestionAnswering,
+    ],
+    ids=lambda auto: auto.__name__,
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_models_with_other_heads_load_as_they_were_saved(family, auto, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = auto.from_config(CONFIGS[family]()).eval(), prompt(0)
+    original = type(model)
+    loop_layers(model, LOOPED, n_loops=2)
+    model.save_pretrained(tmp_path)
+    for load in (auto, type(model)):
+        loaded = load.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0])
+        unloop(loaded)
+        assert type(loaded) is original
+        assert type(loaded.base_model) is type(original(CONFIGS[family]()).base_model)
+
+
 def packed(model):
     """Two sequences in one row, which do not see each other."""
     tokens = prompt(0)["input_ids"]
@@ -298,6 +357,44 @@ def filled_before(model):
         model(torch.tensor([[5]]), cache=cache)
 
 
+def other_loops(model):
+    with torch.no_grad():
+        out = model(**prompt(0), use_cache=True)
+        model.config.looped["n_loops"] = 3
+        model(torch.tensor([[5]]), cache=out.cache)
+
+
+def holes(model):
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    model(prompt(0)["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+
+
+def early_exit(model):
+    model.config.num_hidden_layers = 4
+    model(**prompt(0))
+
+
+ALTERNATING = {
+    "a mask of pairs": (lambda m: mask_of_pairs(m, lambda i, j: j <= i), "window"),
+    "pads between tokens": (holes, "window"),
+    "other loops than the cache": (other_loops, "n_loops"),
+    "a fraction of a loop": (
+        lambda m: m.config.looped.update(n_loops=2.5) or m(**prompt(0)),
+        "config.looped",
+    ),
+}
+
+
+@pytest.mark.parametrize("looped", [range(1, 4), range(2, 5)], ids=["full first", "window first"])
+@pytest.mark.parametrize("kind", ALTERNATING)
+def test_where_layers_alternate_what_one_mask_can_not_say_is_refused(kind, looped):
+    call, words = ALTERNATING[kind]
+    model = make("gemma2")
+    loop_layers(model, looped, n_loops=2)
+    with pytest.raises(ShiftInputError, match=words):
+        call(model)
+
+
 CALLS = {
     "packed sequences": (packed, "attention_mask|position_ids"),
     "a prefix that sees itself": (
@@ -316,6 +413,9 @@ CALLS = {
     "a cache continued with gradients": (continued_with_gradients, "no_grad"),
     "another batch": (other_batch, "another batch"),
     "a cache that other layers filled": (filled_before, "filled by other layers"),
+    "other loops than the cache": (other_loops, "n_loops"),
+    "an exit between looped layers": (early_exit, "num_hidden_layers"),
+    "no loops": (lambda m: m.config.looped.update(n_loops=0) or m(**prompt(0)), "config.looped"),
     "dropout": (
         lambda m: setattr(m.config, "attention_dropout", 0.1) or m.train()(**prompt(0)),
         "no dropout",
@@ -343,6 +443,9 @@ MODELS = {
     ),
     "no model": (lambda: loop(torch.nn.Linear(2, 2)), "Linear"),
     "layers with a gap": (lambda: loop(make("llama"), layers=[1, 3]), "layers.*successive"),
+    "a layer's number": (lambda: loop(make("llama"), layers=3), "layers.*range"),
+    "a hook": (lambda: loop(hooked()), "self_attn.q_proj.*hooks"),
+    "code of one's own": (lambda: loop(changed()), "mlp.*changed"),
     "layers that are not there": (lambda: loop(make("llama"), layers=range(4, 8)), "layers"),
     "no loops": (lambda: loop(make("llama"), n_loops=0), "n_loops"),
     "rotary angles that change with the length": (
@@ -355,6 +458,18 @@ MODELS = {
     "a second time": (lambda: loop(loop_twice()), "unloop"),
     "nothing to undo": (lambda: unloop(make("llama")), "loop_layers"),
 }
+
+
+def hooked():
+    model = make("llama")
+    model.model.layers[3].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+def changed():
+    model = make("llama")
+    model.model.layers[3].mlp.forward = lambda x: x
+    return model
 
 
 def partly_frozen():

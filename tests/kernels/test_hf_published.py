@@ -226,6 +226,38 @@ def test_a_folder_loads_generates_with_a_cache_a_loop_and_saves(kind, tmp_path):
     assert torch.equal(again.generate(TOKENS, **settings), tokens)
 
 
+@each_kind
+@torch.no_grad()
+def test_a_cache_by_its_former_name_and_a_static_one_are_caches(kind):
+    model, forward = both(kind)
+    whole = forward(TOKENS, 3)[0][-1]
+    torch.manual_seed(0)
+    begun = model(TOKENS[:, :5], n_loops=3)
+    rest = model(TOKENS[:, 5:], n_loops=3, past_key_values=begun.cache)
+    torch.testing.assert_close(rest.logits, whole[:, 5:], atol=1e-4, rtol=1e-4)
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, disable_compile=True)
+    plain = model.generate(TOKENS, **settings)
+    assert torch.equal(model.generate(TOKENS, **settings, cache_implementation="static"), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (dict(nloops=7), "nloops"),
+        (dict(output_hidden_states=True), "output_hidden_states"),
+        (dict(attention_mask=torch.ones(2, 3)), "attention_mask"),
+        (dict(exit_threshold=2), "exit_threshold"),
+        (dict(exit_threshold=0.5, n_loops=0), "n_loops"),
+        (dict(input_ids=TOKENS[0]), "input_ids"),
+    ],
+    ids=str,
+)
+def test_arguments_that_say_nothing_to_it_are_refused_by_name(call, named):
+    model, _ = both("ouro")
+    with pytest.raises(ShiftInputError, match=named):
+        model(**{"input_ids": TOKENS, **call})
+
+
 def test_huginns_first_state_is_random_and_follows_the_seed():
     model, _ = both("huginn", init_values={"std": 0.4, "embed_scale": 1.0})
 
