@@ -109,6 +109,11 @@ def savings_restricted() -> str:
     return _markdown(restricted_table(comparisons("savings/full")))
 
 
+def savings_wsd() -> str:
+    """The same where the learning rate falls at the end of the run."""
+    return _markdown(restricted_table(comparisons("savings/wsd")))
+
+
 def savings_rates() -> str:
     """The learning rate of every arm."""
     return _markdown(rates_table("full"))
@@ -116,18 +121,12 @@ def savings_rates() -> str:
 
 def scp_sweep() -> str:
     """The criterion's settings that no other beats, and its defaults."""
-    path = RESULTS / "savings/scp/summary.json"
-    if not path.is_file():
-        return "Not run yet: `python -m benchmarks.savings.scp_sweep`."
-    return _markdown(front_table(*read_rows(path)))
+    return _markdown(front_table(read_rows(RESULTS / "savings/scp/summary.json")[0]))
 
 
 def recompile() -> str:
     """What the first step with another number of loops stalls for."""
-    path = RESULTS / "savings/recompile.json"
-    if not path.is_file():
-        return "Not measured yet: `python -m benchmarks.savings.recompile`."
-    return _markdown(stalls(path))
+    return _markdown(stalls(RESULTS / "savings/recompile.json"))
 
 
 def savings_sentences() -> str:
@@ -327,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings_arms": savings_arms,
     "savings_restricted": savings_restricted,
     "savings_sentences": savings_sentences,
+    "savings_wsd": savings_wsd,
     "savings_rates": savings_rates,
     "scp_sweep": scp_sweep,
     "recompile": recompile,

@@ -133,12 +133,11 @@ def front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return best
 
 
-def front_table(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Table:
+def front_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The front, and where the defaults are."""
-    runs = len(about["tasks"]) * len(about["seeds"])
     shown = [row for row in front(rows) if not row["default"]]
     shown += [row for row in rows if row["default"]]
-    header = [*SWEPT, "compute, × Looped", f"runs lost of {runs}", "never switched"]
+    header = [*SWEPT, "compute, × Looped", "runs lost", "never switched"]
     return Table(
         header,
         [
