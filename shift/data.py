@@ -102,6 +102,9 @@ def _check(flags: Command) -> None:
     if not 0 < flags.validation < 1:
         allowed = "a share between 0 and 1"
         raise input_error("shift-data", "validation", flags.validation, allowed, "1% is 0.01.")
+    if flags.separator is not None and flags.tokenizer in ("bytes", "bpe"):
+        allowed = f"None with the tokenizer {flags.tokenizer!r}, which has its own"
+        raise input_error("shift-data", "separator", flags.separator, allowed, "Leave it out.")
     if flags.split_on == "":
         raise input_error("shift-data", "split_on", "", "a text that is not empty", "Leave it out.")
 

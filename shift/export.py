@@ -6,19 +6,22 @@
     model = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")  # where the data had one
 
-The folder holds config.json, model.safetensors and the tokenizer, and no code. Exit codes: 0 done; 2
-unusable input.
+The folder holds config.json, model.safetensors and the tokenizer, and no code. Exit codes: 0 done; 1
+failed (a full disk); 2 unusable input.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+from safetensors import SafetensorError
 
 from shift.build import build_task
 from shift.run.files import make_directory
@@ -57,11 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = pretrained(restored("shift-export", run, saved, task), trained_loops(saved))
     tokenizer = load_tokenizer(task.folder.path) if isinstance(task, Tokens) else None
     if tokenizer is not None:
-        model.config.bos_token_id = model.config.eos_token_id = tokenizer.separator
+        for config in (model.config, model.generation_config):
+            config.bos_token_id = config.eos_token_id = tokenizer.separator
     make_directory(command.out, "shift-export", "out")
-    model.cpu().save_pretrained(command.out)
-    if tokenizer is not None:
-        _save_tokenizer(tokenizer, command.out)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=command.out.absolute().parent) as folder:
+        new = Path(folder) / command.out.name
+        try:
+            model.cpu().save_pretrained(new)
+            if tokenizer is not None:
+                _save_tokenizer(tokenizer, new)
+        except SafetensorError as error:  # that is how it says that the disk is full
+            raise OSError(f"{command.out}: {error}") from error
+        os.replace(new, command.out)
     print(f"{command.out}: step {saved.state['step']}, {trained_loops(saved)} loops")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from shift.build import build_model, build_task, find_device
@@ -31,17 +32,24 @@ def newest(tool: str, run_dir: Path) -> tuple[TrainConfig, Checkpoint]:
         reasons = "; ".join(reason for _, reason in damaged)
         remedy = f"Train it: {reasons}." if damaged else "Train it."
         raise input_error(tool, "run_dir", str(run_dir), "a run with a checkpoint", remedy)
+    for _, reason in damaged:
+        step = saved.state["step"]
+        print(f"{tool}: step {step}, as a newer checkpoint is damaged: {reason}", file=sys.stderr)
     return run, saved
 
 
 def trained_loops(saved: Checkpoint) -> int:
-    """The loops that training allowed when the run was last evaluated.
+    """The loops with which the run would have been evaluated then.
 
     Raises:
         DamagedCheckpoint: the state does not say.
     """
     with checkpoint.damage(saved.path / checkpoint.STATE):
-        return Progress.from_state(saved.state["progress"]).last_eval["n_loops"]
+        of_older = Progress.from_state(saved.state["progress"]).last_eval
+        loops = saved.state.get("n_loops", of_older.get("n_loops"))
+        if not (isinstance(loops, int) and checkpoint.is_count(loops)):
+            raise ValueError(f"n_loops = {loops!r:.50}")
+        return loops
 
 
 def restored(tool: str, run: TrainConfig, saved: Checkpoint, task: Task | None = None) -> LoopedTransformer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ from typing import Any
 
 from shift.comparison.arms import MATCHED
 from shift.reading import read_json
-from shift.run.files import json_bytes, make_directory, replace_atomically, take_lock
+from shift.run.files import alone_with, json_bytes, make_directory, replace_atomically
 from shift.run.record import Run
 from shift.schedules.scp import is_number
 from shift_kernels.errors import input_error
@@ -31,13 +30,11 @@ def alone_in(out: Path) -> Iterator[None]:
         ShiftInputError: another process does, or the directory can't be made or written to.
     """
     make_directory(out, "shift-compare", "out")
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(out / LOCK, flags, 0o666), "r+b") as file:
-        if not take_lock(file.fileno()):
-            raise input_error(
-                "shift-compare", "out", str(out), "a directory in which no other comparison is running",
-                "Wait for it or stop it, or choose another.",
-            )  # fmt: skip
+    refusal = input_error(
+        "shift-compare", "out", str(out), "a directory in which no other comparison is running",
+        "Wait for it or stop it, or choose another.",
+    )  # fmt: skip
+    with alone_with(out / LOCK, refusal):
         yield
 
 

@@ -262,7 +262,8 @@ def _weights(model: nn.Module) -> bytes:
 
 def prune(directory: Path, step: int, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints of steps up to ``step``."""
-    own = [path for at, path in checkpoints(directory) if at <= step and _is_directory(path)]
+    there = [path for at, path in checkpoints(directory) if at <= step and _is_directory(path)]
+    own = [path for path in there if (path / MANIFEST).is_file()]
     for old in own[:-keep]:
         _delete(old)
 

@@ -233,8 +233,8 @@ class RunDirectory:
     def _open_fresh(self) -> None:
         """Open empty row files; those of an earlier run that left no checkpoint are set aside."""
         old = [self.path / name for name in (METRICS, TIMING, SNAPSHOTS, RESULT) if _holds(self.path / name)]
-        if old and (self.path / CONFIG).exists():
-            old.append(self.path / CONFIG)
+        if (self.path / CONFIG).exists() and (old or (self.path / CONFIG).read_bytes() != self._config()):
+            old.append(self.path / CONFIG)  # somebody's own, with comments perhaps
         names = [set_aside(path, "before").name for path in old]
         if names:
             text = f"{self.path} holds no usable checkpoint: starting at step 0; renamed: {', '.join(names)}"
@@ -257,7 +257,10 @@ class RunDirectory:
         self._files[TIMING] = self._open_timing(lengths[TIMING])
         for name in lengths.keys() & DIGESTED:
             self._files[name].cut(lengths[name])
-        replace_atomically(self.path / CONFIG, tomli_w.dumps(self.config.to_dict()).encode())
+        replace_atomically(self.path / CONFIG, self._config())
+
+    def _config(self) -> bytes:
+        return tomli_w.dumps(self.config.to_dict()).encode()
 
     def _open_timing(self, length: int) -> RowFile:
         """The file of clocks, as much of it as there is: a run goes on without."""

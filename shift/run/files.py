@@ -95,6 +95,16 @@ def take_lock(handle: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def alone_with(path: Path, refusal: Exception) -> Iterator[None]:
+    """Have the file, made if need be, for this process alone; where another one has it, raise ``refusal``."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o666), "r+b") as file:
+        if not take_lock(file.fileno()):
+            raise refusal
+        yield
+
+
 def remove(path: Path) -> None:
     """Remove what lies there, if anything does: a file, a link itself, a directory with all in it."""
     if path.is_dir() and not path.is_symlink():

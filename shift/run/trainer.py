@@ -119,6 +119,7 @@ class Trainer:
             self.ranks.together(lambda: None)
         self._rows, self._timer, self._stop = PendingRows(), StepTimer(self.device), False
         self._flops_seen = self.progress.flops
+        self._evaluated = 0  # loops, of the last step's decision
         self._snapshots = SnapshotRecorder(
             self.model, self.optimizer, config.landscape.every, config.landscape.burst, config.steps
         )
@@ -187,6 +188,7 @@ class Trainer:
             if p.step == 0:
                 self._evaluate(decision.evaluated)
             self._snapshots.take(p.step)
+            self._evaluated = decision.evaluated
             self._train_step(decision)
 
             last = self._done()
@@ -337,6 +339,8 @@ class Trainer:
             "signals": [self.signals.loss.item(), self.signals.grad_norm.item()],
             "micro_batches": self.micro_batches.state_dict(),
             "planned_steps": self._planned_steps,
+            "n_loops": self._evaluated,
+            "data": self.task.fingerprint,
         }
         run = self.run
         whole = self.ranks.from_first(lambda: {} if run is None else run.remembered(state))
@@ -367,6 +371,12 @@ class Trainer:
         return None if saved is None else (saved.path, saved.files)
 
     def _restore(self, saved: Checkpoint) -> None:
+        ours, theirs = self.task.fingerprint, str(saved.state.get("data", self.task.fingerprint))
+        if ours != theirs:
+            raise input_error(
+                "shift.Trainer", "task", f"{self.task.name!r} with the data {ours[:12]}",
+                f"the data {theirs[:12]}, as in {saved.path}", "Bring it back, or start a new run directory.",
+            )  # fmt: skip
         saved.restore(self.model, self.optimizer, self.average)
         self._deal(saved.state["world_size"])
         with damage(saved.path / checkpoint.STATE):

@@ -100,6 +100,8 @@ class Task(ABC):
     group_names: tuple[str, ...] = ("all",)
     bytes_per_token: float | None = None
     """UTF-8 bytes of held-out text that a token stands for, on average; None where tokens are not text."""
+    fingerprint: str = ""
+    """Of data that lies in files: a run goes on with the same alone."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = self.check_int("seed", seed, 0)

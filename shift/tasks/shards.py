@@ -162,6 +162,11 @@ class TokenFolder:
         found = {split: tuple(of_split) for split, of_split in shards.items()}
         return TokenFolder(folder, index["vocab_size"], index["separator"], found)
 
+    def fingerprint(self) -> str:
+        """sha256 of the shards' own, in order."""
+        shards = (shard for split in SPLITS for shard in self.shards[split])
+        return hashlib.sha256("".join(shard.header.sha256 for shard in shards).encode()).hexdigest()
+
     def total(self, split: str, field: str) -> int:
         """The sum of a header's count over the shards of a split."""
         return sum(getattr(shard.header, field) for shard in self.shards[split])

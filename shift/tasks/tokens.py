@@ -50,7 +50,7 @@ class Tokens(Task):
                 raise input_error(f"task {self.name!r}", option, value, "true or false", "Change it.")
         self.folder = TokenFolder.open(path, verify=verify)
         self.vocab_size = self.n_classes = self.folder.vocab_size
-        self.packed = packed
+        self.packed, self.fingerprint = packed, self.folder.fingerprint()
         held_out = functools.partial(self.folder.total, "eval")
         self.bytes_per_token = held_out("n_bytes") / max(1, held_out("n_tokens"))
         self._windows = {split: Windows(self.folder.shards[split], seq_len) for split in SPLITS}

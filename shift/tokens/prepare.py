@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shift.run.files import json_bytes, make_directory, replace_atomically
+from shift.run.files import alone_with, json_bytes, make_directory, replace_atomically
 from shift.tasks.base import SPLITS
 from shift.tasks.shards import FORMAT, INDEX, NAME, TOKENIZER, Header, dtype_of
 from shift.tokens.documents import Document, Sources
 from shift.tokens.tokenizer import Tokenizer, train_bpe
 from shift_kernels.errors import input_error
 
+UNFINISHED = ".unfinished"
+"""Stands in a folder from the beginning to the end of its making, as a lock."""
 CHUNK_CHARACTERS = 2**20
 """About as many are encoded in one go: enough to keep a thread busy, few enough to keep memory small."""
 
@@ -71,13 +73,26 @@ def prepare(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Setting
         OSError: the disk refused; the folder has no index then, and can be written again.
     """
     make_directory(out, "shift-data", "out")
-    if (out / INDEX).exists():
-        raise input_error(
-            "shift-data", "out", str(out), "a folder without data", "Choose another, or remove it."
-        )
-    for leftover in out.iterdir():
-        if NAME.fullmatch(leftover.name):
-            leftover.unlink()  # of a call that did not come to its end
+    allowed = "a folder into which no other shift-data writes"
+    refusal = input_error("shift-data", "out", str(out), allowed, "Choose another.")
+    unfinished = out / UNFINISHED
+    begun = unfinished.exists()
+    with alone_with(unfinished, refusal):
+        names = [path.name for path in out.iterdir()]
+        taken = [name for name in names if name in (INDEX, TOKENIZER) or NAME.fullmatch(name)]
+        if INDEX in taken or (taken and not begun):
+            unfinished.unlink()
+            found, allowed = f"{out}, which has {min(taken)}", "a folder without such a file"
+            raise input_error("shift-data", "out", found, allowed, "Choose another, or remove it.")
+        for name in taken:
+            (out / name).unlink()  # of a call that did not come to its end
+        index = _written(sources, tokenizer, out, settings)
+        unfinished.unlink()
+    return index
+
+
+def _written(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Settings) -> dict[str, Any]:
+    """All files of a folder, the index last."""
     writers = {split: ShardWriter(out, split, tokenizer, settings.shard_tokens) for split in SPLITS}
     for texts, ids in _encoded(_shown(sources, "tokens"), tokenizer, settings.jobs):
         for text, of_text in zip(texts, ids, strict=True):

@@ -74,10 +74,12 @@ class FileTokenizer:
         if isinstance(separator, int):
             separator = tokenizer.id_to_token(separator)
         names = SEPARATORS if separator is None else (separator,)
-        found = [i for name in names if (i := tokenizer.token_to_id(name)) is not None]
+        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        found = [i for name in names if (i := tokenizer.token_to_id(name)) in special]
         if not found:
             raise input_error(
-                "shift-data", "separator", separator, "the name of a token in the tokenizer's vocabulary",
+                "shift-data", "separator", separator,
+                "the name of a special token of the tokenizer, which no text can spell",
                 "Name the one that stands between documents.",
             )  # fmt: skip
         self.separator: int = found[0]

@@ -87,6 +87,7 @@ def test_an_exported_run_says_what_shift_generate_says(tmp_path, capsys):
     assert generate.main([str(run), "--prompt", "a ro", "--temperature", "0", "--max-new-tokens", "8"]) == 0
     said = capsys.readouterr().out.removesuffix("\n")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 256
     prompt = tokenizer(tokenizer.bos_token + "a ro", return_tensors="pt")
     assert prompt.input_ids.tolist() == [[256, *b"a ro"]]
     tokens = model.generate(

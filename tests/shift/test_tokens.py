@@ -17,12 +17,12 @@ from shift.build import build_model, build_task
 from shift.config import ModelConfig, TaskConfig, TrainConfig
 from shift.landscape.hessian import LossSurface
 from shift.run.evaluate import evaluate
-from shift.run.trainer import Trainer
+from shift.run.trainer import Trainer, TrainingInterrupted
 from shift.tasks import Task, find_task, make_task
 from shift.tasks.shards import HEADER_BYTES, Header, TokenFolder
 from shift.tokens.documents import Sources
 from shift.tokens.prepare import Settings, is_held_out, prepare
-from shift.tokens.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from shift.tokens.tokenizer import ByteTokenizer, load_tokenizer, read_tokenizer, train_bpe
 from shift_kernels import ShiftInputError, extras
 
 SEPARATOR = ByteTokenizer.separator
@@ -155,6 +155,7 @@ def test_a_bpe_is_learned_from_training_documents_and_read_back(tmp_path):
         ({"a.txt": "x"}, ["--tokenizer", "nowhere.json"], "nowhere.json"),
         ({"a.txt": "x", "t.json": "{}"}, ["--tokenizer", "t.json"], "Cannot instantiate Tokenizer"),
         ({"a.txt": "x"}, ["--validation", "1"], "'validation' = 1.0"),
+        ({"a.txt": "x"}, ["--separator", "FOO"], "'separator' = 'FOO'"),
         ({"a.txt": "x"}, ["--jobs", "0"], "'jobs' = 0"),
         ({"a.txt": "x"}, ["--tokenizer", "bpe", "--vocab-size", "256"], "'vocab_size' = 256"),
     ],
@@ -198,9 +199,40 @@ def test_finished_data_are_not_written_over_and_unfinished_ones_are(folder, tmp_
         prepare(sources, ByteTokenizer(), folder, Settings(0.3))
     (folder / "data.json").unlink()
     (folder / "train-00009.bin").write_bytes(b"left over")
+    with pytest.raises(ShiftInputError, match=r"eval-00000\.bin"):  # whose are these?
+        prepare(sources, ByteTokenizer(), folder, Settings(0.3))
+    (folder / ".unfinished").touch()
     prepare(sources, ByteTokenizer(), folder, Settings(0.3))
     assert texts_of(folder, "train") == [text for text in documents() if not is_held_out(text, 0.3)]
     assert not (folder / "train-00009.bin").exists()
+
+
+def test_one_process_writes_a_folder_at_a_time(tmp_path, monkeypatch):
+    sources = Sources([tmp_path / "documents.txt"], split_on="\f")
+    sources.files[0].write_text("\f".join(documents()))
+    monkeypatch.setattr("shift.run.files.take_lock", lambda handle: False)  # as where another one has it
+    with pytest.raises(ShiftInputError, match="no other shift-data"):
+        prepare(sources, ByteTokenizer(), tmp_path / "out", Settings(0.3))
+
+
+def test_a_separator_is_a_token_that_no_text_can_spell(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(train_bpe(documents(), 300).to_bytes())
+    assert read_tokenizer(tokenizer, "<|endoftext|>").separator == 0
+    with pytest.raises(ShiftInputError, match=r"separator.*special"):
+        read_tokenizer(tokenizer, "a")
+
+
+def test_a_run_goes_on_with_its_own_data_alone(folder, tmp_path):
+    trainer = Trainer(config_of(folder), tmp_path / "run")
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(lambda done, _: trainer.stop() if done == 5 else None)
+    shutil.rmtree(folder)
+    (tmp_path / "other").mkdir()
+    token_folder(tmp_path / "other", validation=0.5).rename(folder)
+    with pytest.raises(ShiftInputError, match="'tokens' with the data"):
+        Trainer(config_of(folder), tmp_path / "run", resume=True)
 
 
 def cut(path):
