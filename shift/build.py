@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,19 @@ from shift.tasks import make_task
 from shift.tasks.base import Task
 from shift_kernels.errors import input_error
 
+TASK_FIELDS = {"seed": "task.seed", "name": "task.name"}
+SCHEDULE_FIELDS = {
+    "seed": "seed",
+    "kind": "schedule.kind",
+    "max_loops": "model.n_loops",
+    "total_steps": "steps",
+}
+"""Arguments of tasks and schedules that are fields of the config, and so no options."""
+
 
 def build_task(config: TrainConfig) -> Task:
     """The task, with its own data seed."""
+    _check_names("task", config.task.options, TASK_FIELDS)
     return make_task(config.task.name, seed=config.task.seed, **config.task.options)
 
 
@@ -46,6 +57,7 @@ def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:
 
 def build_schedule(config: TrainConfig) -> LoopSchedule:
     """The schedule at step 0. One that draws by FLOPs is told what they are, unless the config says it."""
+    _check_names("schedule", config.schedule.options, SCHEDULE_FIELDS)
     options: dict[str, Any] = dict(config.schedule.options)
     if options.get("distribution") == "inverse_flops":
         options = {"rest": _rest(config), **options}
@@ -56,6 +68,14 @@ def build_schedule(config: TrainConfig) -> LoopSchedule:
         seed=config.seed,
         **options,
     )
+
+
+def _check_names(table: str, options: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    for name in options.keys() & fields.keys():
+        raise input_error(
+            "TrainConfig", f"{table}.options.{name}", options[name], "no option of this name",
+            f"It is the field {fields[name]}.",
+        )  # fmt: skip
 
 
 def _rest(config: TrainConfig) -> float:

@@ -88,7 +88,10 @@ def micro_batch_sizes(setting: int | str, batch_size: int) -> dict[int, int]:
 def _is_micro_batch(value: int | str) -> bool:
     if isinstance(value, int):
         return 1 <= value <= MAX_COUNT
-    return value in ("whole", "auto") or bool(SIZES_BY_LOOPS.fullmatch(value))
+    if value in ("whole", "auto"):
+        return True
+    loops = [pair.partition(":")[0] for pair in value.split(",")]
+    return bool(SIZES_BY_LOOPS.fullmatch(value)) and len(set(loops)) == len(loops)
 
 
 def _is_positive(value: Any) -> bool:
@@ -489,6 +492,8 @@ def _convert(kind: Any, value: Any, source: str, name: str, rule: Rule | None = 
         if isinstance(value, Mapping):
             return _build(typing.cast(type, kind), value, source, name + ".")
         converted = value if isinstance(value, typing.cast(type, kind)) else None
+        if converted is None:
+            raise type_error(source, name, value, "a table", f"Write [{name}], and its keys below.")
     elif kind == Options:
         return _options(value, source, name)
     elif typing.get_origin(kind) is tuple:

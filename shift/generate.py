@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = Words(task)
     prompt = words.encode(how.prompt)
     model = restored("shift-generate", run, saved, task)
+    if len(prompt) >= model.max_seq_len:
+        raise input_error(
+            "shift-generate", "prompt", f"{len(prompt)} tokens",
+            f"fewer than the {model.max_seq_len} that the model has positions for", "Shorten it.",
+        )  # fmt: skip
     device = model.tokens.weight.device
     with autocast(device, run.precision == "bf16"):
         new = model.generate(
@@ -97,6 +102,8 @@ class Words:
         Raises:
             ShiftInputError: no ids of this task, or none at all.
         """
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise input_error("shift-generate", "prompt", ascii(text), "text in UTF-8", "Change it.")
         if self.tokenizer:
             return [self.tokenizer.separator, *self.tokenizer.encode([text])[0].tolist()]
         most = self.task.vocab_size

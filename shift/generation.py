@@ -66,7 +66,8 @@ class Sampling(NamedTuple):
         """Ids [batch] from logits [batch, vocab_size]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        # Of differences from the largest one: the smallest temperatures make them -inf, and none of them NaN.
+        logits = (logits.double() - logits.double().amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

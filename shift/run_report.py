@@ -117,9 +117,10 @@ def facts_table(run: Run) -> Table:
     memory = result.get("memory_bytes")
     rate = result.get("tokens_per_s")
     milliseconds = result.get("switch_ms")
+    most_loops = config["schedule"]["options"].get("n_loops", config["model"]["n_loops"])
     facts: dict[str, str] = {
         "task": config["task"]["name"],
-        "schedule": f"{config['schedule']['kind']}, T = {config['model']['n_loops']}",
+        "schedule": f"{config['schedule']['kind']}, T = {most_loops}",
         "optimiser": f"{config['optimiser']['kind']}, lr {config['optimiser']['lr']:g}",
         "last switch at step": "–" if switch is None else str(switch),
         "the switch took": "–" if milliseconds is None else f"{milliseconds:.1f} ms beyond a looped step",

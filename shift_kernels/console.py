@@ -13,9 +13,9 @@ from typing import Protocol
 from shift_kernels.errors import ShiftInputError
 from shift_kernels.extras import explained
 
-FAILED, UNUSABLE, INTERRUPTED, CLOSED_PIPE = 1, 2, 75, 141
+FAILED, UNUSABLE, INTERRUPTED, CANCELLED, CLOSED_PIPE = 1, 2, 75, 130, 141
 """Exit codes: a full disk, say; bad input, a missing extra; stopped, and to be started again (EX_TEMPFAIL);
-nobody reads on (128 + SIGPIPE, as in shells)."""
+Ctrl-C, and nobody reads on (128 + the signal, as in shells)."""
 
 
 class Main(Protocol):
@@ -55,7 +55,7 @@ def command(name: str, resumable: bool = False) -> Callable[[Main], Main]:
                 return _say(name, error, FAILED)
             except KeyboardInterrupt:
                 if not resumable:
-                    raise
+                    return _say(name, "interrupted", CANCELLED)
                 return _say(name, "interrupted; the same command goes on from here", INTERRUPTED)
 
         return run

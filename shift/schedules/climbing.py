@@ -46,6 +46,9 @@ class Ladder(LoopSchedule):
         check(
             good, "shares", shares, f"a list of {len(rungs) - 1} numbers in (0, 1], one a rung but the last"
         )
+        check(
+            not (shares and "max_steps" in scp), "max_steps", scp.get("max_steps"), "left out beside shares"
+        )
         self.most_steps = [max(1, round(share * total_steps)) for share in shares]
         self.scp = SCPConfig(**scp)
         self.criterion = self._fresh_criterion()
@@ -58,7 +61,8 @@ class Ladder(LoopSchedule):
         # So that a look falls where the share ends. Two at least: the first has nothing to compare with.
         looks = max(2, math.ceil(most / self.scp.interval))
         interval = max(1, most // looks)
-        return SCP(dataclasses.replace(self.scp, interval=interval, max_steps=looks * interval))
+        most, least = looks * interval, min(self.scp.min_steps, looks * interval - 1)
+        return SCP(dataclasses.replace(self.scp, interval=interval, min_steps=least, max_steps=most))
 
     def step(self, step: int, signals: Signals | None) -> Decision:
         look = None
@@ -104,7 +108,7 @@ class Climb(Ladder):
         middle: loops in the middle are T / 2 rounded ``down`` (with T = 3 there is no middle) or ``up``.
         enough: a stage goes on while the loss is at most this share of what it was when the stage began.
         keep: at each switch, of what training has changed; see :class:`LoopSchedule`.
-        scp: options of :class:`shift.schedules.scp.SCPConfig`.
+        scp: options of :class:`shift.schedules.scp.SCPConfig` but ``min_steps`` and ``max_steps``.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class Climb(Ladder):
         good = isinstance(shares, (list, tuple)) and len(shares) == 2
         check(good, "shares", shares, "a list of two numbers in (0, 1]")
         check(middle in ("down", "up"), "middle", middle, "'down' or 'up'")
+        check("min_steps" not in scp, "min_steps", scp.get("min_steps"), "left out: shares say how long")
         rungs = sorted({1, max(1, (max_loops + (middle == "up")) // 2), max_loops})
         shares = list(shares)[: len(rungs) - 1]
         super().__init__(max_loops, total_steps, rungs, shares, keep, enough=enough, **scp)

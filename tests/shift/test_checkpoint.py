@@ -53,6 +53,13 @@ def test_only_the_newest_are_kept_and_nothing_temporary_remains(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
 
 
+def test_a_directory_that_is_no_checkpoint_is_left(tmp_path):
+    (tmp_path / "step-5").mkdir()
+    (tmp_path / "step-5" / "weights.bin").write_text("somebody's")
+    save(tmp_path, 9, *make(), {}, keep=1)
+    assert (tmp_path / "step-5" / "weights.bin").read_text() == "somebody's"
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut in half", "one byte short", "one byte more"])
 def test_a_file_of_another_length_is_noticed(saved, name, damage):

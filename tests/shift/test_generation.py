@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny_runs import tiny
 
-from shift.config import TaskConfig
+from shift.config import ScheduleConfig, TaskConfig
 from shift.generate import main
 from shift.model import Layout, LoopedTransformer
-from shift.run.trainer import Trainer
+from shift.run.trainer import Trainer, TrainingInterrupted
 from shift.tasks import Text
+from shift.trained import newest, trained_loops
 from shift_kernels import BlockSpec, ShiftInputError
 
 pytestmark = pytest.mark.filterwarnings("default::shift_kernels.BackendFallbackWarning")
@@ -83,6 +84,8 @@ def test_drawn_tokens_follow_the_seed_and_keep_to_the_likeliest():
     assert torch.equal(drawn(0, temperature=1.0), drawn(0, temperature=1.0))
     assert not torch.equal(drawn(0, temperature=1.0), drawn(1, temperature=1.0))
     assert torch.equal(drawn(0, temperature=2.0, top_k=1), drawn(1))
+    for cold in (1e-3, 1e-45, 1e-300):
+        assert torch.equal(drawn(0, temperature=cold), drawn(1))
     two = drawn(0, temperature=100.0, top_k=2)
     for b, n in enumerate(LENGTHS.tolist()):
         text = torch.cat([PROMPTS[b, :n], two[b]])
@@ -121,8 +124,23 @@ def test_the_command_goes_on_from_a_prompt(tmp_path, capsys):
     assert capsys.readouterr().out.removesuffix("\n") != first
     assert main([*arguments[:-1], "60"]) == 2
     assert "max_new_tokens" in capsys.readouterr().err
+    for prompt in ("x" * 16, "a\udcff"):
+        assert main([str(run), "--prompt", prompt]) == 2
+        assert "'prompt'" in capsys.readouterr().err
+    newest = max((run / "checkpoints").iterdir())
+    (newest / "model.safetensors").write_bytes(b"")
+    assert main(arguments) == 0
+    assert "damaged" in capsys.readouterr().err
     assert main([str(tmp_path), "--prompt", "x"]) == 2
     assert "run_dir" in capsys.readouterr().err
+
+
+def test_it_runs_as_many_loops_as_the_last_step_did(tmp_path):
+    task, schedule = TaskConfig("text", options={"length": 16}), ScheduleConfig("fixed", {"at": 3})
+    trainer = Trainer(tiny(task=task, schedule=schedule, eval_every=0, eval_samples=4), tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(lambda done, _: trainer.stop() if done == 5 else None)
+    assert trained_loops(newest("test", tmp_path)[1]) == 3
 
 
 def test_text_becomes_ids_and_text_again():

@@ -153,6 +153,13 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path):
     assert again.fit()["metrics_sha256"] == whole["metrics_sha256"]
 
 
+def test_a_config_of_the_users_own_is_set_aside(tmp_path):
+    (tmp_path / "config.toml").write_text("# my notes\nsteps = 1\n")
+    with pytest.warns(UserWarning, match=r"before-config\.toml"):
+        Trainer(tiny(steps=1), tmp_path).fit()
+    assert (tmp_path / "before-config.toml").read_text().startswith("# my notes")
+
+
 def test_a_run_directory_in_use_is_not_overwritten(tmp_path):
     Trainer(tiny(steps=1), tmp_path).fit()
     before = (tmp_path / "metrics.jsonl").read_bytes()

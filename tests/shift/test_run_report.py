@@ -35,6 +35,12 @@ def test_the_report_says_what_the_files_say(finished, tmp_path, capsys):
     assert "data:image/png" in (tmp_path / "report.html").read_text()
 
 
+def test_the_loops_of_a_constant_schedule_are_its_own(tmp_path):
+    Trainer(tiny(schedule=ScheduleConfig("constant", {"n_loops": 1})), tmp_path / "run").fit()
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert "constant, T = 1 " in (tmp_path / "report.md").read_text()
+
+
 def test_a_run_that_was_stopped_has_a_report_too(tmp_path):
     trainer = Trainer(tiny(), tmp_path)
     with pytest.raises(TrainingInterrupted):

@@ -124,6 +124,9 @@ def test_a_rung_of_the_ladder_is_left_at_its_share_of_the_steps_at_the_latest():
     never = {"delta_1": 1e-9, "delta_2": 1e-9}
     got = loops(make("ladder", max_loops=4, shares=[0.1, 0.3], **never), 800)
     assert [got.count(n) for n in (1, 2, 4)] == [80, 240, 480]
+    # A share says at most: it counts before min_steps.
+    got = loops(make("ladder", max_loops=4, shares=[0.5, 0.05], min_steps=60), 800)
+    assert got.count(2) == 40
 
 
 def test_climb_leaves_each_rung_in_its_time_and_not_before():
@@ -325,6 +328,9 @@ def test_one_loop_is_a_schedule_too(kind):
         ("climb", {"max_loops": 0}, "max_loops"),
         ("climb", {"middle": "left"}, "middle"),
         ("climb", {"keep": 1.5}, "keep"),
+        ("climb", {"min_steps": 5}, "min_steps"),
+        ("climb", {"max_steps": 5}, "max_steps"),
+        ("ladder", {"shares": [0.1, 0.1], "max_steps": 5}, "max_steps"),
         ("shift", {"keep": -0.1}, "keep"),
         ("ladder", {"shares": [0.1]}, "shares"),
         ("ladder", {"shares": [0.1, 0.0]}, "shares"),

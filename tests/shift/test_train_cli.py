@@ -13,7 +13,7 @@ import tomli_w
 from tiny_runs import TINY, processes, tiny
 
 from shift import compare, eval
-from shift.build import build_model, build_schedule, build_task
+from shift.build import SCHEDULE_FIELDS, build_model, build_schedule, build_task
 from shift.comparison import runs as comparison_runs
 from shift.config import (
     PRESETS,
@@ -80,7 +80,7 @@ def test_a_config_survives_toml(tiny_toml):
         ("[model]\nd_modle = 3", "'model.d_modle' = 3", "model.d_model"),
         ("steps = 3.5", "'steps' = 3.5", "a value of type int"),
         ("steps = true", "'steps' = True", "a value of type int"),
-        ("model = 3", "'model' = 3", "ModelConfig"),
+        ("model = 3", "'model' = 3", "table"),
         ("n_grad_loops = 'all'", "'n_grad_loops' = 'all'", "a value of type int"),
         ("[optimiser]\nbetas = [0.9]", "'optimiser.betas' = [0.9]", "tuple"),
         ("[task.options.a]\nb = 1", "'task.options.a' = {'b': 1}", "a number, bool, string or list"),
@@ -114,11 +114,27 @@ def test_a_mistake_in_a_file_is_named_with_what_is_allowed(tmp_path, text, argum
         ({"optimiser": {"weight_decay": -0.1}}, "optimiser.weight_decay"),
         ({"n_grad_loops": 0}, "n_grad_loops"),
         ({"model": {"n_loops": 0}}, "model.n_loops"),
+        ({"micro_batch": "1:8,1:2"}, "micro_batch"),
+        ({"model": 3}, "model"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(changes, argument):
     with pytest.raises(ShiftInputError, match=f"'{argument}'"):
         TrainConfig.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "field"),
+    [
+        ("task", "seed", "task.seed"),
+        ("task", "name", "task.name"),
+        *(("schedule", name, field) for name, field in SCHEDULE_FIELDS.items()),
+    ],
+)
+def test_a_field_of_the_config_is_no_option(table, name, field):
+    config = TrainConfig.from_dict({table: {"options": {name: 3}}})
+    with pytest.raises(ShiftInputError, match=rf"{table}\.options\.{name}.*{field}"):
+        build_task(config) if table == "task" else build_schedule(config)
 
 
 @pytest.mark.parametrize(

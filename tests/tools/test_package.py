@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import shift_kernels
 from shift_kernels import extras
-from shift_kernels.console import CLOSED_PIPE
+from shift_kernels.console import CANCELLED, CLOSED_PIPE, INTERRUPTED, command
 from shift_kernels.extras import MissingExtraError
 
 if sys.version_info >= (3, 11):
@@ -94,6 +95,20 @@ def test_a_command_whose_reader_has_gone_ends_quietly():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_ctrl_c_is_one_line_and_an_exit_code(resumable, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    @command("shift-x", resumable)
+    def main(argv=None):
+        raise KeyboardInterrupt
+
+    assert main([]) == (INTERRUPTED if resumable else CANCELLED)
+    said = capsys.readouterr().err
+    assert said.startswith("shift-x: interrupted")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
