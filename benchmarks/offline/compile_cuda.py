@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,11 @@ SHAPES = tuple(c for c in BLOCKS if c.seq_len <= 128 and (c.d_model <= 256 or c.
 """Cases whose kernels are compiled for their shape alone, for Hopper."""
 
 
-def shape_kernels(library: Any, cases: Sequence[Any] = SHAPES) -> Iterator[dict[str, Any]]:
+def shape_kernels(library: Any) -> Iterator[dict[str, Any]]:
     """Of the kernels for one shape, forward and backward; each is compiled anew."""
     scratch = build_native.SCRATCH / "offline"
     scratch.mkdir(parents=True, exist_ok=True)
-    for case, backward in itertools.product(cases, (False, True)):
+    for case, backward in itertools.product(SHAPES, (False, True)):
         prepared = cuda_backend.prepared(
             library,
             BlockSpec(**case.options),

@@ -17,8 +17,6 @@ import triton
 from shift_kernels.backends.triton.resident_plan import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ISSUES_PER_CYCLE = 4
-"""Warp instructions that a multiprocessor starts in a cycle: one for each of its four schedulers."""
 
 
 def per_token_and_loop(kernel: Any) -> int | None:

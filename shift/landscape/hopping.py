@@ -24,9 +24,6 @@ import numpy as np
 
 from shift_kernels.errors import input_error
 
-SIGNIFICANT = 0.05
-"""A run hops when fewer random subspaces than this cross as often."""
-
 
 @dataclass(frozen=True)
 class Hopping:

@@ -7,7 +7,6 @@ Data only; pictures and words are made elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,12 @@ class SurveyConfig(Checked):
     """Nats that a cut through the valley rises by."""
 
 
-def survey(
-    run_dir: Path, config: SurveyConfig, progress: Callable[[int, int], object] | None = None
-) -> dict[str, Any]:
+def survey(run_dir: Path, config: SurveyConfig) -> dict[str, Any]:
     """Measure a run that recorded snapshots.
 
     Args:
         run_dir: of the run.
         config: how closely.
-        progress: called after every point with (points done, points in all).
 
     Returns:
         Plain JSON values: ``points`` (one dict a burst, see :func:`_point`), ``phases``, ``looks`` of the
@@ -88,7 +84,7 @@ def survey(
         for k in {1, run.config.model.n_loops, *(row["n_loops"] for row in steps.values())}
     }
     points, pairs = [], None
-    for i, burst in enumerate(chosen):
+    for burst in chosen:
         # Not across the switch: the two halves would be of two different functions.
         step = int(found.steps[burst.start])
         n_loops, lr = steps[step]["n_loops"], steps[step]["lr"]
@@ -103,8 +99,6 @@ def survey(
             surfaces, n_loops, found.weights[states], moments, lr, run.config, config, pairs
         )
         points.append({"step": step, "n_loops": n_loops, "lr": lr, **point})
-        if progress is not None:
-            progress(i + 1, len(chosen))
     return {
         "run": str(run_dir),
         "config": run.config.to_dict(),
