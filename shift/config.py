@@ -8,71 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import operator
 import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
-
+from shift.checked import (
+    MAX_COUNT,
+    Checked,
+    Options,
+    Rule,
+    as_plain,
+    build,
+    positive,
+    real,
+    ruled,
+    whole,
+    wholes,
+    word,
+)
 from shift.model import INITIAL_STATES, Layout
 from shift.reading import read_toml
 from shift_kernels import BlockSpec
-from shift_kernels.errors import input_error, near_miss, type_error
+from shift_kernels.errors import input_error, near_miss
 from shift_kernels.spec import CHOICES, MAX_LAYERS, MAX_LOOPS, MAX_WIDTH, ONE_OVER_T
-
-Options = dict[str, int | float | bool | str | list[int]]
-"""A table of constructor arguments of something chosen by name."""
 
 PRESETS = Path(__file__).parent / "presets"
 
-MAX_COUNT = 2**53
-"""Of steps, samples and intervals: a float holds every int up to here."""
 MAX_SEED = 2**64 - 1
 MAX_FLOPS = 10**30
 DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 SIZES_BY_LOOPS = re.compile(r"([1-9][0-9]{0,8}:[1-9][0-9]{0,8})(,[1-9][0-9]{0,8}:[1-9][0-9]{0,8})*")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a field of a config may hold beyond its type."""
-
-    allowed: str
-    """In words, for the error."""
-    holds: Callable[[Any], bool]
-    choices: Sequence[str] = ()
-    """Of a field that is a word."""
-
-
-def wholes(default: tuple[int, ...], low: int, high: int = MAX_COUNT) -> Any:
-    """A field that holds several ints from ``low`` to ``high``."""
-    return _ruled(default, Rule(f"ints from {low} to {high}", lambda value: low <= value <= high))
-
-
-def whole(default: int | None, low: int, high: int = MAX_COUNT) -> Any:
-    """A field that holds an int from ``low`` to ``high``."""
-    return _ruled(default, Rule(f"an int from {low} to {high}", lambda value: low <= value <= high))
-
-
-def real(default: float | tuple[float, ...] | None, allowed: str, holds: Callable[[float], bool]) -> Any:
-    """A field that holds a float, or several, for each of which ``holds``."""
-    return _ruled(default, Rule(allowed, holds))
-
-
-def word(default: str, choices: Sequence[str]) -> Any:
-    """A field that holds one of a few words."""
-    return _ruled(default, Rule("one of " + ", ".join(map(repr, choices)), choices.__contains__, choices))
-
-
-def positive(value: float) -> bool:
-    """Whether a number is finite and above 0."""
-    return 0 < value < math.inf
 
 
 def micro_batch_sizes(setting: int | str, batch_size: int) -> dict[int, int]:
@@ -96,38 +63,6 @@ def _is_micro_batch(value: int | str) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, float) and positive(value)
-
-
-def _ruled(default: Any, rule: Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
-
-
-class Checked:
-    """A config whose fields are checked by type and :class:`Rule` when it is made.
-
-    numpy's numbers become Python's, an int becomes a float where one is declared, a list a tuple.
-
-    Raises:
-        ShiftInputError: a value outside what is allowed; ShiftTypeError for a wrong type.
-    """
-
-    _table: ClassVar[str] = ""
-
-    def __init_subclass__(cls, table: str = "") -> None:
-        """``table``: the table of a TOML file that a subclass is, with its dot; errors name fields by it."""
-        cls._table = table
-
-    def __post_init__(self) -> None:
-        for f, kind in _fields(type(self)):
-            value, name = getattr(self, f.name), self._table + f.name
-            value = _convert(kind, value, type(self).__name__, name, f.metadata.get("rule"))
-            object.__setattr__(self, f.name, value)
-
-
-def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a config dataclass with their types."""
-    hints = typing.get_type_hints(cls)
-    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
 
 
 @dataclass(frozen=True)
@@ -194,7 +129,7 @@ class ModelConfig(Checked, table="model."):
     """Positions that attention sees, its own included; default: all."""
     softcap: float | None = real(None, "a finite float > 0", positive)
     """c of attention scores c tanh(s / c)."""
-    residual_scale: float | str = _ruled(
+    residual_scale: float | str = ruled(
         1.0, Rule(f"a finite float > 0, or {ONE_OVER_T!r}", lambda x: x == ONE_OVER_T or _is_positive(x))
     )
     """Factor of what a branch adds to the residual stream; 1/T: one over the loops of the step."""
@@ -272,7 +207,7 @@ class OptimiserConfig(Checked, table="optimiser."):
                         "OptimiserConfig", where, kind, "the kinds " + ", ".join(PARAMETER_KINDS),
                         near_miss(kind, PARAMETER_KINDS, "Check the spelling."),
                     )  # fmt: skip
-                number = _plain(float, factor)
+                number = as_plain(float, factor)
                 if number is None or not 0 <= number < math.inf:
                     raise input_error(
                         "OptimiserConfig", f"{where}.{kind}", factor, "a finite number >= 0", "Change it."
@@ -314,7 +249,7 @@ class TrainConfig(Checked):
     """Training FLOPs: a run that has spent fewer after its steps goes on until it has spent as many."""
     batch_size: int = whole(64, 1)
     """Sequences a step, on each rank."""
-    micro_batch: int | str = _ruled(
+    micro_batch: int | str = ruled(
         "whole",
         Rule("an int >= 1, whole, auto, or sizes by loops such as 1:64,4:16", _is_micro_batch),
     )
@@ -340,7 +275,7 @@ class TrainConfig(Checked):
     """Apply the core loop by loop, so that its backward holds the activations of one loop alone."""
     backend: str = "auto"
     """Backend of the loop body; shift_kernels.backends() lists them."""
-    device: str = _ruled(
+    device: str = ruled(
         "auto", Rule("auto, cpu, cuda, cuda:0, cuda:1, ...", lambda name: bool(DEVICE.fullmatch(name)))
     )
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
@@ -393,7 +328,7 @@ class TrainConfig(Checked):
         Raises:
             ShiftInputError: an unknown key or a wrong type; ``source`` names the file it came from.
         """
-        return _build(TrainConfig, table, source, "")
+        return build(TrainConfig, table, source, "")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,107 +391,6 @@ def load_config(name_or_path: str | Path) -> TrainConfig:
         allowed = f"a .toml file or a preset: {', '.join(presets)}"
         raise input_error("load_config", "config", str(name_or_path), allowed, remedy)
     return TrainConfig.from_dict(read_toml(path, "load_config", "config"), source=str(path))
-
-
-def _build(cls: type, table: Mapping[str, Any], source: str, prefix: str) -> Any:
-    """An instance of a config dataclass from a TOML table."""
-    fields = {f.name: (kind, f.metadata.get("rule")) for f, kind in _fields(cls)}
-    values = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise input_error(
-                source, f"{prefix}{key}", value, "the keys " + ", ".join(prefix + f for f in fields),
-                near_miss(key, fields, "Check the spelling, and the [table] it stands in."),
-            )  # fmt: skip
-        kind, rule = fields[key]
-        values[key] = _convert(kind, value, source, prefix + key, rule)
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, source: str, name: str, rule: Rule | None = None) -> Any:
-    """A value of a table, a flag or Python code as the type that a field declares, if its rule holds.
-
-    Args:
-        kind: the declared type.
-        value: what was given.
-        source: who refuses it.
-        name: of the field, with those of the tables around it.
-        rule: of the field.
-    """
-    if isinstance(kind, types.UnionType):  # X | None, or X | Y
-        *kinds, last = typing.get_args(kind)
-        if last is type(None):
-            return None if value is None else _convert(kinds[0], value, source, name, rule)
-        kind = next((kind for kind in kinds if _plain(kind, value) is not None), last)
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, Mapping):
-            return _build(typing.cast(type, kind), value, source, name + ".")
-        converted = value if isinstance(value, typing.cast(type, kind)) else None
-        if converted is None:
-            raise type_error(source, name, value, "a table", f"Write [{name}], and its keys below.")
-    elif kind == Options:
-        return _options(value, source, name)
-    elif typing.get_origin(kind) is tuple:
-        return _tuple(typing.get_args(kind), value, source, name, rule)
-    else:
-        converted = _plain(kind, value)
-    if converted is None:
-        allowed = rule.allowed if rule else f"a value of type {kind.__name__}"
-        raise type_error(source, name, value, allowed, f"Give a value of type {kind.__name__}.")
-    if rule is not None and not rule.holds(converted):
-        remedy = near_miss(value, rule.choices, "Check the spelling.") if rule.choices else "Choose another."
-        raise input_error(source, name, value, rule.allowed, remedy)
-    return converted
-
-
-def _plain(kind: type, value: Any) -> Any:
-    """A bool, int, float or str, as Python's own; None if the value is of another type."""
-    is_bool = isinstance(value, (bool, np.bool_))
-    if kind is bool:
-        return bool(value) if is_bool else None
-    if kind is str:
-        return str(value) if isinstance(value, str) else None
-    if is_bool or not isinstance(value, numbers.Real):
-        return None
-    if kind is int:
-        return operator.index(value) if isinstance(value, numbers.Integral) else None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if operator.gt(value, 0) else -math.inf
-
-
-def _tuple(kinds: tuple[Any, ...], value: Any, source: str, name: str, rule: Rule | None) -> tuple[Any, ...]:
-    good = isinstance(value, (list, tuple))
-    if good and kinds[1:] == (...,):
-        kinds = kinds[:1] * len(value)
-    if not good or len(value) != len(kinds):
-        allowed = rule.allowed if rule else f"a list of {len(kinds)} values"
-        raise type_error(source, name, value, allowed, "Give a tuple, in TOML a list.")
-    return tuple(_convert(k, v, source, name, rule) for k, v in zip(kinds, value, strict=True))
-
-
-def _options(value: Any, source: str, name: str) -> Options:
-    """A table of options as plain Python values; what they mean is for the task or schedule to check."""
-    if not isinstance(value, Mapping):
-        raise type_error(source, name, value, "a table of options", "Give KEY = VALUE pairs.")
-    plain = {}
-    for key, option in value.items():
-        converted = _option(option)
-        if not isinstance(key, str) or converted is None:
-            allowed = "a number, bool, string or list of these, under a string"
-            raise type_error(source, f"{name}.{key}", option, allowed, "Change it.")
-        plain[key] = converted
-    return plain
-
-
-def _option(value: Any) -> Any:
-    """An option as plain Python values; None if it is of another type."""
-    if isinstance(value, (list, tuple)):
-        items = [None if isinstance(item, (list, tuple)) else _option(item) for item in value]
-        return None if None in items else items
-    kinds = (bool, int, float, str)
-    return next((plain for kind in kinds if (plain := _plain(kind, value)) is not None), None)
 
 
 def _without_none(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from shift.build import build_task
-from shift.config import Checked, real, whole
+from shift.checked import Checked, real, whole
 from shift.run.evaluate import autocast
 from shift.tasks import Text
 from shift.tasks.base import Task

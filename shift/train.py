@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 
-from shift.config import Options, TrainConfig, load_config
+from shift.checked import Options
+from shift.config import TrainConfig, load_config
 from shift.reading import tomllib
 from shift.run.logs import Log
 from shift.run.process import run

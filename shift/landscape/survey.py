@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shift.config import Checked, TrainConfig, positive, real, whole, word
+from shift.checked import Checked, positive, real, whole, word
+from shift.config import TrainConfig
 from shift.landscape.cuts import cut
 from shift.landscape.hessian import Hessian, LossSurface
 from shift.landscape.hopping import hopping

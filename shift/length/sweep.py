@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from shift.build import build_task
-from shift.config import Checked, TrainConfig, whole, wholes
+from shift.checked import Checked, whole, wholes
+from shift.config import TrainConfig
 from shift.model import LoopedTransformer
 from shift.run.evaluate import autocast
 from shift.tasks import make_task
