@@ -24,12 +24,12 @@ from typing import Any
 import tyro
 
 from shift.comparison.arms import SMALLEST
-from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.comparison.verdict import caveat, verdict
 from shift.config import PRESETS, TaskConfig, TrainConfig, load_config
 from shift_kernels.console import command
 from shift_kernels.errors import input_error
+from shift_kernels.machine import default_jobs
 
 DEFAULT_ARMS = ("single", "looped", "shift", "climb@later", "ramp", SMALLEST)
 TARGETS = {"demo": 0.99}

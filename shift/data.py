@@ -19,13 +19,13 @@ from typing import Any
 
 import tyro
 
-from shift.comparison.pool import default_jobs
 from shift.tasks.shards import INDEX
 from shift.tokens.documents import Sources
 from shift.tokens.prepare import Settings, prepare, train_tokenizer
 from shift.tokens.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from shift_kernels.console import command
 from shift_kernels.errors import input_error
+from shift_kernels.machine import default_jobs
 
 SMALLEST_BPE = 257
 """256 bytes and the separator."""

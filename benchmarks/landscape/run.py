@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.landscape.report import write_study_report
 from benchmarks.landscape.seen import read_seed
 from benchmarks.landscape.study import run_all, tasks
-from shift.comparison.pool import default_jobs
+from shift_kernels.machine import default_jobs
 
 
 def main() -> int:

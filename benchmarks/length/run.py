@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.length.report import measure, write
-from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.config import load_config
 from shift.length.sweep import SweepConfig
 from shift_kernels.console import command
+from shift_kernels.machine import default_jobs
 
 TASKS = ("parity", "binary_sum")
 TARGET = 0.99

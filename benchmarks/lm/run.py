@@ -24,11 +24,12 @@ from benchmarks.lm.report import write_report
 from benchmarks.lm.suite import Suite, arms_of, load_suite, run_config, step_flops, tuning_budget
 from benchmarks.lm.text import make_shards
 from benchmarks.savings.tune import WIDEST
-from shift.comparison.pool import default_jobs, train_all
+from shift.comparison.pool import train_all
 from shift.comparison.runs import finished
 from shift.config import TrainConfig
 from shift.run.record import read_run
 from shift_kernels.console import command
+from shift_kernels.machine import default_jobs
 
 
 @command("lm", resumable=True)

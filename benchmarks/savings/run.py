@@ -22,12 +22,12 @@ from benchmarks.savings.report import write_suite_report
 from benchmarks.savings.suite import Case, load_suite
 from shift.build import build_model, build_task
 from shift.comparison.arms import DERIVED
-from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.flops import train_step_flops
 from shift.report.rows import read_rows
 from shift.report.words import count
 from shift_kernels.console import command
+from shift_kernels.machine import default_jobs
 
 
 @command("savings", resumable=True)

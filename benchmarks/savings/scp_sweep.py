@@ -22,13 +22,14 @@ from typing import Any
 from benchmarks.savings.restricted import costs, named
 from benchmarks.savings.suite import Case, load_suite
 from shift.comparison.arms import make_arm, seeded
-from shift.comparison.pool import default_jobs, train_all
+from shift.comparison.pool import train_all
 from shift.comparison.runs import compare_arms, finished
 from shift.report.document import Table
 from shift.report.rows import write_rows
 from shift.run.record import read_run
 from shift.schedules import SCP, SCPConfig
 from shift_kernels.console import command
+from shift_kernels.machine import default_jobs
 
 SWEPT: Mapping[str, Sequence[float]] = {
     "delta_1": (0.01, 0.02, 0.03, 0.05, 0.1),

@@ -22,7 +22,6 @@ from typing import Any
 from benchmarks.savings.suite import Case, load_suite, rates_path, suite_path
 from shift.comparison.arms import AGAIN, MATCHED, rate_name
 from shift.comparison.plan import LOOPED_SHARE
-from shift.comparison.pool import default_jobs
 from shift.comparison.runs import compare_arms
 from shift.comparison.verdict import mean_accuracy
 from shift.reading import read_json
@@ -30,6 +29,7 @@ from shift.report.document import Cell, Table
 from shift.report.words import flops
 from shift.run.files import json_bytes, replace_atomically
 from shift_kernels.console import command
+from shift_kernels.machine import default_jobs
 
 FACTORS = (1.0, 2.0)
 """Times the learning rate of the suite's config."""

@@ -26,11 +26,6 @@ REPORT_S = 0.25
 """Seconds between two progress reports of a worker."""
 
 
-def default_jobs() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def train_all(runs: Mapping[Path, TrainConfig], jobs: int, stream: TextIO | None = None) -> None:
     """Train every run, ``jobs`` at a time, each in one thread; unfinished run directories are resumed.
 
