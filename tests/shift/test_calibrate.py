@@ -75,6 +75,7 @@ def test_a_block_is_measured_for_every_number_of_loops(measurements, form, tmp_p
         ["--spec", '{"d_model": 16, "n_heads": 2, "heads": 3}'],
         ["--spec", '{"d_model": 16, "n_heads": 2}', "--batch", "0"],
         ["--spec", '{"d_model": 16, "n_heads": 2}', "--device", "toaster"],
+        ["--spec", '{"d_model": 16, "n_heads": 2}', "--device", "cuda:99"],
     ],
     ids=" ".join,
 )
