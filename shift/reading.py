@@ -1,4 +1,4 @@
-"""Reading files that anybody may have written: regular files only, UTF-8 text, strict JSON, TOML.
+"""Reading what anybody may have written: regular files only, UTF-8 text, strict JSON, TOML; kinds of values.
 
 The low functions raise what Python raises (OSError, ValueError with one line of reason); :func:`read_json`
 and :func:`read_toml` raise the input error of whoever asked.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from shift_kernels.errors import input_error
 
@@ -26,6 +27,21 @@ DEEPEST = 50
 """Levels of nesting in JSON. Ours has five."""
 
 T = TypeVar("T")
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is an int >= 0 that fits 63 bits."""
+    return is_int(value) and 0 <= value < 2**63
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a finite int or float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def read_regular(path: Path, size: int | None = None) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from shift.build import build_model, build_task, find_device
 from shift.config import TrainConfig, load_config
 from shift.model import LoopedTransformer
+from shift.reading import is_count
 from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint
 from shift.run.progress import Progress
@@ -47,7 +48,7 @@ def trained_loops(saved: Checkpoint) -> int:
     with checkpoint.damage(saved.path / checkpoint.STATE):
         of_older = Progress.from_state(saved.state["progress"]).last_eval
         loops = saved.state.get("n_loops", of_older.get("n_loops"))
-        if not (isinstance(loops, int) and checkpoint.is_count(loops)):
+        if not is_count(loops):
             raise ValueError(f"n_loops = {loops!r:.50}")
         return loops
 

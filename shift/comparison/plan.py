@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shift.comparison.arms import MATCHED
-from shift.reading import read_json
+from shift.reading import is_number, read_json
 from shift.run.files import alone_with, json_bytes, make_directory, replace_atomically
 from shift.run.record import Run
-from shift.schedules.scp import is_number
 from shift_kernels.errors import input_error
 
 PLAN, LOCK = "plan.json", ".lock"

@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from shift.reading import parse_json, read_regular
+from shift.reading import is_count, parse_json, read_regular
 from shift.run.average import WeightAverage
 from shift.run.files import remove, set_aside, sync_directory, sync_file, write_synced
 from shift.run.optim import RunOptimizer
@@ -152,11 +152,6 @@ def damage(path: Path) -> Iterator[None]:
     except Exception as error:  # no decoder tells all that it raises on content it was not made for
         reason = " ".join(str(error).split())[:200]
         raise DamagedCheckpoint(f"{path}: {reason or type(error).__name__}") from error
-
-
-def is_count(value: Any) -> bool:
-    """Whether a decoded value is an int >= 0 that fits 63 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def save(

@@ -21,8 +21,9 @@ from typing import Any
 import tomli_w
 
 from shift.config import TrainConfig, differing_key
+from shift.reading import is_count
 from shift.run import checkpoint
-from shift.run.checkpoint import Checkpoint, damage, is_count
+from shift.run.checkpoint import Checkpoint, damage
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.metrics import RowFile
 from shift.run.optim import learning_rate

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from shift.config import TrainConfig
+from shift.reading import is_number
 from shift.run.files import replace_atomically
 from shift.run.speed import Pace
 
@@ -132,7 +133,7 @@ class WeightsAndBiases:
 
 def scalars(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row under names that group them; ``groups`` become ``eval/accuracy/<group>``."""
-    plain = {name: value for name, value in row.items() if _is_number(value) and name != "step"}
+    plain = {name: value for name, value in row.items() if is_number(value) and name != "step"}
     found = {f"{kind}/{name}": float(value) for name, value in plain.items()}
     return found | {f"{kind}/accuracy/{name}": value for name, value in row.get("groups", {}).items()}
 
@@ -140,7 +141,3 @@ def scalars(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
 def pace_scalars(pace: Pace) -> dict[str, float]:
     """The numbers of a pace; what is unknown is left out."""
     return {f"pace/{name}": float(value) for name, value in vars(pace).items() if value is not None}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

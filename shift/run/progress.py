@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from shift.reading import is_count, is_number
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Progress:
         for field in fields:
             if not _HOLDS[field.type](getattr(progress, field.name)):  # type: ignore[index]
                 raise ValueError(f"progress.{field.name} = {getattr(progress, field.name)!r:.50}")
-        if progress.last_eval and not _is_count(progress.last_eval["n_loops"]):
+        if progress.last_eval and not is_count(progress.last_eval["n_loops"]):
             raise ValueError("progress.last_eval.n_loops is not a count")
         return progress
 
@@ -66,18 +67,14 @@ class Progress:
         return {"flops": self.flops, "block_applications": self.block_applications}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return is_number(value) and value >= 0
 
 
 _HOLDS = {
-    "int": _is_count,
+    "int": is_count,
     "float": _is_amount,
-    "int | None": lambda value: value is None or _is_count(value),
+    "int | None": lambda value: value is None or is_count(value),
     "str": lambda value: isinstance(value, str),
     "dict[str, Any]": lambda value: isinstance(value, dict),
 }

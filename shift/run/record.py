@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shift.config import TrainConfig
-from shift.reading import parse_json, parse_text, parse_toml, read_regular
+from shift.reading import is_count, is_number, parse_json, parse_text, parse_toml, read_regular
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
@@ -72,7 +71,7 @@ def read_timing(path: Path) -> list[dict[str, Any]]:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and _is_count(row.get("step")) and all(map(_is_number, row.values())):
+        if isinstance(row, dict) and is_count(row.get("step")) and all(map(is_number, row.values())):
             rows.append(row)
     return rows
 
@@ -123,16 +122,8 @@ def _fits(row: dict[str, Any], wanted: dict[str, Callable[[Any], bool]]) -> bool
     return all(name in row and holds(row[name]) for name, holds in wanted.items())
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_number_or_none(value: Any) -> bool:
-    return value is None or _is_number(value)
+    return value is None or is_number(value)
 
 
 def _is_bool(value: Any) -> bool:
@@ -140,29 +131,29 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_count_or_none(value: Any) -> bool:
-    return value is None or _is_count(value)
+    return value is None or is_count(value)
 
 
 _RESULT: dict[str, Callable[[Any], bool]] = {
-    "flops_total": _is_number,
+    "flops_total": is_number,
     "switch_step": _is_count_or_none,
     "switch_ms": _is_number_or_none,
-    "wall_s": _is_number,
-    "cpu_s": _is_number,
+    "wall_s": is_number,
+    "cpu_s": is_number,
     "machine": lambda value: isinstance(value, dict),
     "versions": lambda value: isinstance(value, dict),
 }
 """What the readers of ``result.json`` compute with, where it is there."""
-_COSTS = {"step": _is_count, "n_loops": _is_count, "flops": _is_number, "block_applications": _is_number}
+_COSTS = {"step": is_count, "n_loops": is_count, "flops": is_number, "block_applications": is_number}
 KINDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "train": {**_COSTS, "loss": _is_number_or_none, "grad_norm": _is_number_or_none, "skipped": _is_bool},
     "eval": {
         **_COSTS,
         "loss": _is_number_or_none,
-        "accuracy": _is_number,
-        "exact": _is_number,
+        "accuracy": is_number,
+        "exact": is_number,
         "groups": lambda value: isinstance(value, dict),
     },
-    "look": {"step": _is_count},
+    "look": {"step": is_count},
 }
 """Kinds of rows of ``metrics.jsonl``, and what a row of each holds at least."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from shift.reading import is_int, is_number
 from shift.schedules.base import Decision, Declaration, Family, LoopSchedule, check
-from shift.schedules.scp import Signals, is_int, is_number
+from shift.schedules.scp import Signals
 
 
 class BackwardWarmup(LoopSchedule):

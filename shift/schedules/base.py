@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shift.schedules.scp import Look, SCPConfig, Signals, is_int
+from shift.reading import is_int
+from shift.schedules.scp import Look, SCPConfig, Signals
 from shift_kernels.errors import input_error
 
 

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+from shift.reading import is_int, is_number
 from shift.schedules.base import Decision, Declaration, Family, LoopSchedule, check, doublings
-from shift.schedules.scp import SCP, SCPConfig, Signals, is_int, is_number
+from shift.schedules.scp import SCP, SCPConfig, Signals
 
 
 class Ladder(LoopSchedule):

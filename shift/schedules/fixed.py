@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shift.reading import is_int
 from shift.schedules.base import Declaration, Family, TimedSchedule, check
-from shift.schedules.scp import is_int
 
 
 class Constant(TimedSchedule):

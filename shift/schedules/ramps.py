@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from shift.reading import is_number
 from shift.schedules.base import Declaration, Family, TimedSchedule, check, doublings
-from shift.schedules.scp import is_number
 
 SHAPES = ("linear", "sqrt", "staged")
 

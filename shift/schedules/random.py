@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from shift.reading import is_int, is_number
 from shift.schedules.base import Decision, Declaration, Family, LoopSchedule, check
-from shift.schedules.scp import Signals, is_int, is_number
+from shift.schedules.scp import Signals
 
 
 class Random(LoopSchedule):

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shift.reading import is_int, is_number
 from shift_kernels.errors import input_error
 
 
@@ -250,13 +251,3 @@ class SCP:
         state = copy.deepcopy(state)
         self._pending = list(torch.tensor(state.pop("pending"), dtype=torch.float32))
         self._state = _State(**state)
-
-
-def is_int(x: object) -> bool:
-    """Whether ``x`` is an int, and no bool."""
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def is_number(x: object) -> bool:
-    """Whether ``x`` is a finite int or float."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
