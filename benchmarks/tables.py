@@ -209,6 +209,11 @@ def training_all() -> str:
     return throughput.table(read("training/throughput")["rows"])
 
 
+def lm_throughput() -> str:
+    """Windows a second of every runner, for language models."""
+    return throughput.table(read("lm/throughput")["rows"])
+
+
 def profile() -> str:
     """Where a step's time goes."""
     from benchmarks.training.profile import table
@@ -339,6 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "length": length,
     "lm": lm,
+    "lm_throughput": lm_throughput,
     "landscape": landscape,
     "options": options,
     "triton": triton,

@@ -207,8 +207,11 @@ def speedup(seconds: dict[str, list[float]], other: str) -> float:
 
 def report(rows: list[dict[str, Any]], cases: Sequence[Case], module: str, out: Path) -> None:
     """Write the rows of all cases."""
-    what = "steps a round, rounds, rounds of warm-up"
-    settings = {f"{c.title}, {c.precision}: {what}": f"{c.steps}, {c.rounds}, {c.warm_up}" for c in cases}
+    of: dict[str, list[str]] = {}
+    for c in cases:
+        of.setdefault(f"{c.steps}, {c.rounds}, {c.warm_up}", []).append(c.title)
+    found = "; ".join(f"{numbers} ({'; '.join(titles)})" for numbers, titles in of.items())
+    settings = {"steps a round, rounds, rounds of warm-up": found if len(of) > 1 else next(iter(of))}
     text = heading(f"python -m {module}", settings) + table(rows) + "\n"
     write(out / "throughput", text, {"rows": rows})
 
