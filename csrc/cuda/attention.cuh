@@ -12,7 +12,7 @@
 
 namespace shift_cuda {
 
-// Columns of the heads in a head chunk's [rows, head_chunk_columns] of work: q heads, k heads, v heads.
+// Columns of a head chunk's heads in work: q heads, k heads, v heads.
 struct HeadChunk {
     int first_query_column;  // of the chunk in [n_heads head_dim]
     int kv_heads, queries, head_dim, columns, ld;
@@ -23,7 +23,7 @@ struct HeadChunk {
         queries = kv_heads * group;
         first_query_column = chunk * queries * head_dim;
         columns = (queries + 2 * kv_heads) * head_dim;
-        ld = columns + int(PAD);
+        ld = p.job.at.ld_work;
     }
     __device__ int q(int head) const { return head * head_dim; }
     __device__ int k(int kv_head) const { return (queries + kv_head) * head_dim; }
@@ -234,22 +234,20 @@ __device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, co
         project_qkv(p, xn, w, chunk, xn.streamed ? Prefetch<T>{} : out);
         sync_sequence(p);
         // o to work, in place of q: a head and 16 rows a warp
-        const int items = of.queries * ((p.rows() + 15) / 16);
-        for (int i = warp(); i < same_for_all_warps(p, items); i += p.warps()) {
-            const int head = i % of.queries, row0 = i / of.queries * 16;
+        p.each_16_rows(of.queries, [&](int head, int row0) {
             const auto to_work = [&](int r, int j, float2 x, float2 y) {
                 store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
                 store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(y.x, y.y));
             };
             attend_16(p, of, head, row0, to_work, [](int, float) {});
-        }
+        });
         // tile += scale (o Wo^T + b)
         const float* bias = chunk ? nullptr : w.out_bias();
         multiply<false>(
             p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
             [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
             xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
-        if (p.split() > 1) sync_sequence(p);  // others have read the keys and values
+        if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read the keys and values
     }
 }
 

@@ -15,17 +15,13 @@ namespace shift_cuda {
 // Columns of a head whose gradient a warp holds at a time.
 constexpr int HELD_COLUMNS = 64;
 
-// Buffers of a chunk in work, each [rows][ld].
+// A chunk's columns in work behind q, k and v.
 template <class T>
 struct ChunkGradients {
     T *d_o, *dqkv;
-    int ld_o;
     template <class A>
-    __device__ ChunkGradients(const Program<A, T>& p, const HeadChunk& of) {
-        ld_o = of.queries * of.head_dim + int(PAD);
-        d_o = p.work() + p.rows() * of.ld;
-        dqkv = d_o + p.rows() * ld_o;
-    }
+    __device__ ChunkGradients(const Program<A, T>& p, const HeadChunk& of)
+        : d_o(p.work() + of.columns), dqkv(d_o + of.queries * of.head_dim) {}
 };
 
 // Stores the gradient of columns j and j + 8 of a head chunk's q, k or v: for the next product, and in in_proj's order.
@@ -77,13 +73,13 @@ __device__ inline void give_out(const Program<A, T>& p, const float (&c)[HELD_CO
 template <class T>
 struct Queries {
     const T *q, *d_o;
-    int ld_q, ld_o, rows;
+    int ld, rows;
 };
 
 template <class A, class T>
 __device__ inline Queries<T> local_queries(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
                                             int row) {
-    return {p.work() + row * of.ld, g.d_o + row * g.ld_o, of.ld, g.ld_o, p.rows_from(row)};
+    return {p.work() + row * of.ld, g.d_o + row * of.ld, of.ld, p.rows_from(row)};
 }
 
 // As remote_keys.
@@ -94,9 +90,9 @@ __device__ inline Queries<T> remote_queries(const Program<A, T>& p, const HeadCh
     T *q = p.remote(), *d_o = q + columns;
     p.sync();
     copy_from_part(p, part, p.work() + row * of.ld, of.ld, q, ld, rows, columns);
-    copy_from_part(p, part, g.d_o + row * g.ld_o, g.ld_o, d_o, ld, rows, columns);
+    copy_from_part(p, part, g.d_o + row * of.ld, of.ld, d_o, ld, rows, columns);
     p.sync();
-    return {q, d_o, ld, ld, rows};
+    return {q, d_o, ld, rows};
 }
 
 // dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
@@ -104,7 +100,7 @@ template <class A, class T, class Out>
 __device__ __forceinline__ void queries_16(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
                                            int head, int row0, Out out) {
     const int kv = head / of.group, hd = of.head_dim;
-    const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * g.ld_o + of.q(head);
+    const T *q = p.work() + row0 * of.ld + of.q(head), *d_o = g.d_o + row0 * of.ld + of.q(head);
     const float factor = rsqrt_approx(float(hd));
     int low[2], high[2], begin, end;
     float normaliser[2], o_do[2];
@@ -120,7 +116,7 @@ __device__ __forceinline__ void queries_16(const Program<A, T>& p, const HeadChu
         each_16_keys(p, of, kv, begin, end, [&](int key, const Keys<T>& keys) {
             float s[2][4], dp[2][4];
             scores_16(s, q, keys.k, of.ld, keys.ld, hd, p.rows_from(row0), keys.rows);
-            scores_16(dp, d_o, keys.v, g.ld_o, keys.ld, hd, p.rows_from(row0), keys.rows);
+            scores_16(dp, d_o, keys.v, of.ld, keys.ld, hd, p.rows_from(row0), keys.rows);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int h = i % 4 / 2, at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
@@ -162,8 +158,8 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
                 for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {
                     const T *q = queries.q + of.q(head), *d_o = queries.d_o + of.q(head);
                     float s[2][4], ds[2][4];
-                    scores_16(s, k, q, of.ld, queries.ld_q, hd, rows_k, queries.rows);
-                    scores_16(ds, v, d_o, of.ld, queries.ld_o, hd, rows_k, queries.rows);
+                    scores_16(s, k, q, of.ld, queries.ld, hd, rows_k, queries.rows);
+                    scores_16(ds, v, d_o, of.ld, queries.ld, hd, rows_k, queries.rows);
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
                         const int key = position0 + lane() / 4 + i % 4 / 2 * 8;
@@ -173,8 +169,8 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
                         x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[at]) : 0.0f;
                         dx = seen ? x * (dx - o_do[at]) * factor : 0.0f;
                     }
-                    accumulate<T>(dv, s, d_o + first, queries.ld_o, hd - first, queries.rows);
-                    accumulate<T>(dk, ds, q + first, queries.ld_q, hd - first, queries.rows);
+                    accumulate<T>(dv, s, d_o + first, queries.ld, hd - first, queries.rows);
+                    accumulate<T>(dk, ds, q + first, queries.ld, hd - first, queries.rows);
                 }
             }
         }
@@ -189,54 +185,47 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
 template <class A, class T>
 __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                                    Rows<T> dqkv, Rows<T> o) {
-    const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads), tiles = (p.rows() + 15) / 16;
+    const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads);
     for (int chunk = 0; chunk < head_chunks; chunk++) {
         const HeadChunk of(p, chunk);
         const ChunkGradients<T> g(p, of);
         // do = dy Wo; q, k, v again
         multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
                        [&](int r, int j, float2 x, float2 y) {
-                           store(g.d_o + r * g.ld_o + j, pack<T>(x.x, x.y));
-                           store(g.d_o + r * g.ld_o + j + 8, pack<T>(y.x, y.y));
+                           store(g.d_o + r * of.ld + j, pack<T>(x.x, x.y));
+                           store(g.d_o + r * of.ld + j + 8, pack<T>(y.x, y.y));
                        });
         project_qkv(p, xn, w, chunk);
         sync_sequence(p);
         // o again, and each row's normaliser and sum of o do
-        for (int i = warp(); i < same_for_all_warps(p, of.queries * tiles); i += p.warps()) {
-            const int head = i % of.queries;
+        p.each_16_rows(of.queries, [&](int head, int row0) {
             float o_do = 0.0f;
             const auto with_do = [&](int r, int j, float2 x, float2 y) {
-                const float2 dx = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j));
-                const float2 dy8 = unpack<T>(load<uint32_t>(g.d_o + r * g.ld_o + of.q(head) + j + 8));
+                const float2 dx = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j));
+                const float2 dy8 = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j + 8));
                 o_do += x.x * dx.x + x.y * dx.y + y.x * dy8.x + y.y * dy8.y;
                 if (r >= p.inside) return;
                 T* to = o.at + int64_t(r) * o.ld + of.first_query_column + of.q(head) + j;
                 store(to, pack<T>(x.x, x.y));
                 store(to + 8, pack<T>(y.x, y.y));
             };
-            attend_16(p, of, head, i / of.queries * 16, with_do, [&](int r, float normaliser) {
+            attend_16(p, of, head, row0, with_do, [&](int r, float normaliser) {
                 o_do = sum_over_lanes<4>(o_do);
                 const int at = head * p.rows() + r;
                 if (lane() % 4 == 0 && p.exists(r)) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;
                 o_do = 0.0f;
             });
-        }
+        });
         sync_sequence(p);
         // dq for 16 queries a warp, then dk and dv for 16 keys a warp
         const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, chunk, dqkv, r, j, x, y); };
-        const int first_keys = same_for_all_warps(p, of.queries * tiles);  // so that all warps do the same of the two
-        for (int i = warp(); i < first_keys + same_for_all_warps(p, of.kv_heads * tiles); i += p.warps()) {
-            const int j = i - first_keys;
-            if (j < 0)
-                queries_16(p, of, g, i % of.queries, i / of.queries * 16, keep);
-            else
-                keys_16(p, of, g, j % of.kv_heads, j / of.kv_heads * 16, keep);
-        }
+        p.each_16_rows(of.queries, [&](int head, int row0) { queries_16(p, of, g, head, row0, keep); });
+        p.each_16_rows(of.kv_heads, [&](int head, int row0) { keys_16(p, of, g, head, row0, keep); });
         // tile += [dq | dk | dv] Wqkv
         multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), p.d(),
                        of.columns,
                        [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
-        if (p.split() > 1) sync_sequence(p);  // others have read what the next chunk replaces
+        if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read what the next chunk replaces
     }
 }
 

@@ -54,7 +54,7 @@ __device__ __forceinline__ void half_layer(const Program<A, T>& p, int layer, bo
         mlp(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
     else
         attention(p, xn, w, sandwich ? 1.0f : scale, following(p, layer, is_mlp));
-    p.sync();
+    p.sync_band();
 
     if (sum.at) p.each_pair([&](int r, int j) { sum.set(r, j, tile_pair(p, r, j)); });
     if (post) norm_in_place(p, w.norm(slot));

@@ -34,7 +34,7 @@ __device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, c
 template <class A, class T>
 __device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
                                     Prefetch<T> after) {
-    const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD);
+    const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = p.job.at.ld_work;
     const int64_t f = p.c().activation;
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);

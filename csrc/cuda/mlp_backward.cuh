@@ -12,12 +12,12 @@ namespace shift_cuda {
 template <class A, class T>
 __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                              Rows<T> act, Rows<T> dpre) {
-    const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = chunk + int(PAD), d = p.d();
+    const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = p.job.at.ld_work, d = p.d();
     const int64_t f = p.c().activation;
     const bool swiglu = f == SWIGLU;
     const int parts = swiglu ? 2 : 1;
     // dpre takes the place of da where each has one number.
-    const Rows<T> local = {p.work() + (swiglu ? p.rows() * ld : 0), parts * chunk + int(PAD), false};
+    const Rows<T> local = {p.work() + (swiglu ? chunk : 0), ld, false};
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
         // da = dy W2_c

@@ -1,4 +1,4 @@
-// Layernorm, rmsnorm or none of the tile's rows, a warp a row. A thread's columns are those of each_pair.
+// Layernorm, rmsnorm or none of the tile's rows, a warp a row, as each_row has them. A thread's columns are those of each_pair.
 #pragma once
 #include "program.cuh"
 
@@ -31,18 +31,18 @@ __device__ inline Moments moments(const X& x, int r, const Call& c) {
 template <class A, class T, class Out>
 __device__ inline void norm(const Program<A, T>& p, const float* weight, Out out) {
     const int d = p.d();
-    for (int r = warp(); r < p.rows(); r += p.warps()) {
+    p.each_row([&](int r) {
         const float* x = p.tile.row(r);
         if (p.c().norm == NO_NORM) {
             for (int j = 2 * lane(); j < d; j += 64) out(r, j, load<float2>(x + j));
-            continue;
+            return;
         }
         const Moments m = moments(p.tile, r, p.c());
         for (int j = 2 * lane(); j < d; j += 64) {
             const float2 v = load<float2>(x + j), w = load<float2>(weight + j), b = load<float2>(weight + d + j);
             out(r, j, make_float2((v.x - m.mean) * m.inverse * w.x + b.x, (v.y - m.mean) * m.inverse * w.y + b.y));
         }
-    }
+    });
 }
 
 // The same, in place: a thread reads and writes its own columns alone.

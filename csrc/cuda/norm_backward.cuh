@@ -18,24 +18,25 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
         return;
     }
     sync_warp();  // all lanes have read those of the norm before
-    for (int r = warp(); r < p.rows(); r += p.warps()) {
+    p.each_row([&](int r) {
         const Moments m = moments(x, r, p.c());
         if (lane() == 0) p.mean()[r] = m.mean, p.inverse()[r] = m.inverse;
-    }
+    });
     sync_warp();
-    const int columns = p.job.at.norm_columns, summing = smaller(p.warps(), p.rows());
-    float* const sums = p.template shared<float>(p.job.at.work);  // [warps with rows][dw, db][columns]
+    const int columns = p.job.at.norm_columns;
+    float* const sums = p.template shared<float>(p.job.at.work);  // [warps][dw, db][columns]
     for (int first = 0; first < d; first += columns) {
         const int n = smaller(columns, d - first);
-        p.sync();  // all have read the sums before
-        for (int j = 2 * lane(); warp() < summing && j < n; j += 64) {
+        p.sync();  // all have read the sums before, or what else was in work
+        for (int j = 2 * lane(); j < n; j += 64) {
             float2 dw = make_float2(0.0f, 0.0f), db = dw;
-            for (int r = warp(); r < p.inside; r += p.warps()) {
+            p.each_row([&](int r) {
+                if (r >= p.inside) return;
                 const float2 v = x.get(r, first + j), g = dy(r, first + j);
                 const float mean = p.mean()[r], inverse = p.inverse()[r];
                 dw.x += g.x * (v.x - mean) * inverse, dw.y += g.y * (v.y - mean) * inverse;
                 db.x += g.x, db.y += g.y;
-            }
+            });
             store(sums + 2 * warp() * columns + j, dw);
             store(sums + (2 * warp() + 1) * columns + j, db);
         }
@@ -43,11 +44,12 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
         for (int i = threadIdx.x; i < 2 * n; i += p.threads()) {
             const int bias = i >= n, j = i - bias * n;
             float total = dv[bias * d + first + j];
-            for (int of = 0; of < summing; of++) total += sums[(2 * of + bias) * columns + j];
+            for (int of = 0; of < p.warps(); of++) total += sums[(2 * of + bias) * columns + j];
             dv[bias * d + first + j] = total;
         }
     }
-    for (int r = warp(); r < p.rows(); r += p.warps()) {
+    if (p.bands() > 1) p.sync();  // as the first; what follows has a barrier of the band alone
+    p.each_row([&](int r) {
         const float mean = p.mean()[r], inverse = p.inverse()[r];
         const auto unit_of = [&](int j) {
             const float2 v = x.get(r, j);
@@ -69,7 +71,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
             const float2 u = unit_of(j), g = g_of(j);
             out(r, j, make_float2((g.x - u.x * along - constant) * inverse, (g.y - u.y * along - constant) * inverse));
         }
-    }
+    });
 }
 
 }  // namespace shift_cuda

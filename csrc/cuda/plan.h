@@ -71,25 +71,27 @@ constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_hea
 
 constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_model + PAD) * 4; }
 
-// Columns of work, padding included, that the two halves of a layer take.
+// Columns of work that the two halves of a layer take.
 constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backward) {
-    const int64_t qkv = head_chunk_columns(c, kv_heads) + PAD;
-    return backward ? 2 * qkv + query_columns(c, kv_heads) + PAD : qkv;
+    const int64_t qkv = head_chunk_columns(c, kv_heads);
+    return backward ? 2 * qkv + query_columns(c, kv_heads) : qkv;
 }
 constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
-    return ff_chunk + PAD + (backward && c.activation == SWIGLU ? 2 * ff_chunk + PAD : 0);
+    return ff_chunk * (backward && c.activation == SWIGLU ? 3 : 1);
 }
-// Gradients of a norm's weight and bias summed by each warp that has rows, for so many columns at a time.
+// A row of work has one place for all that either half puts there, so that nobody writes to another's rows.
+constexpr int64_t work_columns(const Call& c, const Plan& p, bool backward) {
+    const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
+    return larger(attention_columns(c, p.kv_heads, backward), mlp) + PAD;
+}
+// Gradients of a norm's weight and bias summed by each warp, for so many columns at a time.
 constexpr int64_t NORM_COLUMNS = 64;
 constexpr int64_t norm_sums_bytes(const Plan& p) {
-    const int64_t warps = (p.tiles ? CONSUMERS : p.threads) / 32;
-    return smaller(p.rows, warps) * NORM_COLUMNS * 2 * 4;
+    return (p.tiles ? CONSUMERS : p.threads) / 32 * NORM_COLUMNS * 2 * 4;
 }
 
 constexpr int64_t work_bytes(const Call& c, const Plan& p, bool backward) {
-    const int64_t attention = attention_columns(c, p.kv_heads, backward);
-    const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
-    const int64_t branches = p.rows * larger(attention, mlp) * OPERAND;
+    const int64_t branches = p.rows * work_columns(c, p, backward) * OPERAND;
     return backward ? larger(branches, norm_sums_bytes(p)) : branches;
 }
 

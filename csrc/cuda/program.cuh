@@ -12,6 +12,7 @@
 //   ROWS_ARE_PADDED    rows are a multiple of 16; else as many as tokens
 //   SPLITS             a sequence's rows may be split over the blocks of a cluster
 //   OWNERS             threads that own rows; 0: all of the block
+//   BANDS              whether bands of rows have warps of their own (Program::bands)
 //   multiply           overloads for Program<A, T>; pack_weights likewise
 // Packed vectors of a layer, fp32: biases of qkv, of up, of out, of down, then the norms' eight; 0 where absent.
 // The loop norm is the first norm of "layer" n_layers.
@@ -39,6 +40,7 @@ enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.
 struct Layout {
     int mbarriers, xn, work, remote, normaliser, o_do, moments, spans, sums, tile;  // the ring comes first
+    int ld_work;
     int norm_columns;  // whose sums of a norm's gradient fit into work at once
     int64_t scratch, scratch_state;           // bytes of a block's workspace, and of one state there
     int64_t layer, out, up, down;             // weights, in T; for sm_90a only how many a layer has
@@ -58,6 +60,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
+    l.ld_work = int(work_columns(c, p, backward));
     l.norm_columns = int(work_bytes(c, p, backward) / norm_sums_bytes(p) * NORM_COLUMNS);
     l.scratch = scratch_bytes(c, p, backward);
     l.scratch_state = scratch_state_bytes(c, p, backward);
@@ -195,6 +198,34 @@ struct Program {
             sync_block();
     }
 
+    // Rows lie in bands, each with warps of its own, who do with these rows all that concerns a row alone: norms,
+    // products, queries. So a band's warps wait for each other; for other bands' only where attention reads their
+    // keys. A product takes 16 rows a warp, on sm_90a 64 a warpgroup: there up to 128 rows are eight bands of 16 with a
+    // warp each, up to 64 four with two warps (they share a product's columns), fewer one band, as on other devices,
+    // lest warps stand idle.
+    __device__ int bands() const { return !A::BANDS || rows() <= 32 ? 1 : rows() <= 64 ? 4 : 8; }
+    __device__ int band() const { return warp() % bands(); }  // 0 where there is one
+    __device__ int band_begin() const { return 16 * band(); }
+    __device__ int band_end() const { return bands() == 1 ? rows() : smaller(band_begin() + 16, rows()); }
+    __device__ int band_warps() const { return warps() / bands(); }
+    __device__ int warp_in_band() const { return warp() / bands(); }
+    __device__ void sync_band() const {
+        if (bands() == 1)
+            sync();
+        else if (band_warps() == 1)
+            sync_warp();
+        else
+            sync_threads(2 + band(), 32 * band_warps());
+    }
+    // Of all bands that have rows of a sequence together: where sequences end with a warpgroup's 64 rows, the warpgroup's.
+    // So one warpgroup may compute a softmax or a GELU while the other multiplies.
+    __device__ void sync_bands() const {
+        if (bands() == 8 && 64 % job.call.seq_len == 0)
+            sync_threads(2 + warp() / 4, 128);
+        else
+            sync();
+    }
+
     // Shared memory, see plan.h.
     template <class N>
     __device__ N* shared(int at) const {
@@ -227,12 +258,28 @@ struct Program {
     }
     __device__ ScratchState scratch_state(int i, int64_t dtype) const { return {scratch(i), d() + int(PAD), dtype}; }
 
-    // Calls f(row, column) for this thread's pairs of columns. They are the same in every pass over rows, here
-    // and in norm.cuh, so that such passes need no barrier among them.
+    // Calls f(row) for the rows that this warp takes where a row is one warp's; f(row, column) for this thread's pairs
+    // of columns. They are the same in every pass over rows, so that such passes need no barrier among them.
+    template <class F>
+    __device__ void each_row(F f) const {
+        for (int r = band_begin() + warp_in_band(); r < band_end(); r += band_warps()) f(r);
+    }
     template <class F>
     __device__ void each_pair(F f) const {
-        for (int r = warp(); r < rows(); r += warps())
+        each_row([&](int r) {
             for (int j = 2 * lane(); j < d(); j += 64) f(r, j);
+        });
+    }
+    // Calls f(item, row) for each of so many items of each 16 rows of the band, shared among the band's warps. Where a
+    // sequence is split all warps are called equally often, for they bring others' rows together: with rows that do not
+    // exist.
+    template <class F>
+    __device__ void each_16_rows(int items, F f) const {
+        const int tiles = bands() == 1 ? (rows() + 15) / 16 : band_begin() < rows();
+        const int all = split() == 1 ? items * tiles : bands() == 1 ? int(ceil_to(items * tiles, warps()))
+                                                                    : int(ceil_to(items, band_warps()));
+        for (int i = warp_in_band(); i < all; i += band_warps())
+            f(i % items, i < items * tiles ? band_begin() + i / items * 16 : int(ceil_to(rows(), 16)));
     }
 
     __device__ explicit Program(const Job& j) : job(j), first(part() * int(j.plan.rows)) {

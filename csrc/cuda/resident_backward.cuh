@@ -98,7 +98,7 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
     else
         attention_backward(p, xn, dy, w, keep.rows(c.dqkv, qkv_columns(c), layer),
                            keep.rows(c.o, c.n_heads * c.head_dim, layer));
-    p.sync();
+    p.sync_band();
 
     // The norm before it; dh takes both ways.
     if (c.placement == POST)

@@ -18,12 +18,12 @@ __device__ inline int rows_of(const Program<A, T>& p, int part) {
     return smaller(int(p.c().seq_len) - part * p.rows(), p.rows());
 }
 
-// A barrier of all who own rows of the sequence; where it is not split, of those in this block.
+// A barrier of all who own rows of a sequence; where it is not split, of those in this block.
 // Here alone a block reads what others wrote by ordinary stores, so here alone the scope is the cluster: lane 0's fence
 // covers its warp's stores, which sync_warp has ordered before it; what a lane reads of others comes after its own wait.
 template <class A, class T>
 __device__ inline void sync_sequence(const Program<A, T>& p) {
-    if (p.split() == 1) return p.sync();
+    if (p.split() == 1) return p.sync_bands();
     sync_warp();
     if (lane() == 0) {
         cluster_fence();
@@ -32,12 +32,6 @@ __device__ inline void sync_sequence(const Program<A, T>& p) {
             cluster_arrive(p.sequence_barrier(), cluster_rank() - p.part() + part);
     }
     cluster_wait(p.sequence_barrier(), p.sequence_syncs++ % 2);
-}
-
-// How many times in all the block's warps are called for `items`: all equally often where they bring others' rows.
-template <class A, class T>
-__device__ inline int same_for_all_warps(const Program<A, T>& p, int items) {
-    return p.split() > 1 ? int(ceil_to(items, p.warps())) : items;
 }
 
 // Copies [rows][columns] at `from` in another block (columns a multiple of 8) to `to` in this one, by all who own rows

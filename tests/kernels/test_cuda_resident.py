@@ -244,17 +244,15 @@ def test_each_sample_halts_where_the_reference_halts(gpu):
 
 def shared_bytes(spec, rows, kv_heads, ff_chunk, stages, in_shared, backward):
     group, swiglu = spec.n_heads // spec.n_kv_heads, spec.activation == "swiglu"
-    qkv, queries = kv_heads * (group + 2) * spec.head_dim + 8, kv_heads * group * spec.head_dim + 8
+    qkv, queries = kv_heads * (group + 2) * spec.head_dim, kv_heads * group * spec.head_dim
     tile = rows * (spec.d_model + 8) * 4 if in_shared else 0
-    least = (
-        min(rows, -(-rows // 32) * 4) * 64 * 2 * 4 if backward else 0
-    )  # sums of a norm's gradient, by warp
+    least = -(-rows // 32) * 4 * 64 * 2 * 4 if backward else 0  # sums of a norm's gradient, by warp
     if backward:
-        mlp = ff_chunk + 8 + (2 * ff_chunk + 8 if swiglu else 0) if spec.d_ff else 0
-        work, ring = max(2 * qkv + queries, mlp), stages * (128 + rows) * 72 * 2
+        mlp = ff_chunk * (3 if swiglu else 1) if spec.d_ff else 0
+        work, ring = max(2 * qkv + queries, mlp) + 8, stages * (128 + rows) * 72 * 2
         rest = kv_heads * group * rows * 8 + rows * 8
     else:
-        work, ring = max(qkv, ff_chunk + 8 if spec.d_ff else 0), stages * 128 * 72 * 2
+        work, ring = max(qkv, ff_chunk if spec.d_ff else 0) + 8, stages * 128 * 72 * 2
         rest = rows * (spec.d_model + 8) * 2
     return tile + rows * 8 + 128 + max(rows * work * 2, least) + ring + rest
 

@@ -27,6 +27,7 @@ KB = 1024
 PLANS = {
     "weights stay": (227 * KB, 132, 3, 20, {}, 60, 1, 1, 1, True, True),
     "weights stay, 120 rows": (227 * KB, 1, 4, 30, {}, 120, 1, 1, 1, True, True),
+    "weights stay, warpgroups apart": (227 * KB, 1, 4, 32, {}, 128, 1, 1, 1, True, True),
     "four share": (80 * KB, 132, 8, 25, {"norm_placement": "post"}, 50, 1, 4, 4, False, True),
     "two share, 97 rows": (
         130 * KB,

@@ -30,9 +30,9 @@ PLANS = {
     "four share": (85 * KB, 4, 25, {"norm_placement": "post"}, 25, 1, 4, 3, 16, True),
     "two share, 97 rows": (150 * KB, 2, 97, {"activation": "swiglu", "n_layers": 2}, 97, 1, 2, 4, 42, True),
     "odd widths, three rounds": (140 * KB, 14, 9, ODD, 63, 1, 2, 4, 65, True),
-    "tile in L2": (79 * KB, 1, 31, {"d_model": 128, "norm": "rmsnorm"}, 31, 1, 1, 3, 20, False),
+    "tile in L2": (76 * KB, 1, 31, {"d_model": 128, "norm": "rmsnorm"}, 31, 1, 1, 3, 24, False),
     "rows of no token": (200 * KB, 4, 20, {"n_layers": 2}, 60, 1, 2, 7, 29, True),
-    "two stages": (58 * KB, 3, 20, {"loop_norm": True, "d_ff": 0}, 20, 1, 1, 2, 9, True),
+    "two stages": (52 * KB, 3, 20, {"loop_norm": True, "d_ff": 0}, 20, 1, 1, 2, 12, True),
     "two split, four share": (93 * KB, 2, 48, GROUPED, 24, 2, 4, 4, 19, True),
 }
 # on one multiprocessor: shared memory, batch, seq_len, block, call: programs, blocks, cluster, weights stay
@@ -51,7 +51,8 @@ ROUNDS = {
         True,
     ),
     "four share": (85 * KB, 8, 25, {"norm_placement": "post"}, {"return_all_loops": True}, 8, 4, 4, False),
-    "tile in L2": (79 * KB, 3, 31, {"d_model": 128, "loop_norm": True}, {}, 3, 1, 1, False),
+    "tile in L2": (76 * KB, 3, 31, {"d_model": 128, "loop_norm": True}, {}, 3, 1, 1, False),
+    "warpgroups apart": (227 * KB, 3, 64, {"norm_placement": "sandwich"}, {}, 2, 2, 2, False),
     "split, own loops": (93 * KB, 3, 50, GROUPED, {"n_grad_loops": 1} | OWN, 6, 2, 2, False),
 }
 SPLIT_CALLS = {

@@ -58,17 +58,17 @@ class Arrangement:
     def bytes(self):
         spec, chunk = self.spec, self.ff_chunk
         a_row = 4 * self.in_shared * (spec.d_model + 8) + 8
-        others, most = 2 * self.kv_heads * spec.head_dim, chunk + 8 if spec.d_ff else 0
+        others, most = 2 * self.kv_heads * spec.head_dim, chunk if spec.d_ff else 0
         work = least = 0
         if self.backward:
             if spec.d_ff and spec.activation == "swiglu":
-                most += 2 * chunk + 8
+                most += 2 * chunk
             others = 2 * self.queries
-            work = 2 * max(2 * (self.qkv + 8) + self.queries + 8, most)
-            least = min(self.rows, 8) * 64 * 2 * 4  # sums of a norm's gradient, by warp
+            work = 2 * (max(2 * self.qkv + self.queries, most) + 8)
+            least = 8 * 64 * 2 * 4  # sums of a norm's gradient, by warp
             a_row += self.queries // spec.head_dim * 8 + 8
         else:
-            work = 2 * max(self.qkv + 8, most)
+            work = 2 * (max(self.qkv, most) + 8)
             a_row += 2 * (spec.d_model + 8)
         others = 16 * (others + 8) * 2 if self.split > 1 else 0
         ring = self.stages * (self.tile_columns * 64 * 2 + 16) + 32

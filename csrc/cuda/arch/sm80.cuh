@@ -11,7 +11,7 @@
 namespace shift_cuda {
 
 struct Sm80 {
-    static constexpr bool ROWS_ARE_PADDED = true, SPLITS = false;
+    static constexpr bool ROWS_ARE_PADDED = true, SPLITS = false, BANDS = false;
     static constexpr int OWNERS = 0;
 
     // A layer's weights as matrices [out, in]. number_at(weight, row, column) of the packed rows; 0 where there is none.

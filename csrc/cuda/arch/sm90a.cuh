@@ -27,7 +27,7 @@ constexpr bool HAS_SM90A = false;
 #endif
 
 struct Sm90a {
-    static constexpr bool ROWS_ARE_PADDED = false, SPLITS = true;
+    static constexpr bool ROWS_ARE_PADDED = false, SPLITS = true, BANDS = true;
     static constexpr int OWNERS = int(CONSUMERS);  // all but the warp that streams weights
 
     // All parts of a layer's weights as subtiles that wgmma reads, swizzled. number_at(weight, row, column).
@@ -141,7 +141,7 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
         const int j = k0 + 16 * kk;
-        if (!a.streamed && j < k)
+        if (!a.streamed && j < k && row < p.rows())
             ldmatrix(fa[kk], at + j);
         else
 #pragma unroll
@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
     const int row = (beside ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = beside ? warp() / 4 * 64 : 0;
     uint32_t fa[4][4], next[4][4];
     float acc[2][32] = {};
-    p.sync();
+    p.sync_band();
     load_a_64(next, p, a, row, 0, k);
 #pragma unroll 1
     for (int n0 = 0; n0 < n; n0 += columns) {
