@@ -121,6 +121,8 @@ class Library:
         self.library.shift_emulation_allocate.restype = ctypes.c_void_p
         self.library.shift_emulation_allocate.argtypes = [ctypes.c_size_t]
         self.library.shift_emulation_seed.argtypes = [ctypes.c_uint64]
+        self.library.shift_emulation_meetings.argtypes = [ctypes.c_uint]
+        self.library.shift_emulation_meetings.restype = ctypes.c_uint64
 
     def tensor(self, values: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of ``values`` in the machine's device memory, good until ``free``."""

@@ -1,4 +1,6 @@
 // Barriers, shuffles, and the warp's matrix instructions with their layouts.
+#include <map>
+
 #include "machine.h"
 
 namespace emulation {
@@ -12,6 +14,9 @@ void order_lanes(Warp& w) {
 
 void sync_warp() { warp_collective("sync_warp", nullptr, order_lanes); }
 
+// How often a barrier of so many threads was passed, since the program began.
+std::map<unsigned, uint64_t> meetings;
+
 // Section 9.7.13.1: the barrier of that many threads is done, and all who wait go on, when the last has come.
 void meet(Barrier& b, unsigned threads, bool wait, const char* name) {
     if (b.arrived && b.expected != threads)
@@ -22,6 +27,7 @@ void meet(Barrier& b, unsigned threads, bool wait, const char* name) {
         if (wait) b.waiting.push_back(current), suspend(name);
         return;
     }
+    meetings[threads]++;
     if (wait) acquire_from(b.joined);
     for (Thread* t : b.waiting) {
         if (watched) join(t->clock, b.joined);
@@ -154,3 +160,5 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Number t
 }
 
 }  // namespace emulation
+
+extern "C" uint64_t shift_emulation_meetings(unsigned threads) { return emulation::meetings[threads]; }

@@ -173,3 +173,26 @@ def test_programs_end_when_their_samples_do(monkeypatch, call, shared_bytes, seq
             _, used = block(e, backend="cuda", **call)
             assert torch.equal(used, expected)
         assert 1 < int(used.min()) < 6
+
+
+# tokens, d_model, sequences a program, threads: how often so many wait for each other in a loop
+@pytest.mark.parametrize(
+    ("seq_len", "d_model", "batch", "expected"),
+    [
+        pytest.param(32, 64, 4, {256: 0, 128: 2 * 2, 64: 0}, id="a warpgroup has whole sequences"),
+        pytest.param(64, 256, 1, {256: 2 * 2, 128: 0, 64: 4 * 12}, id="two chunks of heads, two of the MLP"),
+    ],
+)
+def test_bands_of_rows_wait_for_each_other_about_keys_alone(monkeypatch, seq_len, d_model, batch, expected):
+    library = on_device(monkeypatch, 227 * KB, 1, watched=False).library
+    block = block_of({"d_model": d_model, "n_heads": d_model // 32, "d_ff": 4 * d_model})
+    e = torch.randn(batch, seq_len, d_model).to(BF16)
+    assert plan_of(block.spec, batch, seq_len).programs == 1
+
+    def waits(n_loops):
+        before = [library.shift_emulation_meetings(threads) for threads in expected]
+        with torch.no_grad():
+            block(e, n_loops, backend="cuda")
+        return [library.shift_emulation_meetings(n) - old for n, old in zip(expected, before, strict=True)]
+
+    assert [two - one for one, two in zip(waits(1), waits(2), strict=True)] == list(expected.values())
