@@ -11,7 +11,7 @@
 //   forward   xn      rows (d_model + 8) 2      the branch's input as matmul operand
 //             work    rows (most + 8) 2         q, k, v of `kv_heads` heads, or `ff_chunk` hidden columns
 //             ring    stages 128 72 2           weight tiles under way
-//   backward  work    rows (...) 2              q, k, v, do, dq, dk, dv, or da and dpre; or a norm's sums
+//   backward  work    rows (most + 8) 2         q, k, v, do, dq, dk, dv, or da and dpre; or a norm's sums
 //             scores  query heads rows 8        each row's softmax normaliser and sum of o do
 //             moments rows 8                    of the norm that is being differentiated
 //             ring    stages (128 72 2 + rows 72 2)   weight tiles, and xn or dy, which come from device memory

@@ -7,7 +7,8 @@
 // under way (bytes: plan.h). L2: the weights, read by every program in every loop, and the tile where it is too
 // large for shared memory. Device memory: e in (with injection once a loop), h_T out; in training one h_t a loop.
 // Grid: plan.h `programs` blocks of `threads`: four warps for 32 rows (sm_90a: kernels.cuh). Where a sequence is
-// split over blocks, they meet twice in a chunk of heads, and where halting asks how much it changed.
+// split over blocks, they meet twice in a chunk of heads, and where halting asks how much it changed; within a block
+// bands of rows meet where blocks do (Program::bands).
 #pragma once
 #include "layer.cuh"
 

@@ -17,12 +17,12 @@ RECORDED = json.loads((ROOT / "benchmarks/results/offline/cuda.json").read_text(
 RESIDENT = ("resident_forward", "resident_backward")
 SM90A = tuple(f"{name}_sm90a" for name in RESIDENT)
 # Bytes of spill stores a thread, at most, called functions included.
-SPILLS = {"resident_forward": 256, "resident_backward": 536, "pack_layer": 0}
-SPILLS |= {"resident_forward_sm90a": 48, "resident_backward_sm90a": 368}
+SPILLS = {"resident_forward": 192, "resident_backward": 416, "pack_layer": 0}
+SPILLS |= {"resident_forward_sm90a": 40, "resident_backward_sm90a": 272}
 SHAPE_BACKWARD = 128  # of a kernel for one shape
 # Fences of the whole device and invalidations of L1: the two barriers of a cluster, and the meetings of a
-# split sequence (three in the forward, five in the backward; a fence and up to three invalidations at each).
-FENCES = {"resident_forward_sm90a": (5, 10), "resident_backward_sm90a": (7, 15)}
+# split sequence (three in the forward, five in the backward; a fence and up to two invalidations at each).
+FENCES = {"resident_forward_sm90a": (5, 8), "resident_backward_sm90a": (7, 12)}
 kernels = pytest.mark.parametrize(
     "row", RECORDED["kernels"], ids=[f"{r['object']} {r['kernel']} sm_{r['sm']}" for r in RECORDED["kernels"]]
 )
