@@ -11,7 +11,8 @@ from typing import Any
 
 from shift.comparison.arms import MATCHED
 from shift.reading import is_number, read_json
-from shift.run.files import alone_with, json_bytes, make_directory, replace_atomically
+from shift.run.files import json_bytes, make_directory, replace_atomically
+from shift.run.lock import alone_with
 from shift.run.record import Run
 from shift_kernels.errors import input_error
 

@@ -6,6 +6,7 @@ config.toml      the resolved configuration
 metrics.jsonl    reproducible facts, no clock      timing.jsonl   milliseconds of each step
 snapshots.bin    weights, where they are recorded (shift.run.snapshots)
 checkpoints/     see shift.run.checkpoint              result.json    written once, at the end
+.lock            empty; locked by the process that trains here
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shift.reading import is_count
 from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
+from shift.run.lock import take_lock
 from shift.run.metrics import RowFile
 from shift.run.optim import learning_rate
 from shift.run.progress import Progress
@@ -33,7 +35,7 @@ from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
 CONFIG, METRICS, TIMING, RESULT = "config.toml", "metrics.jsonl", "timing.jsonl", "result.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 DIGESTED = {METRICS, SNAPSHOTS}
 """Row files whose content belongs to the checkpoint; clocks do not."""
@@ -70,7 +72,13 @@ class RunDirectory:
         self._checkpoints = path / CHECKPOINTS
         self._made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
         make_directory(path, "shift.Trainer", "run_dir")
-        self._files = {METRICS: RowFile(path / METRICS)}  # which is also the lock: before all else
+        self._lock = take_lock(path / LOCK)  # before all else
+        if self._lock is None:
+            raise input_error(
+                "shift.Trainer", "run_dir", str(path), "a run that no other process is training",
+                "Wait for that process or stop it, or choose another run directory.",
+            )  # fmt: skip
+        self._files = {METRICS: RowFile(path / METRICS)}
 
     def start(self) -> None:
         """Begin a run at step 0.
@@ -178,13 +186,14 @@ class RunDirectory:
         """Close the row files; another process may then open the directory."""
         for file in self._files.values():
             file.close()
+        self._lock = None
 
     def abandon(self) -> None:
         """Close a run that was refused before it did anything; a directory that was made for it goes."""
         self.close()
         if not self._made:
             return
-        for name in (METRICS, TIMING, SNAPSHOTS, CONFIG):
+        for name in (METRICS, TIMING, SNAPSHOTS, CONFIG, LOCK):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: somebody has put something there
             for folder in self._made:

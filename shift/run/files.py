@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -82,27 +81,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def take_lock(handle: int) -> bool:
-    """Whether this process now has the file for itself, until it closes it or ends, in whatever way."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True  # a file system that has no locks
-    return True
-
-
-@contextlib.contextmanager
-def alone_with(path: Path, refusal: Exception) -> Iterator[None]:
-    """Have the file, made if need be, for this process alone; where another one has it, raise ``refusal``."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o666), "r+b") as file:
-        if not take_lock(file.fileno()):
-            raise refusal
-        yield
 
 
 def remove(path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from shift.run.files import naming, take_lock, write_all
+from shift.run.files import naming, write_all
 from shift.run.speed import Pace
 from shift_kernels.errors import ShiftInputError, input_error
 
@@ -29,15 +29,14 @@ from shift_kernels.errors import ShiftInputError, input_error
 class RowFile:
     """An append-only file of rows that can be cut back to the length a checkpoint remembers.
 
-    As long as it is open no other process can open it so: two that write the same run would ruin it. What it
-    holds changes only by :meth:`cut` and :meth:`append`.
+    What it holds changes only by :meth:`cut` and :meth:`append`.
     """
 
     def __init__(self, path: Path) -> None:
         """Open ``path``, or make it.
 
         Raises:
-            ShiftInputError: another process has it, or it is no regular file (a link could lead anywhere).
+            ShiftInputError: it is no regular file (a link could lead anywhere).
         """
         self.path = path
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -50,12 +49,6 @@ class RowFile:
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self.close()
             raise self._refusal("a regular file", "Remove it.")
-        if not take_lock(self._file.fileno()):
-            self.close()
-            raise self._refusal(
-                "a run that no other process is training",
-                "Wait for that process or stop it, or choose another run directory.",
-            )
         self.length = os.fstat(self._file.fileno()).st_size
         self._sha256 = hashlib.sha256()
 

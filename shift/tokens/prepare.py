@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shift.run.files import alone_with, json_bytes, make_directory, replace_atomically
+from shift.run.files import json_bytes, make_directory, replace_atomically
+from shift.run.lock import alone_with
 from shift.tasks.base import SPLITS
 from shift.tasks.shards import FORMAT, INDEX, NAME, TOKENIZER, Header, dtype_of
 from shift.tokens.documents import Document, Sources

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tiny_runs import processes, rows, tiny
@@ -174,11 +175,11 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     other = """
 import fcntl, sys
 file = open(sys.argv[1], "ab")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """
-    command = [sys.executable, "-c", other, str(tmp_path / "metrics.jsonl")]
+    command = [sys.executable, "-c", other, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(ShiftInputError, match="no other process"):
@@ -187,6 +188,31 @@ sys.stdin.read()
         assert load_config(tmp_path / "config.toml") == tiny()
         process.stdin.close()
     Trainer(tiny(), tmp_path, resume=True)
+
+
+def answer_to_another_process(run_dir):
+    """Child process: what it is told when it wants to resume the run."""
+    try:
+        Trainer(tiny(), run_dir, resume=True)
+    except ShiftInputError as error:
+        return str(error)
+    return "go on"
+
+
+def test_a_run_stays_locked_whatever_its_process_opens_and_closes(tmp_path):
+    with processes().Pool(1) as other:
+        first = Trainer(tiny(), tmp_path)
+        with pytest.raises(TrainingInterrupted):
+            first.fit(lambda done, _: first.stop() if done == 5 else None)
+        second = Trainer(tiny(), tmp_path, resume=True)  # as a notebook does, which still has the first one
+        first.run.close()
+        for path in filter(Path.is_file, tmp_path.iterdir()):
+            path.read_bytes()
+        answer = other.apply(answer_to_another_process, (tmp_path,))
+        assert "no other process" in answer
+        assert "\n" not in answer
+        second.fit()
+        assert other.apply(answer_to_another_process, (tmp_path,)) == "go on"
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_finished_data_are_not_written_over_and_unfinished_ones_are(folder, tmp_
 def test_one_process_writes_a_folder_at_a_time(tmp_path, monkeypatch):
     sources = Sources([tmp_path / "documents.txt"], split_on="\f")
     sources.files[0].write_text("\f".join(documents()))
-    monkeypatch.setattr("shift.run.files.take_lock", lambda handle: False)  # as where another one has it
+    monkeypatch.setattr("shift.run.lock.take_lock", lambda path: None)  # as where another one has it
     with pytest.raises(ShiftInputError, match="no other shift-data"):
         prepare(sources, ByteTokenizer(), tmp_path / "out", Settings(0.3))
 
