@@ -29,7 +29,8 @@ class Layout:
         n_coda: layers between core and read-out; run once.
         initial_state: h_0. ``default``: that of the block's injection. ``learned``: a vector, the same at all
             positions. ``random``: normal, standard deviation 1, drawn for every position at every call in
-            training (the idea of Huginn, arXiv 2502.05171); in evaluation one vector, always the same.
+            training (the idea of Huginn, arXiv 2502.05171) that brings none; in evaluation one vector, always
+            the same.
         tied: the read-out's weights are the token embedding's, without bias.
         logit_softcap: c of logits c tanh(z / c); None: logits z.
         init_loops: T, so that maps into the residual stream start 1 / sqrt(2 L) as large, L = n_prelude +
@@ -220,6 +221,7 @@ class LoopedTransformer(nn.Module):
         *,
         context: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        h0: Tensor | None = None,
         n_grad_loops: int | None = None,
         return_all_loops: bool = False,
         **options: Any,
@@ -228,12 +230,13 @@ class LoopedTransformer(nn.Module):
         h = self.embed(tokens, context, cu_seqlens)
         if cu_seqlens is not None:
             h, options["cu_seqlens"] = h.flatten(0, 1), cu_seqlens
+            h0 = None if h0 is None else h0.flatten(0, 1)
         if self.prelude is not None:
             h = self.prelude(h, 1, **options)
         h = self.block(
             h,
             n_loops,
-            h0=self.initial(h),
+            h0=self.initial(h) if h0 is None else h0,
             n_grad_loops=n_grad_loops,
             return_all_loops=return_all_loops,
             **options,
@@ -264,6 +267,7 @@ class LoopedTransformer(nn.Module):
         context: Tensor | None = None,
         seq_lens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        h0: Tensor | None = None,
         n_grad_loops: int | None = None,
         return_all_loops: bool = False,
         targets: Tensor | None = None,
@@ -278,6 +282,7 @@ class LoopedTransformer(nn.Module):
             context: int64 [batch], for models with ``n_contexts``.
             cu_seqlens: int64 [n_sequences + 1] on the CPU, offsets of the sequences in the rows laid end to
                 end, where rows hold several (:class:`shift.tasks.base.Batch`).
+            h0: first state of the loops, [batch, seq_len, d_model]; None: what the layout says.
             seq_lens, n_grad_loops, return_all_loops, backend: see :func:`shift_kernels.looped_block`.
             targets: int64 [batch, seq_len], :data:`shift.tasks.base.IGNORE` where nothing is read.
             loop_weights: of the losses after every loop; see :func:`shift.readout.summed_loss`.
@@ -296,6 +301,7 @@ class LoopedTransformer(nn.Module):
             context=context,
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
+            h0=h0,
             n_grad_loops=n_grad_loops,
             return_all_loops=return_all_loops or bool(targets is not None and loop_weights),
             backend=backend,

@@ -8,6 +8,7 @@ import torch
 
 from shift.config import TrainConfig
 from shift.model import LoopedTransformer
+from shift.run import draws
 from shift.run.evaluate import autocast, loops_of
 from shift.run.optim import lr_factors
 from shift.run.parallel import Replicated
@@ -42,6 +43,8 @@ class TrainStep:
         loops: int | torch.Tensor,
         micro_batch: int | None = None,
         n_grad_loops: int | None = None,
+        step: int = 0,
+        first_row: int = 0,
     ) -> torch.Tensor:
         """Leave the gradients of the global batch in the parameters; returns its loss, 0-d.
 
@@ -50,6 +53,8 @@ class TrainStep:
             loops: T, or an int tensor [batch].
             micro_batch: sequences that go through the model at once; None: all.
             n_grad_loops: the last loops, through which the gradient passes; None: through all.
+            step, first_row: steps done before, and the batch's place in the global one; a random first state
+                is drawn by these.
         """
         ranks = self._ranks
         # Divided by the mean number of read positions of a rank, losses and gradients average over ranks to
@@ -63,7 +68,8 @@ class TrainStep:
             self._parallel.begin_micro_batch(last=start + size >= n)
             part = batch if size >= n else batch.rows(start, start + size)
             own = loops if isinstance(loops, int) else loops[start : start + size]
-            loss = self._summed_loss(part, own, n_grad_loops) / n_read
+            h0 = self._first_state(part, step, first_row + start)
+            loss = self._summed_loss(part, own, n_grad_loops, h0) / n_read
             loss.backward()
             losses.append(loss.detach())
         self._parallel.average_gradients()
@@ -73,9 +79,24 @@ class TrainStep:
         """Forward and backward of the first ``size`` sequences; the next step forgets their gradients."""
         part = batch.rows(0, size)
         self._parallel.begin_micro_batch(last=True)
-        self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops).backward()
+        h0 = self._first_state(part, 0, 0)
+        self._summed_loss(part, loops_of(part, n_loops), self._config.n_grad_loops, h0).backward()
 
-    def _summed_loss(self, batch: Batch, loops: int | torch.Tensor, n_grad_loops: int | None) -> torch.Tensor:
+    def _first_state(self, batch: Batch, step: int, first_row: int) -> torch.Tensor | None:
+        """The first state of a micro-batch where it is drawn; None: the model's own."""
+        if self._model.layout.initial_state != "random":
+            return None
+        n, seq_len = batch.tokens.shape
+        rows, shape = range(first_row, first_row + n), (seq_len, self._model.block.spec.d_model)
+        return draws.normal(self._config.seed, step, rows, shape, batch.tokens.device)
+
+    def _summed_loss(
+        self,
+        batch: Batch,
+        loops: int | torch.Tensor,
+        n_grad_loops: int | None,
+        h0: torch.Tensor | None,
+    ) -> torch.Tensor:
         """The sum of the loss over the read positions of a micro-batch."""
         c = self._config
         with autocast(batch.tokens.device, c.precision == "bf16"):
@@ -84,6 +105,7 @@ class TrainStep:
                 loops,
                 context=batch.context,
                 cu_seqlens=batch.cu_seqlens,
+                h0=h0,
                 n_grad_loops=n_grad_loops,
                 targets=batch.targets,
                 loop_weights=c.loop_loss,

@@ -232,7 +232,8 @@ class Trainer:
         loops = loops_of(batch, n_loops)
         lr = learning_rate(c.optimiser, p.step, c.steps, p.switch_step)
         micro_batch = self.micro_batches.of(n_loops)
-        loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops)
+        first_row = self.batches.own[0]
+        loss = self._step.backward(batch.to(self.device), loops, micro_batch, n_grad_loops, p.step, first_row)
         grad_norm, skipped = self._step.update(loss, lr)
         if self.average is not None:
             self.average.update()

@@ -59,6 +59,11 @@ CASES["embeddings without gradient"] = tiny(
     n_grad_loops=1,
     backend="torch",
 )
+CASES["random first state"] = tiny(
+    batch_size=PER_RANK,
+    model=ModelConfig(n_loops=3, d_model=16, n_heads=2, d_ff=32, initial_state="random"),
+    backend="torch",
+)
 
 
 def uneven(batch):

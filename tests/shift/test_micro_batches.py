@@ -39,6 +39,17 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path, micro_batch, n_loops, 
     assert error < 1e-6
 
 
+def test_a_random_first_state_is_a_samples_own_however_the_batch_is_cut(tmp_path):
+    model = dataclasses.replace(tiny().model, initial_state="random")
+    step = Trainer(tiny(model=model, backend="torch"), tmp_path)._step
+    batch = build_task(tiny()).batch(8, 0)
+    whole = step.backward(batch, 3)
+    torch.testing.assert_close(step.backward(batch, 3, 3), whole, rtol=1e-6, atol=0)
+    assert step.backward(batch, 3, step=1) != whole
+    twins = batch.rows(0, 1)  # the same sample, at two places
+    assert step.backward(twins, 3, first_row=1) != step.backward(twins, 3)
+
+
 def test_the_batch_stays_and_the_micro_batch_falls_at_the_switch(tmp_path):
     whole = Trainer(tiny(), tmp_path / "whole")
     cut = Trainer(tiny(micro_batch="1:8,3:2"), tmp_path / "cut")
