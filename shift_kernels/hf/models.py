@@ -90,6 +90,7 @@ def install(model: Any) -> LoopedLayers:
     family = family_of(model)
     layers: nn.ModuleList = getattr(model.base_model, family.layers)
     first, end = model.config.looped["layers"]
+    _refuse_shared(model, layers[first:end])
     looped = LoopedLayers(family, model.config, layers[first:end], first)  # type: ignore[arg-type]
     looped.train(model.training)
     layers[first] = looped
@@ -98,6 +99,15 @@ def install(model: Any) -> LoopedLayers:
     for i in range(first + 1, end):
         layers[i] = PassedThrough()
     return looped
+
+
+def _refuse_shared(model: nn.Module, layers: nn.ModuleList) -> None:
+    """A block has weights of its own: what is shared would part without a word."""
+    own = {id(p) for p in layers.parameters()}
+    first: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in own and first.setdefault(id(p), name) != name:
+            refuse(name, f"shared with {first[id(p)]}", "a weight of its own in each looped layer")
 
 
 def find(model: Any) -> tuple[nn.ModuleList, LoopedLayers]:

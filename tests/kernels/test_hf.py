@@ -455,6 +455,8 @@ MODELS = {
     "layers that see what comes": (lambda: loop(make("llama", is_causal=False)), "is_causal"),
     "an unknown activation": (lambda: loop(make("llama", hidden_act="tanh")), "hidden_act"),
     "a weight that is frozen in part": (lambda: loop(partly_frozen()), "in_proj_weight.*frozen in part"),
+    "a weight of two layers": (lambda: loop(sharing(2, 4)), r"layers\.4\.mlp.*shared with.*layers\.2\.mlp"),
+    "a weight of a layer outside": (lambda: loop(sharing(0, 3)), r"layers\.3\.mlp.*shared with.*layers\.0"),
     "a second time": (lambda: loop(loop_twice()), "unloop"),
     "nothing to undo": (lambda: unloop(make("llama")), "loop_layers"),
 }
@@ -475,6 +477,12 @@ def changed():
 def partly_frozen():
     model = make("llama")
     model.model.layers[3].self_attn.q_proj.requires_grad_(False)
+    return model
+
+
+def sharing(one, other):
+    model = make("llama")
+    model.model.layers[other].mlp = model.model.layers[one].mlp
     return model
 
 
