@@ -38,6 +38,16 @@ def transforms_are_active(tensors: tuple[Tensor, ...]) -> bool:
     return tangents or torch._C._are_functorch_transforms_active()
 
 
+def is_mapped(x: Tensor) -> bool:
+    """True of a tensor that torch.vmap maps over, whose values nobody can read."""
+    if torch.compiler.is_compiling():  # reads none, and can't trace the question
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)  # of torch.func.grad, say, within vmap
+    return functorch.is_batchedtensor(x)
+
+
 @constant_for_dynamo
 def exports_to_onnx() -> bool:
     """True while torch.onnx traces."""

@@ -33,6 +33,12 @@ def call(e=E, weights=W, n_loops=2, **options):
     return lambda: looped_block(e, weights, options.pop("spec", SPEC), n_loops, **options)
 
 
+def mapped(e=E, **options):
+    """A call under vmap, which maps over these lists."""
+    values = {name: torch.tensor(value) for name, value in options.items()}
+    return lambda: torch.vmap(lambda given: looped_block(e, W, SPEC, **{"n_loops": 2, **given}))(values)
+
+
 def attend(q=Q, k=Q, v=Q, **options):
     return lambda: attention(q, k, v, **options)
 
@@ -47,6 +53,11 @@ def encoder_layer(**options):
 
 # (what is wrong, the call, the argument that is named, whether it is about a type)
 CASES = [
+    ("vmap over loops", mapped(n_loops=[1, 2]), "n_loops", False),
+    ("vmap over loops of samples", mapped(n_loops=[[1, 2, 3]]), "n_loops", False),
+    ("vmap over lengths", mapped(seq_lens=[[5, 2, 3]]), "seq_lens", False),
+    ("vmap over offsets", mapped(E.flatten(0, 1), cu_seqlens=[[0, 15]]), "cu_seqlens", False),
+    ("vmap over a scale", mapped(residual_scale=[0.5, 1.0]), "residual_scale", False),
     ("zero width", spec(d_model=0), "d_model", False),
     ("width not an int", spec(d_model=8.0), "d_model", True),
     ("bool as width", spec(d_model=True), "d_model", True),
