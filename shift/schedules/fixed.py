@@ -12,7 +12,8 @@ class Constant(TimedSchedule):
     def __init__(self, max_loops: int, total_steps: int, n_loops: int | None = None) -> None:
         super().__init__(max_loops, total_steps)
         if n_loops is not None:
-            check(is_int(n_loops) and n_loops >= 1, "n_loops", n_loops, "an int >= 1")
+            good = is_int(n_loops) and 1 <= n_loops <= max_loops
+            check(good, "n_loops", n_loops, f"an int in [1, {max_loops}], the model's n_loops")
             self.max_loops = n_loops
 
     def loops_at(self, step: int) -> int:

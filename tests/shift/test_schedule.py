@@ -302,6 +302,7 @@ def test_one_loop_is_a_schedule_too(kind):
     [
         ("scp", {}, "kind"),
         ("constant", {"n_loops": 0}, "n_loops"),
+        ("constant", {"n_loops": 5}, "n_loops"),
         ("fixed", {"at": 1.5}, "at"),
         ("fixed", {"at": -1}, "at"),
         ("shift", {"patience": 0}, "patience"),

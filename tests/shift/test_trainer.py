@@ -18,6 +18,7 @@ from shift.run.diagnosis import NOTHING, first_not_finite
 from shift.run.evaluate import evaluate
 from shift.run.optim import build_optimizer, learning_rate
 from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
+from shift.schedules import make_schedule
 from shift.tasks import make_task
 from shift.tasks.base import IGNORE
 
@@ -54,8 +55,8 @@ def test_each_sample_counts_with_the_loops_that_carry_its_gradient(tmp_path):
 
 
 def test_more_loops_than_the_models_own_count_in_full(tmp_path):
-    config = tiny(schedule=ScheduleConfig("constant", {"n_loops": 5}), steps=1)
-    trainer = Trainer(config, tmp_path)
+    trainer = Trainer(tiny(steps=1), tmp_path)
+    trainer.schedule = make_schedule("constant", max_loops=5, total_steps=1)  # as one's own may ask
     assert trainer.fit()["flops_total"] == train_step_flops(trainer.model, 8, 6, 5)
 
 
