@@ -54,9 +54,11 @@ def real(default: float | tuple[float, ...] | None, allowed: str, holds: Callabl
     return ruled(default, Rule(allowed, holds))
 
 
-def word(default: str, choices: Sequence[str]) -> Any:
-    """A field that holds one of a few words."""
-    return ruled(default, Rule("one of " + ", ".join(map(repr, choices)), choices.__contains__, choices))
+def word(default: str, choices: Sequence[str], meaning: str | None = None) -> Any:
+    """A field that holds one of a few words; with a ``meaning`` its help is that and the words."""
+    rule = Rule("one of " + ", ".join(map(repr, choices)), choices.__contains__, choices)
+    text = None if meaning is None else f"{meaning}: {', '.join(choices[:-1])} or {choices[-1]}."
+    return field(default=default, metadata={"rule": rule, "help": text})
 
 
 def positive(value: float) -> bool:

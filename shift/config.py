@@ -30,6 +30,7 @@ from shift.checked import (
 )
 from shift.model import INITIAL_STATES, Layout
 from shift.reading import read_toml
+from shift.schedules.registry import SCHEDULES
 from shift_kernels import BlockSpec
 from shift_kernels.errors import input_error, near_miss
 from shift_kernels.spec import CHOICES, MAX_LAYERS, MAX_LOOPS, MAX_WIDTH, ONE_OVER_T
@@ -91,18 +92,13 @@ class ModelConfig(Checked, table="model."):
     """Layers in one loop body."""
     d_ff: int = whole(256, 0, MAX_WIDTH)
     """Hidden width of the MLP; 0: attention only."""
-    activation: str = word("gelu", CHOICES["activation"])
-    """relu, relu2, gelu, gelu_tanh, swiglu or geglu_tanh."""
-    norm: str = word("layernorm", CHOICES["norm"])
-    """layernorm, rmsnorm or none."""
-    norm_placement: str = word("pre", CHOICES["norm_placement"])
-    """pre, post, sandwich or sandwich_post."""
-    injection: str = word("add", CHOICES["injection"])
-    """How every loop reads the input e: none (h starts as e), add (h + e), concat, diagonal or norm_add."""
+    activation: str = word("gelu", CHOICES["activation"], "Of the MLP")
+    norm: str = word("layernorm", CHOICES["norm"], "Of the layers")
+    norm_placement: str = word("pre", CHOICES["norm_placement"], "Where branches meet the norms")
+    injection: str = word("add", CHOICES["injection"], "How every loop reads the input e")
     loop_norm: bool = False
     """A final norm inside every loop (Fan et al., arXiv 2409.15647)."""
-    position: str = word("none", CHOICES["position"])
-    """none or rope."""
+    position: str = word("none", CHOICES["position"], "How attention knows the positions")
     learned_positions: bool = True
     """Add a learned embedding of the position to e."""
     final_norm: bool = True
@@ -119,8 +115,7 @@ class ModelConfig(Checked, table="model."):
     """Biases in the block's linear maps and layernorms."""
     qkv_bias: bool | None = None
     """Biases of queries, keys and values; default: bias."""
-    norm_weight: str = word("scale", CHOICES["norm_weight"])
-    """scale, one_plus (1 + w) or none."""
+    norm_weight: str = word("scale", CHOICES["norm_weight"], "What a norm multiplies by")
     qk_norm: bool = False
     """A norm of every query and key head."""
     rope_theta: float = real(10000.0, "a finite float > 0", positive)
@@ -218,8 +213,7 @@ class OptimiserConfig(Checked, table="optimiser."):
 class ScheduleConfig(Checked, table="schedule."):
     """Who decides the number of loops."""
 
-    kind: str = "shift"
-    """A key of shift.schedules.SCHEDULES."""
+    kind: str = word("shift", tuple(SCHEDULES), "The schedule")
     options: Options = field(default_factory=dict)
     """Arguments of the schedule."""
 

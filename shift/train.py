@@ -46,7 +46,7 @@ class Command:
     resume: Literal["no", "auto"] = "no"
     """auto: go on from the newest valid checkpoint in run_dir, to more steps if --steps says so."""
     log: tuple[Log, ...] = ()
-    """Who is told besides the console and the run directory: tensorboard, wandb (extra log)."""
+    """Who is told besides the console and the run directory (extra log)."""
     calibrate: When = "auto"
     """auto: before training on a GPU, verify and time the backends for shapes not measured there yet."""
 

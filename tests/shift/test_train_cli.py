@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import signal
 import time
 
@@ -56,6 +57,21 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize(("word", "value"), [("16", 16), ("1:64,4:16", "1:64,4:16"), ("auto", "auto")])
 def test_a_micro_batch_is_a_number_or_a_word(word, value):
     assert parse(["--run-dir", "x", "--micro-batch", word]).train.micro_batch == value
+
+
+def test_help_names_every_word_that_a_field_may_be(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    lines = re.sub(r"[│╭╰─╮╯\s]+", " ", capsys.readouterr().out)
+    config = TrainConfig()
+    tables = {"": config, **{f"{f.name}.": getattr(config, f.name) for f in dataclasses.fields(config)}}
+    for table, part in tables.items():
+        for f in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+            choices = f.metadata["rule"].choices if "rule" in f.metadata else ()
+            text = lines.partition(f"--{table}{f.name}".replace("_", "-") + " STR ")[2].partition("(default")[
+                0
+            ]
+            assert [word for word in choices if word not in re.findall(r"\w+", text)] == [], f.name
 
 
 def test_options_join_those_of_the_file_until_the_kind_changes(tiny_toml):
