@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from build_native import compiler
-from shift_kernels import BlockSpec, LoopedBlock, info
+from shift_kernels import info
 from shift_kernels.bench.baseline import PlainBlock
-from shift_kernels.bench.cases import LIBRARY
+from shift_kernels.bench.cases import LIBRARY, block_of
 from shift_kernels.bench.timing import interleave, speedup, spread
 
 WARM_UP, ROUNDS = 2, 9
@@ -36,7 +36,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A looped block of heads of 16 (32 from d_model 256 on) and an MLP of 4 d_model."""
+    """Of :func:`shift_kernels.bench.cases.block_of`, and of what goes through it."""
 
     d_model: int
     seq_len: int
@@ -90,9 +90,8 @@ def measure(size: Size, threads: int, dtype: str) -> dict:
     """Median, quartiles and all rounds of each runner, ms."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    n_heads = size.d_model // (32 if size.d_model >= 256 else 16)
     kind = getattr(torch, dtype)
-    block = LoopedBlock(BlockSpec(size.d_model, n_heads, injection="add")).to(kind)
+    block = block_of(size.d_model).to(kind)
     e = torch.randn(size.batch, size.seq_len, size.d_model, dtype=kind, requires_grad=True)
     modules = {"cpu": block, "eager": PlainBlock(block), "compile": PlainBlock(block).compile()}
     weights = list(block.parameters())

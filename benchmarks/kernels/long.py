@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.cpu import step
-from shift_kernels import BlockSpec, LoopedBlock, info
+from shift_kernels import info
 from shift_kernels.bench.baseline import PlainBlock
+from shift_kernels.bench.cases import block_of
 from shift_kernels.bench.timing import interleave, speedup, spread
 
 ROUNDS, N_LOOPS = 5, 4
-WIDTHS = {64: 4, 256: 8}
-"""d_model -> heads."""
+WIDTHS = (64, 256)
 LENGTHS = (1024, 1025, 2048, 4096)
 THREADS = (1, 2)
 DTYPES = ("float32", "bfloat16")
@@ -63,7 +63,7 @@ def measure(case: Case) -> dict:
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    block = LoopedBlock(BlockSpec(case.d_model, WIDTHS[case.d_model], injection="add")).to(dtype)
+    block = block_of(case.d_model).to(dtype)
     e = torch.randn(1, case.seq_len, case.d_model, dtype=dtype, requires_grad=True)
     modules = {"cpu": block, "eager": PlainBlock(block)}
     weights = list(block.parameters())

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.cpu import Size, step
-from shift_kernels import BlockSpec, LoopedBlock, info
+from shift_kernels import info
 from shift_kernels.backends.cpu import _NATIVE as NATIVE
 from shift_kernels.backends.cpu import CPU
 from shift_kernels.bench.baseline import PlainBlock
+from shift_kernels.bench.cases import block_of
 from shift_kernels.bench.timing import interleave, speedup, spread
 from shift_kernels.call import Problem
 
@@ -52,8 +53,7 @@ def measure(size: Size, dtype: str) -> dict:
     """All rounds of both, ms of processor time, and what ``auto`` takes."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
-    n_heads = size.d_model // (32 if size.d_model >= 256 else 16)
-    block = LoopedBlock(BlockSpec(size.d_model, n_heads, injection="add")).to(kind)
+    block = block_of(size.d_model).to(kind)
     e = torch.randn(size.batch, size.seq_len, size.d_model, dtype=kind, requires_grad=True)
     modules = {"cpu": functools.partial(block, backend="cpu"), "eager": PlainBlock(block)}
     weights = list(block.parameters())

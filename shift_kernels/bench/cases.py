@@ -19,9 +19,14 @@ LIBRARY = ("eager", "compile")
 """What people run today: plain PyTorch, and the same under ``torch.compile``."""
 
 
+def block_of(d_model: int) -> LoopedBlock:
+    """A causal pre-norm block with injection, heads of 16 (32 from d_model 256 on), an MLP of 4 d_model."""
+    return LoopedBlock(BlockSpec(d_model, d_model // (32 if d_model >= 256 else 16), injection="add"))
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockCase:
-    """A causal pre-norm layernorm block with gelu, injection and an MLP of 4 d_model."""
+    """:func:`block_of` ``d_model``, looped."""
 
     d_model: int
     seq_len: int
@@ -45,8 +50,7 @@ class BlockCase:
             device: where.
         """
         torch.manual_seed(0)
-        n_heads = self.d_model // (32 if self.d_model >= 256 else 16)
-        block = LoopedBlock(BlockSpec(self.d_model, n_heads, injection="add"))
+        block = block_of(self.d_model)
         block.to(device, getattr(torch, self.dtype))
         e = torch.randn(self.batch, self.seq_len, self.d_model).to(device, getattr(torch, self.dtype))
         return {name: self._call(name, block, e) for name in names}
