@@ -15,7 +15,7 @@ if DEVICE != "cpu":
 
 from shift_kernels import BlockSpec, LoopedBlock
 from shift_kernels.backends.torch import TORCH
-from shift_kernels.backends.triton import graph, rows
+from shift_kernels.backends.triton import rows
 from shift_kernels.backends.triton import streamed as layer
 from shift_kernels.call import CallOptions
 from shift_kernels.spec import ACTIVATIONS
@@ -216,36 +216,3 @@ def test_a_large_l2_cuts_the_batch():
     size = layer.chunk_samples(spec, 4096, 512, 2, 400 * 2**20, 132)
     assert 17 <= size < 4096  # 17 samples are one tile of 128 x 128 a multiprocessor
     assert size * 40 * 256 * 2 * 512 <= 400 * 2**20
-
-
-def test_a_graphed_body_runs_as_often_as_it_is_called(monkeypatch):
-    """With a recorder in the place of CUDA's: capturing runs nothing, replaying does."""
-    ran, recorded = [], []
-
-    class Graph:
-        def replay(self):
-            ran.append("replayed")
-
-    class Capture:
-        def __init__(self, _):
-            self.before = len(ran)
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            recorded.extend(ran[self.before :])
-            del ran[self.before :]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    loop = graph.Repeated(lambda: ran.append("launched"), graphed=True)
-    for _ in range(4):
-        loop()
-    assert ran == ["launched", "replayed", "replayed", "replayed"]
-    assert recorded == ["launched"]
-
-
-def test_graphs_are_for_cuda_only(monkeypatch):
-    monkeypatch.setenv("SHIFT_KERNELS_GRAPHS", "1")
-    assert not graph.wanted(torch.device("cpu"), 100)

@@ -10,7 +10,7 @@ Memory: kept for the backward is h_0 .. h_{T-1} in e's dtype. The batch is walke
     one before the next, so that a chunk's intermediates (about 40 d_model numbers a token) stay in L2, unless
     a chunk that small would leave multiprocessors idle. Operands of weight gradients take OPERAND_BYTES at
     most (or what one loop body needs).
-Grid: that of each kernel (attention.py, rows.py); the forward's loop body can be a CUDA graph (graph.py).
+Grid: that of each kernel (attention.py, rows.py).
 Samples with loops of their own are sorted by them: those that are done leave the end of the chunk.
 """
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from shift_kernels.backends.device import refuse_in_capture
-from shift_kernels.backends.triton import graph
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward, needs_exact
 from shift_kernels.backends.weight_gradients import WeightGradients, in_order
@@ -383,21 +382,11 @@ def forward(
         own_lens = None if lens is None else lens[at]
         running = torch.ones(len(own), dtype=torch.bool, device=e.device)
         chunk_used = torch.zeros(len(own), dtype=torch.int64, device=e.device)
-        whole = halt_threshold is None and own[0] == own[-1]
-
-        def step(h=h, x=x, own_lens=own_lens) -> None:
-            after = body.forward(h.view(-1, d), x.reshape(-1, d) if add else None, own_lens, _alloc(body))
-            h.copy_(after.view_as(h))
-
-        loop = graph.Repeated(step, whole and graph.wanted(e.device, own[0]))
         for t in range(1, most + 1):
             n = sum(t <= T for T in own)  # the samples still at work come first
             if n and boundaries is not None:
                 boundaries[t - 1][at] = h
-            if n and whole:
-                chunk_used += 1
-                loop()
-            elif n:
+            if n:
                 before = h[:n].reshape(-1, d)
                 inject = x[:n].reshape(-1, d) if add else None
                 own_n = None if own_lens is None else own_lens[:n]
