@@ -27,9 +27,9 @@ from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint, damage
 from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
 from shift.run.lock import take_lock
-from shift.run.metrics import RowFile
 from shift.run.optim import learning_rate
 from shift.run.progress import Progress
+from shift.run.row_file import RowFile
 from shift.run.snapshots import SNAPSHOTS
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from shift.config import TrainConfig
+from shift.run.console import Console
 from shift.run.logs import Log, Watchers, open_log
-from shift.run.metrics import Console
 from shift.run.ranks import OtherRankFailed
 from shift.run.shapes import When, calibrate_shapes
 from shift.run.trainer import Trainer
