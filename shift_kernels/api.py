@@ -24,11 +24,10 @@ from shift_kernels.call import (
     differentiable,
     named_again,
 )
-from shift_kernels.call_checks import check_call, check_initial_state, own_per_sample
-from shift_kernels.checks import check_bool, check_floating, check_int, check_positive
-from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
+from shift_kernels.call_checks import check_attention, check_call, check_initial_state
+from shift_kernels.errors import input_error, refuses_unknown_keywords
 from shift_kernels.layouts import Packed, rolled
-from shift_kernels.spec import MAX_TOKENS, BlockSpec
+from shift_kernels.spec import BlockSpec
 from shift_kernels.torch_internals import (
     exports_to_onnx,
     is_exporting,
@@ -37,7 +36,7 @@ from shift_kernels.torch_internals import (
     without_negations,
 )
 
-_FUNCTION = "shift_kernels.looped_block"
+_FUNCTION, _ATTENTION = "shift_kernels.looped_block", "shift_kernels.attention"
 
 
 @refuses_unknown_keywords(_FUNCTION, CallKeywords)
@@ -242,7 +241,7 @@ def _as_operator(
     return h, used
 
 
-@refuses_unknown_keywords("shift_kernels.attention")
+@refuses_unknown_keywords(_ATTENTION)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -279,58 +278,14 @@ def attention(
     Raises:
         ShiftInputError: shapes, dtypes or lengths that do not fit together.
     """
-    function = "shift_kernels.attention"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_floating(function, name, x)
-        if x.ndim != 4 or 0 in x.shape:
-            raise input_error(
-                function,
-                name,
-                list(x.shape),
-                "[batch, heads, seq_len, head_dim], none of them 0",
-                "Reshape it.",
-            )
-        if x.dtype != q.dtype:
-            raise type_error(function, name, x.dtype, f"q's dtype {q.dtype}", "Cast one of them.")
-        if x.device != q.device:
-            raise input_error(function, name, f"on {x.device}", f"q's device {q.device}", "Move one of them.")
-    if k.shape != v.shape:
-        raise input_error(function, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
+    seq_lens, own = check_attention(
+        _ATTENTION, q, k, v, causal, seq_lens, k_seq_lens, window=window, softcap=softcap, scale=scale
+    )
     batch, n_heads, seq_len, head_dim = q.shape
-    k_len = k.shape[2]
-    if (k.shape[0], k.shape[3]) != (batch, head_dim):
-        raise input_error(
-            function,
-            "k",
-            list(k.shape),
-            f"[{batch}, n_kv_heads, k_len, {head_dim}], as q",
-            "Match q's shape.",
-        )
-    if n_heads % k.shape[1]:
-        raise input_error(
-            function,
-            "k",
-            list(k.shape),
-            f"a number of heads that divides q's {n_heads}",
-            "Change n_kv_heads.",
-        )
-    if seq_lens is not None:
-        seq_lens = own_per_sample(function, "seq_lens", seq_lens, q, 0, seq_len)
-    if k_seq_lens is not None:
-        k_seq_lens = own_per_sample(function, "k_seq_lens", k_seq_lens, q, 0, k_len)
-    check_bool(function, "causal", causal)
-    if window is not None:
-        window = check_int(function, "window", window, 1, MAX_TOKENS)
-    if softcap is not None:
-        softcap = check_positive(function, "softcap", softcap, "None or a finite float > 0")
-    if scale is not None:
-        scale = check_positive(function, "scale", scale, "None or a finite float > 0")
-    own = dict(k_seq_lens=k_seq_lens, window=window, softcap=softcap, scale=scale)
-    own = {name: value for name, value in own.items() if value is not None}
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     traced = torch.compiler.is_compiling() or transforms_are_active((q, k, v)) or must_be_observed((q, k, v))
     problem = AttentionProblem(
-        batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad, k_len, tuple(own), traced
+        batch, n_heads, k.shape[1], seq_len, head_dim, q.dtype, q.device, grad, k.shape[2], tuple(own), traced
     )
     chosen = dispatch.plan_attention(problem, backend)
     return ATTENTION.get(chosen.backend).attention(q, k, v, causal=causal, seq_lens=seq_lens, **own)

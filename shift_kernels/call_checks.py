@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,76 @@ def check_call(
         tensors = (e, *weights.values()) if h0 is None else (e, h0, *weights.values())
         _check_halting(function, tensors, halt_threshold)
     return n_loops, found
+
+
+def check_attention(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    seq_lens: Tensor | None,
+    k_seq_lens: Tensor | None,
+    *,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Refuse a call of attention that makes no sense, before any kernel runs.
+
+    Returns:
+        seq_lens, and the options after it that are given, as backends take them.
+    """
+    _check_heads(function, q, k, v)
+    check_bool(function, "causal", causal)
+    own: dict[str, Any] = {}
+    if seq_lens is not None:
+        seq_lens = own_per_sample(function, "seq_lens", seq_lens, q, 0, q.shape[2])
+    if k_seq_lens is not None:
+        own["k_seq_lens"] = own_per_sample(function, "k_seq_lens", k_seq_lens, q, 0, k.shape[2])
+    if window is not None:
+        own["window"] = check_int(function, "window", window, 1, MAX_TOKENS)
+    if softcap is not None:
+        own["softcap"] = check_positive(function, "softcap", softcap, "None or a finite float > 0")
+    if scale is not None:
+        own["scale"] = check_positive(function, "scale", scale, "None or a finite float > 0")
+    return seq_lens, own
+
+
+def _check_heads(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(function, name, x)
+        if x.ndim != 4 or 0 in x.shape:
+            raise input_error(
+                function,
+                name,
+                list(x.shape),
+                "[batch, heads, seq_len, head_dim], none of them 0",
+                "Reshape it.",
+            )
+        if x.dtype != q.dtype:
+            raise type_error(function, name, x.dtype, f"q's dtype {q.dtype}", "Cast one of them.")
+        if x.device != q.device:
+            raise input_error(function, name, f"on {x.device}", f"q's device {q.device}", "Move one of them.")
+    if k.shape != v.shape:
+        raise input_error(function, "v", list(v.shape), f"k's shape {list(k.shape)}", "Project both alike.")
+    batch, n_heads, _, head_dim = q.shape
+    if (k.shape[0], k.shape[3]) != (batch, head_dim):
+        raise input_error(
+            function,
+            "k",
+            list(k.shape),
+            f"[{batch}, n_kv_heads, k_len, {head_dim}], as q",
+            "Match q's shape.",
+        )
+    if n_heads % k.shape[1]:
+        raise input_error(
+            function,
+            "k",
+            list(k.shape),
+            f"a number of heads that divides q's {n_heads}",
+            "Change n_kv_heads.",
+        )
 
 
 def check_initial_state(function: str, h0: Tensor, e: Tensor) -> None:
