@@ -43,6 +43,8 @@ class GenerateConfig(Checked):
     """Divides the logits; 0: always the likeliest token."""
     top_k: int | None = whole(None, 1)
     """Only the k likeliest tokens."""
+    top_p: float | None = real(None, "a float above 0, at most 1", lambda value: 0 < value <= 1)
+    """Of these only the likeliest, as few as together have the probability p."""
     seed: int = whole(0, 0, 2**63 - 1)
     """Of the draws."""
 
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             how.max_new_tokens or model.max_seq_len - len(prompt),
             temperature=how.temperature,
             top_k=how.top_k,
+            top_p=how.top_p,
             stop=words.stop,
             generator=torch.Generator(device).manual_seed(how.seed),
             backend=run.backend,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shift_kernels import LoopedBlock, LoopedCache
 from shift_kernels.cache import dtype_beside
 from shift_kernels.call_checks import own_per_sample
-from shift_kernels.checks import check_int
+from shift_kernels.checks import check_int, check_positive
 from shift_kernels.errors import input_error, type_error
 
 FUNCTION = "LoopedTransformer.generate"
@@ -47,11 +47,13 @@ class Sampling(NamedTuple):
     Args:
         temperature: divides the logits; 0: the likeliest token.
         top_k: only the k likeliest tokens; None: all.
+        top_p: of these only the likeliest, as few as together have the probability p; None: all.
         generator: what draws; None: torch's own.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
+    top_p: float | None = None
     generator: torch.Generator | None = None
 
     def check(self) -> None:
@@ -61,6 +63,9 @@ class Sampling(NamedTuple):
             raise input_error(FUNCTION, "temperature", self.temperature, "a float >= 0", remedy)
         if self.top_k is not None:
             check_int(FUNCTION, "top_k", self.top_k, 1, None)
+        allowed = "a float above 0, at most 1"
+        if self.top_p is not None and check_positive(FUNCTION, "top_p", self.top_p, allowed) > 1:
+            raise input_error(FUNCTION, "top_p", self.top_p, allowed, "1 leaves all tokens.")
 
     def choose(self, logits: Tensor) -> Tensor:
         """Ids [batch] from logits [batch, vocab_size]."""
@@ -71,7 +76,12 @@ class Sampling(NamedTuple):
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
+        chances = logits.softmax(-1)
+        if self.top_p is not None:
+            likeliest, ids = chances.sort(descending=True)
+            before = likeliest.cumsum(-1) - likeliest
+            chances = chances.scatter(-1, ids, likeliest.where(before < self.top_p, 0.0))
+        return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
 
 
 def new_caches(model: TokenModel, batch: int, max_len: int, n_loops: int | Tensor) -> dict[str, LoopedCache]:

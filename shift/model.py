@@ -321,6 +321,7 @@ class LoopedTransformer(nn.Module):
         seq_lens: Tensor | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         stop: int | Collection[int] = (),
         halt_threshold: float | None = None,
         context: Tensor | None = None,
@@ -336,6 +337,7 @@ class LoopedTransformer(nn.Module):
             seq_lens: int [batch], lengths of the prompts.
             temperature: divides the logits before a token is drawn; 0: the likeliest token.
             top_k: only the k likeliest tokens are drawn.
+            top_p: of these only the likeliest, as few as together have the probability p.
             stop: ids, one or several, after which a sample has ended; its row repeats the id from there on.
             halt_threshold: as for :func:`shift_kernels.looped_block`, T being the most loops; all tokens are
                 then computed anew for each one, since a token that halts has no keys for deeper loops.
@@ -357,7 +359,7 @@ class LoopedTransformer(nn.Module):
             lengths,
             n_loops,
             max_new_tokens,
-            sampling=Sampling(temperature, top_k, generator),
+            sampling=Sampling(temperature, top_k, top_p, generator),
             stop=stop,
             halt_threshold=halt_threshold,
             context=context,

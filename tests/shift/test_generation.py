@@ -6,6 +6,7 @@ from tiny_runs import tiny
 
 from shift.config import ScheduleConfig, TaskConfig
 from shift.generate import main
+from shift.generation import Sampling
 from shift.model import Layout, LoopedTransformer
 from shift.run.trainer import Trainer, TrainingInterrupted
 from shift.tasks import Text
@@ -93,7 +94,34 @@ def test_drawn_tokens_follow_the_seed_and_keep_to_the_likeliest():
         assert (likeliest == two[b][:, None]).any(1).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (dict(), {0, 1, 2, 3}),
+        (dict(top_p=1.0), {0, 1, 2, 3}),
+        (dict(top_p=0.85), {1, 2, 3}),
+        (dict(top_p=0.7), {1, 3}),
+        (dict(top_p=1e-9), {3}),
+        (dict(top_k=2, top_p=0.6), {3}),  # of the two that are left, it has 0.625
+        (dict(temperature=1e3, top_p=0.6), {1, 2, 3}),  # hot, all have the same
+    ],
+)
+def test_the_nucleus_is_as_few_tokens_as_have_the_probability(options, left):
+    chances = torch.tensor([0.05, 0.3, 0.15, 0.5])
+    sampling = Sampling(**{"temperature": 1.0, "generator": torch.Generator().manual_seed(0), **options})
+    sampling.check()
+    drawn = sampling.choose(chances.log().expand(2000, 4))
+    assert set(drawn.tolist()) == left
+    if options.get("temperature", 1) == 1:  # with the chances that they had
+        wanted = chances * torch.tensor([float(token in left) for token in range(4)])
+        torch.testing.assert_close(
+            drawn.bincount(minlength=4) / 2000, wanted / wanted.sum(), atol=0.05, rtol=0
+        )
+
+
 CALLS = {
+    "no nucleus": (lambda: make().generate(PROMPTS, 2, 3, temperature=1, top_p=0.0), "top_p"),
+    "more than all": (lambda: make().generate(PROMPTS, 2, 3, temperature=1, top_p=1.5), "top_p"),
     "too many": (lambda: make().generate(PROMPTS, 2, 61), "max_new_tokens.*60"),
     "no prompt": (lambda: make().generate(PROMPTS[:, :0], 2, 3), "tokens"),
     "no lengths": (lambda: make().generate(PROMPTS, 2, 3, seq_lens=torch.tensor([4, 0, 1])), "seq_lens"),
@@ -122,6 +150,10 @@ def test_the_command_goes_on_from_a_prompt(tmp_path, capsys):
     assert len(first) == len("def f") + 6
     assert main([*arguments, "--seed", "1"]) == 0
     assert capsys.readouterr().out.removesuffix("\n") != first
+    assert main([*arguments, "--top-p", "1e-9", "--seed", "2"]) == 0
+    assert main([*arguments, "--temperature", "0"]) == 0
+    nucleus, likeliest = capsys.readouterr().out.removesuffix("\n").split("\ndef f")
+    assert nucleus == "def f" + likeliest
     assert main([*arguments[:-1], "60"]) == 2
     assert "max_new_tokens" in capsys.readouterr().err
     for prompt in ("x" * 16, "a\udcff"):
