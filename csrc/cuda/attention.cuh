@@ -96,16 +96,19 @@ __device__ inline Keys<T> local_keys(const Program<A, T>& p, const HeadChunk& of
     return {row + of.k(kv_head), row + of.v(kv_head), of.ld, p.rows_from(key)};
 }
 
-// Of another block's rows, by all who own rows in this one.
+// Of the rows from `key` to `last` of another block, which come remote_rows at a time, by all who own rows in this one.
 template <class A, class T>
 __device__ inline Keys<T> remote_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int part, int key,
-                                      int rows) {
-    const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD);
-    p.sync();  // all are done with those before
-    copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.remote(), ld, rows, columns);
-    p.sync();
-    const T* k = p.remote() + kv_head * of.head_dim;
-    return {k, k + of.kv_heads * of.head_dim, ld, rows};
+                                      int last) {
+    const int columns = 2 * of.kv_heads * of.head_dim, ld = columns + int(PAD), at_once = int(p.p().remote_rows);
+    if (key % at_once == 0) {
+        p.sync();  // all are done with those before
+        const int rows = smaller(last - key, at_once);
+        copy_from_part(p, part, p.work() + key * of.ld + of.k(0), of.ld, p.remote(), ld, rows, columns);
+        p.sync();
+    }
+    const T* k = p.remote() + key % at_once * ld + kv_head * of.head_dim;
+    return {k, k + of.kv_heads * of.head_dim, ld, smaller(last - key, 16)};
 }
 
 // Calls f(key, its Keys) for each 16 keys of the sequence with any from begin to end. They are counted from where the
@@ -120,7 +123,7 @@ __device__ inline void each_16_keys(const Program<A, T>& p, const HeadChunk& of,
 #pragma unroll 1
         for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
             const Keys<T> keys = own ? local_keys(p, of, kv_head, row)
-                                     : remote_keys(p, of, kv_head, part, row, smaller(last - row, 16));
+                                     : remote_keys(p, of, kv_head, part, row, last);
             if (begin < first + row + 16 && first + row < end) f(first + row, keys);
         }
     }

@@ -85,14 +85,17 @@ __device__ inline Queries<T> local_queries(const Program<A, T>& p, const HeadChu
 // As remote_keys.
 template <class A, class T>
 __device__ inline Queries<T> remote_queries(const Program<A, T>& p, const HeadChunk& of, const ChunkGradients<T>& g,
-                                             int part, int row, int rows) {
-    const int columns = of.queries * of.head_dim, ld = 2 * columns + int(PAD);
-    T *q = p.remote(), *d_o = q + columns;
-    p.sync();
-    copy_from_part(p, part, p.work() + row * of.ld, of.ld, q, ld, rows, columns);
-    copy_from_part(p, part, g.d_o + row * of.ld, of.ld, d_o, ld, rows, columns);
-    p.sync();
-    return {q, d_o, ld, rows};
+                                             int part, int row, int last) {
+    const int columns = of.queries * of.head_dim, ld = 2 * columns + int(PAD), at_once = int(p.p().remote_rows);
+    if (row % at_once == 0) {
+        p.sync();
+        const int rows = smaller(last - row, at_once);
+        copy_from_part(p, part, p.work() + row * of.ld, of.ld, p.remote(), ld, rows, columns);
+        copy_from_part(p, part, g.d_o + row * of.ld, of.ld, p.remote() + columns, ld, rows, columns);
+        p.sync();
+    }
+    const T* q = p.remote() + row % at_once * ld;
+    return {q, q + columns, ld, smaller(last - row, 16)};
 }
 
 // dq of one head for 16 queries, by a warp; this and the next are called as attend_16 is.
@@ -152,7 +155,7 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
 #pragma unroll 1
             for (int row = 0; row < rows; row += 16) {
                 const Queries<T> queries = own ? local_queries(p, of, g, row)
-                                               : remote_queries(p, of, g, part, row, smaller(rows - row, 16));
+                                               : remote_queries(p, of, g, part, row, rows);
                 const int r = row + lane() % 16;
                 if (!vote(r < rows && low[r] < position0 + 16 && position0 < high[r])) continue;
                 for (int head = kv * of.group; head < (kv + 1) * of.group; head++) {

@@ -59,6 +59,7 @@ struct Plan {
     int64_t blocks;           // of the grid; each goes through every blocks-th program
     int64_t threads;
     int64_t kv_heads;         // key/value heads (with all their query heads) at a time
+    int64_t remote_rows;      // of another program of the sequence at a time, a multiple of 16; 0 if split is 1
     int64_t ff_pad;           // d_ff to the next multiple of 16
     int64_t ff_chunk;         // hidden columns at a time
     int64_t stages;           // weight tiles in flight

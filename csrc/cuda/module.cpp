@@ -97,6 +97,7 @@ PYBIND11_MODULE(_native_cuda, m) {
         .number("blocks", &Plan::blocks)
         .number("threads", &Plan::threads)
         .number("kv_heads", &Plan::kv_heads)
+        .number("remote_rows", &Plan::remote_rows)
         .number("ff_pad", &Plan::ff_pad)
         .number("ff_chunk", &Plan::ff_chunk)
         .number("stages", &Plan::stages)

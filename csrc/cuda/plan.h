@@ -24,9 +24,10 @@
 //
 //   both      ring    stages (128 64 2 + 16) + 32     weight tiles with two mbarriers each, and two more; where weights
 //                                                     stay for all loops and rows are more than 64: tiles of 64 64 2
-//   forward   remote  16 (2 kv_heads head_dim + 8) 2  where a sequence is split: keys and values on their way from
-//                                                     another block of the cluster
-//   backward  remote  16 (2 query columns + 8) 2      the same, or queries and gradients of their output
+//   forward   remote  remote_rows (2 kv_heads head_dim + 8) 2   where a sequence is split: keys and values on their
+//                                                     way from another block of the cluster, 16 rows or as many of
+//                                                     the block's as the ring leaves room for
+//   backward  remote  remote_rows (2 query columns + 8) 2       the same, or queries and gradients of their output
 //
 // They take the first of these that fits:
 //   1. whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of a loop, so that weights
@@ -99,7 +100,6 @@ constexpr int64_t scores_bytes(const Call& c, const Plan& p) { return p.kv_heads
 
 constexpr int64_t SUBTILE_SIDE = 64, SUBTILE = SUBTILE_SIDE * SUBTILE_SIDE * OPERAND;  // sm_90a: two make a weight tile
 constexpr int64_t MOST_STAGES = 64;
-constexpr int64_t REMOTE_ROWS = 16;  // at a time from another block
 
 constexpr int64_t stage_bytes(const Plan& p, bool backward) {
     if (p.tiles) return p.tile_columns / SUBTILE_SIDE * SUBTILE;
@@ -112,7 +112,7 @@ constexpr int64_t mbarrier_bytes(const Plan& p) { return p.tiles ? p.stages * 16
 // What comes from another block of the cluster: keys and values; backward: queries and their gradients, too.
 constexpr int64_t remote_bytes(const Call& c, const Plan& p, bool backward) {
     const int64_t columns = backward ? query_columns(c, p.kv_heads) : p.kv_heads * c.head_dim;
-    return p.split > 1 ? REMOTE_ROWS * (2 * columns + PAD) * OPERAND : 0;
+    return p.remote_rows * (2 * columns + PAD) * OPERAND;
 }
 
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
@@ -288,6 +288,7 @@ constexpr Plan begin_plan(const Call& c, int64_t sequences, int64_t split, bool 
     p.tile_in_shared = in_shared;
     p.sequences = sequences, p.split = p.cluster = split;
     p.rows = (sequences * c.seq_len + split - 1) / split;
+    p.remote_rows = split > 1 ? 16 : 0;
     p.programs = (c.batch + sequences - 1) / sequences * split;
     return p;
 }
@@ -301,7 +302,7 @@ constexpr bool leaves_idle(const Call& c, const Plan& p, int64_t step) {
 constexpr bool may_split(const Call& c, int64_t split) { return split <= 4 && c.seq_len > 16 * split; }
 
 // Fills in the chunks, tiles and stages for sm_90a: the widest work that leaves room for so many stages, or for all
-// tiles, if there are fewer; all other room is stages. Says whether there is any.
+// tiles, if there are fewer; all other room is stages, and then rows of other blocks. Says whether there is any.
 constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward) {
     for (int64_t width : WIDTHS) {
         choose_width(c, p, width, backward);
@@ -311,6 +312,10 @@ constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward)
         if (p.stages > most || shared_bytes(c, p, backward) > c.shared_bytes) continue;
         while (p.stages < most && shared_bytes(c, p, backward) + stage_bytes(p, backward) + 16 <= c.shared_bytes)
             p.stages++;
+        for (Plan more = p; p.split > 1 && p.remote_rows < p.rows; p = more) {
+            more.remote_rows += 16;
+            if (shared_bytes(c, more, backward) > c.shared_bytes) break;
+        }
         return true;
     }
     return false;

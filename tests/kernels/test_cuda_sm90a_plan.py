@@ -46,6 +46,7 @@ class Arrangement:
     stages: int
     in_shared: bool
     tile_columns: int = 128
+    remote_rows: int = 16
 
     @property
     def queries(self):
@@ -70,7 +71,7 @@ class Arrangement:
         else:
             work = 2 * (max(self.qkv, most) + 8)
             a_row += 2 * (spec.d_model + 8)
-        others = 16 * (others + 8) * 2 if self.split > 1 else 0
+        others = self.remote_rows * (others + 8) * 2 if self.split > 1 else 0
         ring = self.stages * (self.tile_columns * 64 * 2 + 16) + 32
         return self.rows * a_row + max(self.rows * work, least) + others + ring + 128
 
@@ -155,14 +156,19 @@ def test_planner_takes_the_first_arrangement_that_fits(library, backward):
         least, split, in_shared = (plan.tiles, 1, True) if narrow else fitting[0]
         mine = Arrangement(
             spec, backward, plan.rows, plan.split, plan.kv_heads, plan.ff_chunk, plan.stages, in_shared,
-            plan.tile_columns,
+            plan.tile_columns, plan.remote_rows,
         )  # fmt: skip
         assert plan.tile_columns == 128 or (plan.rows > 64 and plan.stages == plan.tiles)
         assert (plan.split, plan.tile_in_shared) == (split, in_shared)
         assert plan.shared_bytes == mine.bytes() <= limit
         assert plan.tiles == mine.tiles()
         assert plan.stages >= min(least, plan.tiles)
-        assert plan.stages == plan.tiles or mine.bytes() + 128 * 64 * 2 + 16 > limit
+        fewest = dataclasses.replace(mine, remote_rows=16)
+        assert plan.stages == plan.tiles or fewest.bytes() + 128 * 64 * 2 + 16 > limit
+        more = dataclasses.replace(mine, remote_rows=plan.remote_rows + 16)
+        assert split == 1 or plan.remote_rows >= plan.rows or more.bytes() > limit
+        assert plan.remote_rows % 16 == 0
+        assert (plan.remote_rows > 0) == (split > 1)
         assert plan.packed_bytes > mine.subtiles() * 64 * 64 * 2
         assert plan.rows == -(-plan.sequences * seq_len // plan.split) <= 128
         assert plan.programs == -(-batch // plan.sequences) * plan.split
