@@ -151,6 +151,41 @@ __device__ inline void as_left(uint32_t (&a)[4], const float (&c)[2][4]) {
     a[2] = pack<T>(c[1][0], c[1][1]), a[3] = pack<T>(c[1][2], c[1][3]);
 }
 
+// Whether any of a thread's numbers of an operand is NaN or inf.
+template <class T>
+__device__ inline bool has_nonfinite(const uint32_t (&b)[4]) {
+    constexpr uint32_t EXPONENT = std::is_same<T, bf16>::value ? 0x7f80 : 0x7c00;
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        found |= (b[i] & EXPONENT) == EXPONENT || (b[i] >> 16 & EXPONENT) == EXPONENT;
+    return found;
+}
+
+// c [16, 16] += a b for 16 rows from row0 on, over 16 rows from k0 on, of all of which a row counts those of its own
+// sequence: a is 0 at others. Sequences may share these 16 (unless they are multiples of 16 long), and where b has a NaN
+// or inf, 0 times that would reach the neighbours: then each sequence is multiplied for its own rows alone.
+template <class A, class T>
+__device__ inline void mma_16_of_sequences(const Program<A, T>& p, float (&c0)[4], float (&c1)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[4], int row0, int k0) {
+    const int n = int(p.c().seq_len);
+    if (p.p().sequences == 1 || n % 16 == 0 || !vote(has_nonfinite<T>(b))) return mma_16<T>(c0, c1, a, b);
+#pragma unroll 1
+    for (int sequence = k0 / n; sequence <= (k0 + 15) / n; sequence++) {
+        uint32_t own[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int k = k0 + lane() % 4 * 2 + i % 2 * 8;
+            own[i] = b[i] & ((k / n == sequence ? 0xffffu : 0) | ((k + 1) / n == sequence ? 0xffff0000u : 0));
+        }
+        float x[4] = {}, y[4] = {};
+        mma_16<T>(x, y, a, own);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if ((row0 + lane() / 4 + i / 2 * 8) / n == sequence) c0[i] += x[i], c1[i] += y[i];
+    }
+}
+
 // One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
 // rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
 // exist.
@@ -202,7 +237,7 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChun
                 for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
                 uint32_t fv[4];
                 load_b_rows_along_n(fv, keys.v + 16 * b, keys.ld, keys.rows);
-                mma_16<T>(o[b][0], o[b][1], fp, fv);
+                mma_16_of_sequences(p, o[b][0], o[b][1], fp, fv, row0, key);
             }
     });
     // Divide by the sum.

@@ -38,10 +38,10 @@ __device__ inline void keep_dqkv(const Program<A, T>& p, const HeadChunk& of, co
     }
 }
 
-// c [16, columns from `first` on] += a b, b's rows along n.
-template <class T>
-__device__ inline void accumulate(float (&c)[HELD_COLUMNS / 16][2][4], const float (&left)[2][4], const T* b, int ld,
-                                  int columns, int rows_b) {
+// c [16, columns from `first` on] += a b, b's rows along n. row0, k0: as in mma_16_of_sequences.
+template <class A, class T>
+__device__ inline void accumulate(const Program<A, T>& p, float (&c)[HELD_COLUMNS / 16][2][4], const float (&left)[2][4],
+                                  const T* b, int ld, int columns, int rows_b, int row0, int k0) {
     uint32_t fa[4];
     as_left<T>(fa, left);
 #pragma unroll
@@ -49,7 +49,7 @@ __device__ inline void accumulate(float (&c)[HELD_COLUMNS / 16][2][4], const flo
         if (16 * i < columns) {
             uint32_t fb[4];
             load_b_rows_along_n(fb, b + 16 * i, ld, rows_b);
-            mma_16<T>(c[i][0], c[i][1], fa, fb);
+            mma_16_of_sequences(p, c[i][0], c[i][1], fa, fb, row0, k0);
         }
 }
 
@@ -128,7 +128,7 @@ __device__ __forceinline__ void queries_16(const Program<A, T>& p, const HeadChu
                 const float share = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[h]) : 0.0f;
                 x = seen ? share * (dp[i / 4][i % 4] - o_do[h]) * factor : 0.0f;
             }
-            accumulate<T>(dq, s, keys.k + first, keys.ld, hd - first, keys.rows);
+            accumulate(p, dq, s, keys.k + first, keys.ld, hd - first, keys.rows, row0, key);
         });
         give_out(p, dq, row0, hd - first,
                  [&](int r, int j, float2 x, float2 y) { out(r, of.q(head) + first + j, x, y); });
@@ -172,8 +172,8 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
                         x = seen ? exp2_approx(x * (factor * LOG2_E) - normaliser[at]) : 0.0f;
                         dx = seen ? x * (dx - o_do[at]) * factor : 0.0f;
                     }
-                    accumulate<T>(dv, s, d_o + first, queries.ld, hd - first, queries.rows);
-                    accumulate<T>(dk, ds, q + first, queries.ld, hd - first, queries.rows);
+                    accumulate(p, dv, s, d_o + first, queries.ld, hd - first, queries.rows, key0, row);
+                    accumulate(p, dk, ds, q + first, queries.ld, hd - first, queries.rows, key0, row);
                 }
             }
         }

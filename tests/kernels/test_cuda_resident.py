@@ -140,6 +140,20 @@ def test_tiles_of_many_sequences(gpu, sms, monkeypatch):
     check(*make(20, 7, injection="add"), {"n_loops": 2})
 
 
+@pytest.mark.parametrize("sm90a", [False, True], ids=["mma", "wgmma"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_samples_that_share_a_tile_keep_what_is_not_finite_to_themselves(gpu, bad, sm90a, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(H100, 1, sm90a))
+    block, e = make(5, 7, causal=False)
+    assert plan(block.spec, 5, 7, H100, True, sms=1, sm90a=sm90a).programs == 1
+    clean = on_kernels(block, e, {})[:2]
+    e[1, 3, 0] = bad
+    for ours, expected in zip(on_kernels(block, e, {})[:2], clean, strict=True):
+        assert not ours[1].isfinite().any()
+        others = [0, 2, 3, 4]
+        assert torch.equal(ours[others], expected[others])
+
+
 @pytest.mark.parametrize("library", ["gpu", "watched"])
 def test_a_block_goes_from_program_to_program(request, library, monkeypatch):
     request.getfixturevalue(library)
