@@ -1,4 +1,5 @@
 // Small kernels that show each wrapper of csrc/cuda/tile, and kernels with one mistake each. For test_cuda_tile.py.
+#include "activation.cuh"
 #include "tile/barrier.cuh"
 #include "tile/copy_async.cuh"
 #include "tile/launch.cuh"
@@ -48,6 +49,15 @@ __global__ void convert(const float* x, T* rounded, float* back, int n) {
 
 __global__ void round_tf32(const float* x, float* y, int n) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) y[i] = bits_to_float(to_tf32(x[i]));
+}
+
+// y = gelu(x), and dx its slope.
+__global__ void gelu(const float* x, float* y, float* dx, int n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        dx[i] = 1.0f;
+        y[i] = shift_cuda::activate(GELU, x[i]);
+        shift_cuda::activate_backward(GELU, x[i], dx[i]);
+    }
 }
 
 __global__ void lanes(const float* x, float* y) {
@@ -184,6 +194,9 @@ const char* run_reversed(int64_t missing, const float* x, float* y, int64_t n) {
 }
 const char* run_relay(int* out, int64_t warps) { return launch({1, unsigned(warps) * 32, 4}, relay, out); }
 
+const char* run_gelu(const float* x, float* y, float* dx, int64_t n) {
+    return launch({1, 32, 0}, gelu, x, y, dx, int(n));
+}
 const char* run_racy_sum(const float* x, float* y) { return launch({1, 64, 256}, racy_sum, x, y); }
 const char* run_racy_lanes(const float* x, float* y) { return launch({1, 32, 128}, racy_lanes, x, y); }
 const char* run_late_reader(const float* x, float* y) { return launch({1, 128, 512}, late_reader, x, y); }

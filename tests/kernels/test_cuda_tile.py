@@ -49,6 +49,18 @@ def test_ldmatrix_and_mma_multiply(gpu, dtype, transposed):
         torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
 
 
+def test_gelu_is_as_near_as_stated(gpu):
+    x = torch.cat([torch.linspace(-12, 12, 24_001), torch.tensor([torch.nan, torch.inf, -torch.inf])])
+    y, dx = gpu.tensor(torch.empty_like(x)), gpu.tensor(torch.empty_like(x))
+    gpu.run("run_gelu", gpu.tensor(x), y, dx, len(x))
+    exact = x.double().requires_grad_()
+    gelu = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(gelu.sum(), exact)
+    assert (y - gelu)[:-3].abs().max() <= 1.6e-5
+    assert (dx - slope)[:-3].abs().max() <= 3.2e-5
+    assert torch.equal(y.isfinite(), gelu.isfinite())
+
+
 def test_mma_ignores_what_tf32_does_not_hold(gpu):
     a, b = normal(16, 16), normal(8, 16)
     c = gpu.tensor(torch.zeros(16, 8))
