@@ -7,6 +7,7 @@ for seed in range(20):
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -26,7 +27,6 @@ LIBRARY = tuple((source, *defined) for source, defined, _ in build_native.cuda_o
 RUNTIME = ["machine", "memory", "races", "collectives", "bulk_copy", "wgmma"]
 FLAGS = [
     "-std=c++17",
-    "-O2",
     "-march=native",
     "-fPIC",
     "-Wall",
@@ -58,19 +58,23 @@ def _compile(job: tuple[Path, list[str]], folder: Path) -> Path:
     known = [*map(_told, command), _compiler(), headers, source.read_text()]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:24]
     target = folder / f"{digest}.o"
-    if not target.exists():
-        scratch = folder / f"{digest}.{os.getpid()}.o"
-        done = subprocess.run([*command, "-c", "-o", str(scratch)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        scratch.rename(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, instead of compiling it, too
+        if not target.exists():
+            scratch = folder / f"{digest}.{os.getpid()}.o"
+            done = subprocess.run([*command, "-c", "-o", str(scratch)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            scratch.rename(target)
     return target
 
 
 def _told(word: str) -> str:
-    """A word of the command; of a shape's file what is in it."""
+    """A word of the command, the same in any clone; of a shape's file what is in it."""
     named, _, path = word.partition("=")
-    return named + Path(path.strip('"')).read_text() if named == "-DSHIFT_SHAPE" else word
+    if named == "-DSHIFT_SHAPE":
+        return named + Path(path.strip('"')).read_text()
+    return word.replace(str(CSRC.parent), "")
 
 
 @functools.cache
@@ -97,11 +101,12 @@ def emulated(*sources: Path | tuple, watched: bool = False) -> "Library":
     folder = Path(tempfile.gettempdir()) / f"shift-emulation-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     jobs = [(HERE / f"{name}.cpp", ["-O3", *FLAGS]) for name in RUNTIME]
-    flags = [*FLAGS, *(WATCH if watched else []), "-xc++"]
+    # Kernels are compiled for few calls; what the runtime does is done for every access and every barrier.
+    flags = ["-O1", *FLAGS, *(WATCH if watched else []), "-xc++"]
     for path, *own in (source if isinstance(source, tuple) else (source,) for source in sources):
         jobs.append((path, [*flags, *own]))
     if sources == LIBRARY:  # then it is a module for Python, too
-        jobs.append((CSRC / "cuda" / "module.cpp", ["-O1", *FLAGS, *build_native.python_headers()]))
+        jobs.append((CSRC / "cuda" / "module.cpp", ["-O0", *FLAGS, *build_native.python_headers()]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(functools.partial(_compile, folder=folder), jobs))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]

@@ -74,10 +74,11 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 namespace emulation {
 
-uint3 thread_index();
-uint3 block_index();
-dim3 block_size();
-dim3 grid_size();
+// The same for a fiber all its life, so that loops need not ask again.
+__attribute__((const)) uint3 thread_index();
+__attribute__((const)) uint3 block_index();
+__attribute__((const)) dim3 block_size();
+__attribute__((const)) dim3 grid_size();
 
 // Ends the launch; its message names the thread.
 [[noreturn]] void trap(const char* format, ...) __attribute__((format(printf, 1, 2)));

@@ -283,9 +283,9 @@ const char* launch(dim3 grid, unsigned threads, size_t shared_bytes, unsigned cl
     for (unsigned i : order) {
         const unsigned across = grid.x / cluster;
         run_cluster({i % across * cluster, i / across % grid.y, i / across / grid.y}, shared_bytes);
-        if (!failed) message = writes_past_ends(), failed = !message.empty();
         if (failed) break;
     }
+    if (!failed) message = writes_past_ends(), failed = !message.empty();
     end_memory();
     current = nullptr;
     return failed ? message.c_str() : nullptr;

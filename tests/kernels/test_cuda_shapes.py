@@ -54,8 +54,7 @@ def own_kernels(monkeypatch, tmp_path):
     def kernel(shape):
         listed = tmp_path / f"{len(asked)}.txt"
         listed.write_text(",".join(map(str, shape.words)))
-        flags = ["-O1", *cuda_shapes.defined(shape, listed)]  # not worth more: each is compiled for one call
-        library = emulated((CSRC / "cuda" / "shape.cu", *flags)).library
+        library = emulated((CSRC / "cuda" / "shape.cu", *cuda_shapes.defined(shape, listed))).library
         asked.append(shape)
         return ctypes.cast(library.shift_cuda_run_shape, ctypes.c_void_p).value
 
@@ -127,8 +126,9 @@ def test_preparing_compiles_once_and_later_calls_find_it(on, monkeypatch, tmp_pa
     monkeypatch.setenv("SHIFT_KERNELS_CACHE", str(tmp_path))
     on("sm_90a", 227 * KB)
     (shape,) = asked
-    flags = ["-O1", *cuda_shapes.defined(shape, tmp_path / "0.txt")]
-    library = emulated((CSRC / "cuda" / "shape.cu", *flags)).library._name
+    library = emulated(
+        (CSRC / "cuda" / "shape.cu", *cuda_shapes.defined(shape, tmp_path / "0.txt"))
+    ).library._name
     fake_nvcc(monkeypatch, tmp_path, "", library)
     describe = cuda_backend.CUDA.describe
     assert "compiled for any shape" in describe(problem(block, e, grad=False))
