@@ -83,6 +83,22 @@ def run(
         left = rest
 
 
+class Process(Protocol):
+    """What is asked of a child process; :class:`subprocess.Popen` has it."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> Any:
+        """None while it runs."""
+
+    def poll(self) -> int | None:
+        """The same."""
+
+    def wait(self) -> int | None:
+        """The same, when it has ended."""
+
+
 class _Child:
     """The parent's end of a process."""
 
@@ -93,12 +109,16 @@ class _Child:
         self.rows, self.log, request = (folder / f"{stem}.{kind}" for kind in ("rows", "log", "cases"))
         self.rows.unlink(missing_ok=True)
         request.write_text(json.dumps([module, [dataclasses.asdict(case) for case in cases]]))
-        command = [*wrapper, sys.executable, "-m", "benchmarks.gpu.isolate", str(request), str(self.rows)]
+        files = [str(request), str(self.rows)]
         self.wrapped = bool(wrapper)
         self.read_to = 0
+        self.process: Process
+        if rehearsing() and not wrapper:
+            self.process = importlib.import_module("benchmarks.gpu.rehearsal").Forked(main, files, self.log)
+            return
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command,
+                [*wrapper, sys.executable, "-m", "benchmarks.gpu.isolate", *files],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -189,13 +209,13 @@ class _Lines:
         self.file.flush()
 
 
-def main() -> int:
+def main(request: str, rows: str) -> int:
     """The child."""
-    name, cases = json.loads(Path(sys.argv[1]).read_text())
+    name, cases = json.loads(Path(request).read_text())
     if rehearsing():
         importlib.import_module("benchmarks.gpu.rehearsal").install()
     module = importlib.import_module(name)
-    batch, report = [Case(**case) for case in cases], _Lines(Path(sys.argv[2]))
+    batch, report = [Case(**case) for case in cases], _Lines(Path(rows))
     if hasattr(module, "run_batch"):
         module.run_batch(batch, report)
         return 0
@@ -213,4 +233,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

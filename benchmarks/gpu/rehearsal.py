@@ -6,10 +6,12 @@ nothing in it meets hardware untried.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,42 @@ class Fake:
         pass
 
 
+class Forked:
+    """A child process of a rehearsal, which shares what takes seconds to import with all the others.
+
+    It is to the parent what a :class:`subprocess.Popen` is, with a session of its own.
+    """
+
+    def __init__(self, run: Callable[..., int], arguments: Sequence[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.gpu.rehearsed"])
+        self.process = context.Process(target=_in_a_session, args=(run, arguments, log))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _in_a_session(run: Callable[..., int], arguments: Sequence[str], log: Path) -> None:
+    """What a forked child does: all that it prints goes to the log."""
+    os.setsid()
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(run(*arguments))
+
+
+@functools.cache
 def install() -> None:
     """Let the triton and cuda backends serve CPU tensors in this process; before any kernel is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
