@@ -69,16 +69,16 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
-#define blockDim (emulation::block_size())
-#define gridDim (emulation::grid_size())
+#define blockDim (emulation::block_size)
+#define gridDim (emulation::grid_size)
 
 namespace emulation {
 
 // The same for a fiber all its life, so that loops need not ask again.
 __attribute__((const)) uint3 thread_index();
 __attribute__((const)) uint3 block_index();
-__attribute__((const)) dim3 block_size();
-__attribute__((const)) dim3 grid_size();
+// Of the launch under way: no functions, since every step of a loop asks.
+extern dim3 block_size, grid_size;
 
 // Ends the launch; its message names the thread.
 [[noreturn]] void trap(const char* format, ...) __attribute__((format(printf, 1, 2)));

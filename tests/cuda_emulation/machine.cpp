@@ -12,6 +12,7 @@
 namespace emulation {
 
 Machine machine;
+dim3 block_size, grid_size;
 Thread* current;
 bool watched;
 
@@ -240,8 +241,6 @@ void acquire_from(const Clock& clock) {
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return current->block->index; }
-dim3 block_size() { return machine.threads_per_block; }
-dim3 grid_size() { return machine.grid; }
 
 void trap(const char* format, ...) {
     char text[512];
@@ -268,7 +267,8 @@ const char* launch(dim3 grid, unsigned threads, size_t shared_bytes, unsigned cl
     if (!threads || threads % WARP || threads > 1024) return "a block must have 32, 64, .. 1024 threads";
     if (!cluster || cluster > 16 || grid.x % cluster) return "the grid's x must be a multiple of the cluster, 1 .. 16";
     if (shared_bytes > MOST_SHARED) return "a block can have at most 227 KB of shared memory";
-    machine.grid = grid, machine.threads_per_block = threads, machine.cluster_size = cluster;
+    block_size = threads, grid_size = grid;
+    machine.threads_per_block = threads, machine.cluster_size = cluster;
     kernel = &body;
     machine.launch = clusters_run + 1;
     random_state = seed;

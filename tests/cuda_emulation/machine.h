@@ -114,7 +114,6 @@ struct Block {
 };
 
 struct Machine {
-    dim3 grid;
     unsigned threads_per_block;
     unsigned cluster_size;
     uint32_t cluster, launch;  // number of this cluster, and of this launch's first, since the program began
