@@ -184,6 +184,29 @@ def name_types_when_asked() -> None:
     tl.tuple.type.__set_name__(tl.tuple, "type")
 
 
+def make_types_once() -> None:
+    """Look up types of blocks, and what numpy calls a type: the interpreter makes them at each operation."""
+    create, in_numpy = tl.block_type.__init__, interpreter._get_np_dtype
+    blocks: dict[tuple, dict] = {}
+    numpys: dict[str, np.dtype] = {}
+
+    def __init__(self, element_ty, shape):
+        key = (str(element_ty), *shape)
+        if key not in blocks:
+            create(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def _get_np_dtype(kind):
+        name = str(kind.scalar)
+        if name not in numpys:
+            numpys[name] = in_numpy(kind)
+        return numpys[name]
+
+    tl.block_type.__init__ = __init__
+    interpreter._get_np_dtype = _get_np_dtype
+
+
 def run_on_a_stack_of_its_own() -> None:
     """Python maps and unmaps memory at each call that crosses the end of a 16 KiB chunk of its stack.
 
@@ -205,4 +228,5 @@ if DEVICE == "cpu":
     patch_once_a_launch()
     check_overflow_at_once()
     name_types_when_asked()
+    make_types_once()
     run_on_a_stack_of_its_own()
