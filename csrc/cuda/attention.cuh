@@ -2,12 +2,12 @@
 //
 //     [q | k | v] = xn Wqkv^T + b          rotated in registers, to work
 //     o = softmax(q k^T / sqrt(hd)) v      over each row's span of keys, to work in place of q
-//     tile += scale (o Wo^T + b)
+//     x += scale (o Wo^T + b)
 //
 // Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time, with a running maximum. Where the
 // sequence is split the block goes over the other blocks' keys too, 16 at a time (split.cuh).
 #pragma once
-#include "matmul.cuh"
+#include "residual.cuh"
 #include "split.cuh"
 
 namespace shift_cuda {
@@ -50,8 +50,8 @@ __device__ inline Prefetch<T> prefetch_qkv(const Program<A, T>& p, const Weights
     return {w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), of.columns, p.d()};
 }
 
-template <class A, class T>
-__device__ __forceinline__ void project_qkv(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int chunk,
+template <class A, class T, class Xn>
+__device__ __forceinline__ void project_qkv(const Program<A, T>& p, const Xn& xn, const Weights<T>& w, int chunk,
                                             Prefetch<T> prefetch = {}) {
     const HeadChunk of(p, chunk);
     const float* bias = w.qkv_bias() + chunk * of.columns;
@@ -260,10 +260,10 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChun
     }
 }
 
-// tile += scale self_attention(xn). after: the weights of the product that follows.
-template <class A, class T>
-__device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
-                                          Prefetch<T> after) {
+// x += scale self_attention(xn). after: the weights of the product that follows.
+template <class X, class Xn, class T>
+__device__ __forceinline__ void attention(X& x, const Xn& xn, const Weights<T>& w, float scale, Prefetch<T> after) {
+    const auto& p = x.p;
     const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
     for (int chunk = 0; chunk < head_chunks; chunk++) {
         const HeadChunk of(p, chunk);
@@ -273,18 +273,15 @@ __device__ __forceinline__ void attention(const Program<A, T>& p, Rows<T> xn, co
         sync_sequence(p);
         // o to work, in place of q: a head and 16 rows a warp
         p.each_16_rows(of.queries, [&](int head, int row0) {
-            const auto to_work = [&](int r, int j, float2 x, float2 y) {
-                store(p.work() + r * of.ld + of.q(head) + j, pack<T>(x.x, x.y));
-                store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(y.x, y.y));
+            const auto to_work = [&](int r, int j, float2 u, float2 v) {
+                store(p.work() + r * of.ld + of.q(head) + j, pack<T>(u.x, u.y));
+                store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(v.x, v.y));
             };
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         });
-        // tile += scale (o Wo^T + b)
-        const float* bias = chunk ? nullptr : w.out_bias();
-        multiply<false>(
-            p, Rows<T>{p.work(), of.ld, false}, out.b, out.ld, out.n, out.k,
-            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
-            xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
+        // x += scale (o Wo^T + b)
+        add_product(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : w.out_bias(),
+                    xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
         if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read the keys and values
     }
 }

@@ -39,7 +39,8 @@ struct OneShape {
 template <class T, class S>
 __global__ void __launch_bounds__(512, 1) resident_forward(const __grid_constant__ Job given) {
     const Job& job = S::job(given);
-    forward(Program<Sm80, T>(job), [](int64_t, bool running) { return running; });
+    const Program<Sm80, T> p(job);
+    forward_in_memory(p, [](int64_t, bool running) { return running; });
 }
 
 template <class T, class S>
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_forward_sm9
         const Job& job = S::job(given);
         const Program<Sm90a, T> p(job);
         if (beside_the_weights(p, [](const auto& program) { return program.loops(); }))
-            forward(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
+            forward_in_memory(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
         sync_cluster();  // others may still arrive here, and bring tiles
     } else {
         asm volatile("trap;");

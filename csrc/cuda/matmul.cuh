@@ -50,14 +50,4 @@ template <bool ROWS_ALONG_N, class T, class Out>
 __device__ void multiply(const Program<NoArch, T>& p, Rows<T> a, const T* b, int64_t ld_b, int n, int k, Out out,
                          Prefetch<T> prefetch = {});
 
-// Adds scale (x + bias) to the tile; bias may be null.
-__device__ inline void add_to_tile(Tile tile, int row, int column, float2 x, float2 y, float scale, const float* bias) {
-    float* at = tile.row(row) + column;
-    const float2 none = make_float2(0.0f, 0.0f);
-    const float2 bx = bias ? load<float2>(bias + column) : none, by = bias ? load<float2>(bias + column + 8) : none;
-    const float2 u = load<float2>(at), v = load<float2>(at + 8);
-    store(at, make_float2(u.x + scale * (x.x + bx.x), u.y + scale * (x.y + bx.y)));
-    store(at + 8, make_float2(v.x + scale * (y.x + by.x), v.y + scale * (y.y + by.y)));
-}
-
 }  // namespace shift_cuda

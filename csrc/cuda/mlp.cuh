@@ -1,10 +1,10 @@
 // The MLP of the rows, `ff_chunk` hidden columns at a time:
 //
 //     act = f(xn W1_c^T + b)       to work; with swiglu a gate and its value meet in one thread's registers
-//     tile += scale (act W2_c^T + b)
+//     x += scale (act W2_c^T + b)
 #pragma once
 #include "activation.cuh"
-#include "matmul.cuh"
+#include "residual.cuh"
 
 namespace shift_cuda {
 
@@ -30,30 +30,28 @@ __device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, c
                     prefetch);
 }
 
-// tile += scale mlp(xn). after: the weights of the product that follows.
+// x += scale mlp(xn). after: the weights of the product that follows.
 template <class A, class T>
-__device__ __forceinline__ void mlp(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, float scale,
+__device__ __forceinline__ void mlp(const InMemory<A, T>& x, Rows<T> xn, const Weights<T>& w, float scale,
                                     Prefetch<T> after) {
+    const Program<A, T>& p = x.p;
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = p.job.at.ld_work;
     const int64_t f = p.c().activation;
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
         const Prefetch<T> down = {w.down() + first, ff, p.d(), n};
-        const auto to_work = [&](int r, int j, float2 x, float2 y) {
-            const float2 a = make_float2(activate(f, x.x), activate(f, x.y));
+        const auto to_work = [&](int r, int j, float2 u, float2 v) {
+            const float2 a = make_float2(activate(f, u.x), activate(f, u.y));
             if (f == SWIGLU) {
-                store(p.work() + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * y.x, a.y * y.y));
+                store(p.work() + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * v.x, a.y * v.y));
             } else {
                 store(p.work() + r * ld + j, pack<T>(a.x, a.y));
-                store(p.work() + r * ld + j + 8, pack<T>(activate(f, y.x), activate(f, y.y)));
+                store(p.work() + r * ld + j + 8, pack<T>(activate(f, v.x), activate(f, v.y)));
             }
         };
         project_up(p, xn, w, first, n, to_work, xn.streamed ? Prefetch<T>{} : down);
-        const float* bias = first ? nullptr : w.down_bias();
-        multiply<false>(
-            p, Rows<T>{p.work(), ld, false}, down.b, down.ld, down.n, down.k,
-            [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, scale, bias); },
-            xn.streamed ? Prefetch<T>{} : first + n < ff ? prefetch_up(p, w, first + n) : after);
+        add_product(x, Rows<T>{p.work(), ld, false}, down, scale, first ? nullptr : w.down_bias(),
+                    xn.streamed ? Prefetch<T>{} : first + n < ff ? prefetch_up(p, w, first + n) : after);
     }
 }
 

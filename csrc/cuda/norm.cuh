@@ -1,6 +1,7 @@
-// Layernorm, rmsnorm or none of the tile's rows, a warp a row, as each_row has them. A thread's columns are those of each_pair.
+// Layernorm, rmsnorm or none of the residual stream's rows; in memory a warp a row, as each_row has them. A thread's
+// columns are those of each_pair.
 #pragma once
-#include "program.cuh"
+#include "residual.cuh"
 
 namespace shift_cuda {
 
@@ -27,28 +28,31 @@ __device__ inline Moments moments(const X& x, int r, const Call& c) {
     return {mean, rsqrt_approx(sum_over_lanes(squares) / d + float(c.eps))};
 }
 
-// Calls out(row, column, y) with pairs of columns of y = norm(tile); the weight and bias stand at `weight`.
+// y = (x - mean) / deviation weight + bias, of a pair of columns; the weights, and behind them the biases, at `weight`.
+__device__ inline float2 normed(float2 x, Moments m, const float* weight, int column, int d) {
+    const float2 w = load<float2>(weight + column), b = load<float2>(weight + d + column);
+    return make_float2((x.x - m.mean) * m.inverse * w.x + b.x, (x.y - m.mean) * m.inverse * w.y + b.y);
+}
+
+// Calls out(at, y) with y = norm(x).
 template <class A, class T, class Out>
-__device__ inline void norm(const Program<A, T>& p, const float* weight, Out out) {
+__device__ inline void norm(const InMemory<A, T>& x, const float* weight, Out out) {
+    const Program<A, T>& p = x.p;
     const int d = p.d();
     p.each_row([&](int r) {
-        const float* x = p.tile.row(r);
-        if (p.c().norm == NO_NORM) {
-            for (int j = 2 * lane(); j < d; j += 64) out(r, j, load<float2>(x + j));
-            return;
-        }
-        const Moments m = moments(p.tile, r, p.c());
+        const bool is_none = p.c().norm == NO_NORM;
+        const Moments m = is_none ? Moments{} : moments(p.tile, r, p.c());
         for (int j = 2 * lane(); j < d; j += 64) {
-            const float2 v = load<float2>(x + j), w = load<float2>(weight + j), b = load<float2>(weight + d + j);
-            out(r, j, make_float2((v.x - m.mean) * m.inverse * w.x + b.x, (v.y - m.mean) * m.inverse * w.y + b.y));
+            const float2 v = p.tile.get(r, j);
+            out(At{r, j, 0}, is_none ? v : normed(v, m, weight, j, d));
         }
     });
 }
 
-// The same, in place: a thread reads and writes its own columns alone.
-template <class A, class T>
-__device__ inline void norm_in_place(const Program<A, T>& p, const float* weight) {
-    norm(p, weight, [&](int r, int j, float2 y) { store(p.tile.row(r) + j, y); });
+// x = norm(x): a thread reads and writes its own columns alone.
+template <class X>
+__device__ inline void norm_in_place(X& x, const float* weight) {
+    norm(x, weight, [&](At at, float2 y) { x.put(at, y); });
 }
 
 }  // namespace shift_cuda

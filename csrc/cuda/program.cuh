@@ -150,12 +150,18 @@ struct ScratchState {
     __device__ void set(int r, int j, float2 x) const { store_pair(at, int64_t(r) * ld + j, dtype, x); }
 };
 
+// A pair of columns: its row, its first column, and, where it is a register, which of the thread's pairs it is.
+struct At {
+    int row, column, index;
+};
+
 // Operand rows of a matrix product. Streamed: in device memory, rows beyond `inside` count as zero.
 template <class T>
 struct Rows {
     T* at;
     int ld;
     bool streamed;
+    __device__ void put(At to, float2 x) const { store(at + int64_t(to.row) * ld + to.column, pack<T>(x.x, x.y)); }
 };
 
 template <class A, class T>

@@ -91,7 +91,8 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
     else
         p.each_pair([&](int r, int j) { to_dy(r, j, scaled(r, j)); });
     // The branch: its input's gradient, in the tile.
-    clear_tile(p);
+    const InMemory<A, T> gradient{p};
+    clear(gradient);
     if (is_mlp)
         mlp_backward(p, xn, dy, w, keep.rows(c.act, p.p().ff_pad, layer),
                      keep.rows(c.dpre, hidden_parts(c) * p.p().ff_pad, layer));
@@ -102,10 +103,10 @@ __device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int 
 
     // The norm before it; dh takes both ways.
     if (c.placement == POST)
-        p.each_pair([&](int r, int j) { dh.add(r, j, tile_pair(p, r, j)); });
+        p.each_pair([&](int r, int j) { dh.add(r, j, p.tile.get(r, j)); });
     else
         norm_backward(
-            p, keep.input(layer, is_mlp), w.norm(slot), dv, [&](int r, int j) { return tile_pair(p, r, j); },
+            p, keep.input(layer, is_mlp), w.norm(slot), dv, [&](int r, int j) { return p.tile.get(r, j); },
             [&](int r, int j, float2 x) { dh.add(r, j, x); });
 }
 
@@ -117,13 +118,16 @@ __device__ __forceinline__ void loop_backward(const Program<A, T>& p, int t, con
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
     const int64_t boundary = ((t - int64_t{1}) * c.batch * c.seq_len + p.token) * p.d();
     // The loop again; inputs of its half layers stay in scratch states.
-    begin_loop(p, [&](int r, int j) { return load_pair(c.boundaries, boundary + int64_t(r) * p.d() + j, c.dtype); });
+    const InMemory<A, T> x{p};
+    begin_loop(x, [&](At at) {
+        return load_pair(c.boundaries, boundary + int64_t(at.row) * p.d() + at.column, c.dtype);
+    });
     for (int i = 0; i <= last; i++)
-        half_layer(p, i / int(halves(c)), c.d_ff && i % 2, keep, i < last || needs_last_half(c));
+        half_layer(x, i / int(halves(c)), c.d_ff && i % 2, keep, i < last || needs_last_half(c));
     // The loop norm.
     if (c.loop_norm) {
         const ScratchState u = p.scratch_state(int(scratch_states(c, true)) - 1, c.dtype);
-        p.each_pair([&](int r, int j) { u.set(r, j, tile_pair(p, r, j)); });
+        p.each_pair([&](int r, int j) { u.set(r, j, p.tile.get(r, j)); });
         norm_backward(
             p, u, Weights<T>{p.job, layers}.norm(NORM1),
             c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),

@@ -25,31 +25,32 @@ struct ForwardKeep {
     __device__ ScratchState sum(int, bool) const { return {}; }
 };
 
-// The tile as h_{at + 1} or h_T in a [.., batch, seq_len, d_model] tensor; pads become 0.
-template <class A, class T>
-__device__ inline void store_state(const Program<A, T>& p, void* to, int64_t at) {
-    const int64_t first = (at * p.c().batch * p.c().seq_len + p.token) * p.d();
-    p.each_pair([&](int r, int j) {
-        if (r < p.inside)
-            store_pair(to, first + int64_t(r) * p.d() + j, p.c().dtype,
-                       p.valid(r) ? tile_pair(p, r, j) : make_float2(0.0f, 0.0f));
+// x as h_{at + 1} or h_T in a [.., batch, seq_len, d_model] tensor; pads become 0.
+template <class X>
+__device__ inline void store_state(X& x, void* to, int64_t at_state) {
+    const auto& p = x.p;
+    const int64_t first = (at_state * p.c().batch * p.c().seq_len + p.token) * p.d();
+    x.each([&](At at) {
+        if (at.row < p.inside)
+            store_pair(to, first + int64_t(at.row) * p.d() + at.column, p.c().dtype,
+                       p.valid(at.row) ? x.get(at) : make_float2(0.0f, 0.0f));
     });
 }
 
-// The tile becomes what a loop starts from: h (+ e), 0 in pads. h(row, column) gives h.
-template <class A, class T, class H>
-__device__ inline void begin_loop(const Program<A, T>& p, H h) {
-    const int d = p.d();
-    p.each_pair([&](int r, int j) {
-        float2 x = make_float2(0.0f, 0.0f);  // pads too, or without a norm they could grow without bound
-        if (p.valid(r)) {
-            x = h(r, j);
+// x becomes what a loop starts from: h (+ e), 0 in pads. h(at) gives h.
+template <class X, class H>
+__device__ inline void begin_loop(X& x, H h) {
+    const auto& p = x.p;
+    x.each([&](At at) {
+        float2 v = make_float2(0.0f, 0.0f);  // pads too, or without a norm they could grow without bound
+        if (p.valid(at.row)) {
+            v = h(at);
             if (p.c().injection) {
-                const float2 e = load_pair(p.c().e, (p.token + r) * d + j, p.c().dtype);
-                x = make_float2(x.x + e.x, x.y + e.y);
+                const float2 e = load_pair(p.c().e, (p.token + at.row) * p.d() + at.column, p.c().dtype);
+                v = make_float2(v.x + e.x, v.y + e.y);
             }
         }
-        store(p.tile.row(r) + j, x);
+        x.put(at, v);
     });
 }
 
@@ -72,13 +73,14 @@ __device__ inline float2 sequence_sum(const Program<A, T>& p, float2 x) {
 }
 
 // Whether rms(h_t - h_{t-1}) < threshold rms(h_{t-1}) over the program's one sequence.
-template <class A, class T>
-__device__ inline bool settled(const Program<A, T>& p, ScratchState before) {
+template <class X>
+__device__ inline bool settled(X& x, ScratchState before) {
+    const auto& p = x.p;
     float2 squares = make_float2(0.0f, 0.0f);  // of the change, of h_{t-1}
-    p.each_pair([&](int r, int j) {
-        if (!p.valid(r)) return;
-        const float2 h = before.get(r, j), x = tile_pair(p, r, j);
-        squares.x += (x.x - h.x) * (x.x - h.x) + (x.y - h.y) * (x.y - h.y);
+    x.each([&](At at) {
+        if (!p.valid(at.row)) return;
+        const float2 h = before.get(at.row, at.column), v = x.get(at);
+        squares.x += (v.x - h.x) * (v.x - h.x) + (v.y - h.y) * (v.y - h.y);
         squares.y += h.x * h.x + h.y * h.y;
     });
     squares = sequence_sum(p, squares);
@@ -86,36 +88,43 @@ __device__ inline bool settled(const Program<A, T>& p, ScratchState before) {
 }
 
 // begins(t, running) is told before each loop, and at the end, whether there is one; it returns that.
-template <class A, class T, class Begins>
-__device__ __forceinline__ void forward(const Program<A, T>& p, Begins begins) {
+template <class X, class Keep, class Begins>
+__device__ __forceinline__ void forward(X& x, const Keep& keep, Begins begins) {
+    typedef typename X::Operand T;
+    const auto& p = x.p;
     const Call& c = p.c();
-    const ForwardKeep<A, T> keep{p, p.rows()};
     const ScratchState before = p.scratch_state(c.placement == SANDWICH, FLOAT32);  // with halting
     const int64_t most = p.loops();
     p.find_spans();
-    p.each_pair([&](int r, int j) {
+    x.each([&](At at) {
         float2 h = make_float2(0.0f, 0.0f);
-        if (!c.injection && p.valid(r)) h = load_pair(c.e, (p.token + r) * p.d() + j, c.dtype);
-        store(p.tile.row(r) + j, h);
+        if (!c.injection && p.valid(at.row)) h = load_pair(c.e, (p.token + at.row) * p.d() + at.column, c.dtype);
+        x.put(at, h);
     });
     int64_t t = 0;
     for (bool running = most > 0; begins(t, running);) {
-        if (c.save) store_state(p, c.boundaries, t);
-        if (c.halting) p.each_pair([&](int r, int j) { before.set(r, j, tile_pair(p, r, j)); });
-        begin_loop(p, [&](int r, int j) { return tile_pair(p, r, j); });
+        if (c.save) store_state(x, c.boundaries, t);
+        if (c.halting) x.each([&](At at) { before.set(at.row, at.column, x.get(at)); });
+        begin_loop(x, [&](At at) { return x.get(at); });
         for (int layer = 0; layer < c.n_layers; layer++) {
-            half_layer(p, layer, false, keep);
-            if (c.d_ff) half_layer(p, layer, true, keep);
+            half_layer(x, layer, false, keep);
+            if (c.d_ff) half_layer(x, layer, true, keep);
         }
-        if (c.loop_norm) norm_in_place(p, Weights<T>{p.job, int(c.n_layers)}.norm(NORM1));
-        if (c.return_all) store_state(p, c.out, t);
+        if (c.loop_norm) norm_in_place(x, Weights<T>{p.job, int(c.n_layers)}.norm(NORM1));
+        if (c.return_all) store_state(x, c.out, t);
         t++;
-        running = t < most && !(c.halting && settled(p, before));
+        running = t < most && !(c.halting && settled(x, before));
     }
     copy_async_wait<0>();  // the weights of a loop that nobody asked for
     if (c.halting && threadIdx.x == 0 && p.part() == 0) c.used[p.sample()] = t;
-    if (!c.return_all) store_state(p, c.out, 0);
-    for (; c.return_all && t < c.most_loops; t++) store_state(p, c.out, t);
+    if (!c.return_all) store_state(x, c.out, 0);
+    for (; c.return_all && t < c.most_loops; t++) store_state(x, c.out, t);
+}
+
+template <class A, class T, class Begins>
+__device__ __forceinline__ void forward_in_memory(const Program<A, T>& p, Begins begins) {
+    const InMemory<A, T> x{p};
+    forward(x, ForwardKeep<A, T>{p, p.rows()}, begins);
 }
 
 }  // namespace shift_cuda
