@@ -16,6 +16,7 @@ struct Call : Block {
     int64_t shared_bytes;  // most shared memory a block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
     int64_t n_sms;
     int64_t sm90a;           // whether device and library both are for sm_90a
+    int64_t own_kernel;      // whether the kernel is compiled for this shape alone (shape.h): then registers may hold x
     // tensors
     const void* e;           // [batch, seq_len, d_model] dtype
     const int64_t* loops;    // [batch], or null: most_loops each
@@ -49,6 +50,9 @@ struct Call : Block {
     void* dy2;   // d_model
 };
 
+enum Residual { IN_WORKSPACE, IN_SHARED, IN_REGISTERS };  // the workspace: L2 holds it
+constexpr const char* RESIDUALS[] = {"workspace", "shared", "registers"};
+
 // What plan.h decided. All of it follows from the sizes, options and device limits of a Call.
 struct Plan {
     int64_t refusal;          // enum Refusal; the rest is 0 unless FITS
@@ -66,7 +70,7 @@ struct Plan {
     int64_t tiles;            // weight tiles that a loop reads, if an sm_90a kernel runs; or 0
     int64_t tile_columns;     // of such a tile: 128, or 64
     int64_t cluster;          // blocks that share each weight tile's way from L2 (sm_90a), or a sequence
-    int64_t tile_in_shared;   // whether the fp32 tile is in shared memory; else in the workspace, which L2 holds
+    int64_t residual;         // enum Residual: where the fp32 residual stream is
     int64_t shared_bytes;     // dynamic shared memory of a block
     int64_t packed_bytes;     // of the weights as the kernels read them
     int64_t workspace_bytes;

@@ -8,21 +8,27 @@
 #include "arch/sm80.cuh"
 #include "arch/sm90a.cuh"
 #include "resident_backward.cuh"
+#include "arch/sm90a_registers.cuh"
 #include "run.cuh"
 #include "shape.h"
+#include "tile/registers.cuh"
 
 namespace shift_cuda {
 
 struct AnyShape {
+    static constexpr bool IN_REGISTERS = false;
+    static constexpr int64_t FORWARD_THREADS = CONSUMERS + PRODUCERS;
     __device__ static const Job& job(const Job& given) { return given; }
 };
 
 // S::SHAPE is a constant.
 template <class S>
 struct OneShape {
+    static constexpr Shape SHAPE = S::SHAPE;
+    static constexpr bool IN_REGISTERS = in_registers(SHAPE.plan);
+    static constexpr int64_t FORWARD_THREADS = SHAPE.plan.threads;
     // All but the fields that a shape leaves open become constants, once the compiler has it in registers.
     __device__ __forceinline__ static Job job(const Job& given) {
-        constexpr Shape SHAPE = S::SHAPE;
         Job job = given;
         static_cast<Block&>(job.call) = SHAPE.block;
         job.call.seq_len = SHAPE.seq_len, job.call.dtype = SHAPE.dtype;
@@ -53,22 +59,33 @@ __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constan
 
 // Streams the weights of all programs' loops, loops(program) at most; false for who did that, true for those who own
 // the rows.
-template <class T, class Loops>
-__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, Loops loops) {
+template <class T, class Loops, class Before>
+__device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, Loops loops, Before before) {
     if (threadIdx.x == 0) start_ring(p);
     sync_cluster();
-    const bool streams = shuffle(warp(), 0) == p.warps();  // which the compiler then knows to be so for a whole warp
-    if (streams && lane() == 0) stream_weights(p, loops);
-    return !streams;
+    const bool owns = shuffle(warp(), 0) < p.warps();  // which the compiler then knows to be so for a whole warp
+    if (!owns) {
+        before();
+        if (threadIdx.x == p.threads()) stream_weights(p, loops);
+    }
+    return owns;
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_forward_sm90a(const __grid_constant__ Job given) {
+__global__ void __launch_bounds__(S::FORWARD_THREADS, 1) resident_forward_sm90a(const __grid_constant__ Job given) {
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
         const Program<Sm90a, T> p(job);
-        if (beside_the_weights(p, [](const auto& program) { return program.loops(); }))
-            forward_in_memory(p, [&](int64_t t, bool running) { return begins_loop(p, t, running); });
+        const auto begins = [&](int64_t t, bool running) { return begins_loop(p, t, running); };
+        const auto loops = [](const auto& program) { return program.loops(); };
+        if constexpr (S::IN_REGISTERS) {
+            if (beside_the_weights(p, loops, [] { give_registers<40>(); })) {
+                take_registers<232>();
+                forward_in_registers<S>(p, begins);
+            }
+        } else if (beside_the_weights(p, loops, [] {})) {
+            forward_in_memory(p, begins);
+        }
         sync_cluster();  // others may still arrive here, and bring tiles
     } else {
         asm volatile("trap;");
@@ -80,7 +97,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
         Program<Sm90a, T> p(job);
-        if (beside_the_weights(p, [](const auto& program) { return loops_backward(program); })) {
+        if (beside_the_weights(p, [](const auto& program) { return loops_backward(program); }, [] {})) {
             do backward(p);
             while (p.next());
         }

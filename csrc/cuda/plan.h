@@ -29,7 +29,11 @@
 //                                                     the block's as the ring leaves room for
 //   backward  remote  remote_rows (2 query columns + 8) 2       the same, or queries and gradients of their output
 //
+// Their kernels for one shape may have the residual stream in registers, with its normalised copy and the MLP's hidden
+// columns: no tile and no xn, work is q, k, v alone, and tiles are of 64 64 2.
+//
 // They take the first of these that fits:
+//   0. forward of one shape, up to 128 columns: as many whole sequences as fit 128 rows and more than 64, x in registers;
 //   1. whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of a loop, so that weights
 //      are read once for all loops;
 //   2. as many whole sequences as fit 128 rows, the tile in shared memory;
@@ -37,11 +41,14 @@
 //   4. as 2, but for the tile, which is in the workspace;
 //   5. as 2 to 4, but with room for two weight tiles only.
 #pragma once
+#include <initializer_list>
+
 #include "call.h"
 
 namespace shift_cuda {
 
-constexpr int64_t CONSUMERS = 256, PRODUCERS = 32;  // sm_90a: threads that own rows, that stream weights
+// sm_90a: threads that own rows, that stream weights; a warpgroup of them where it can give its registers to the others.
+constexpr int64_t CONSUMERS = 256, PRODUCERS = 32, PRODUCERS_OF_REGISTERS = 128;
 constexpr int64_t MOST_ROWS = 128;       // 16 warps, four for 32 rows
 constexpr int64_t MOST_HEAD_DIM = 128;   // a warp holds a head's output for 16 rows in registers
 constexpr int64_t TILE_N = 128, TILE_K = 64, PAD = 8;  // a weight tile; numbers between the ends of two rows
@@ -61,14 +68,14 @@ constexpr N smaller(N a, N b) {
 // Whether the kernels for sm_90a run the call. There are none for fp16: those for all architectures run that.
 constexpr bool takes_sm90a(const Call& c) { return c.sm90a && c.compute_dtype == BFLOAT16; }
 
-constexpr int64_t query_group(const Call& c) { return c.n_heads / c.n_kv_heads; }
+constexpr int64_t query_group(const Block& b) { return b.n_heads / b.n_kv_heads; }
 constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
 
 // Columns of q, k and v, and of q alone, for some key/value heads.
 constexpr int64_t head_chunk_columns(const Call& c, int64_t kv_heads) {
     return kv_heads * (query_group(c) + 2) * c.head_dim;
 }
-constexpr int64_t query_columns(const Call& c, int64_t kv_heads) { return kv_heads * query_group(c) * c.head_dim; }
+constexpr int64_t query_columns(const Block& b, int64_t kv_heads) { return kv_heads * query_group(b) * b.head_dim; }
 
 constexpr int64_t tile_bytes(const Call& c, int64_t rows) { return rows * (c.d_model + PAD) * 4; }
 
@@ -80,9 +87,10 @@ constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backwa
 constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
     return ff_chunk * (backward && c.activation == SWIGLU ? 3 : 1);
 }
+constexpr bool in_registers(const Plan& p) { return p.residual == IN_REGISTERS; }  // hidden columns too, then
 // A row of work has one place for all that either half puts there, so that nobody writes to another's rows.
 constexpr int64_t work_columns(const Call& c, const Plan& p, bool backward) {
-    const int64_t mlp = c.d_ff ? mlp_columns(c, p.ff_chunk, backward) : 0;
+    const int64_t mlp = c.d_ff && !in_registers(p) ? mlp_columns(c, p.ff_chunk, backward) : 0;
     return larger(attention_columns(c, p.kv_heads, backward), mlp) + PAD;
 }
 // Gradients of a norm's weight and bias summed by each warp, for so many columns at a time.
@@ -116,10 +124,11 @@ constexpr int64_t remote_bytes(const Call& c, const Plan& p, bool backward) {
 }
 
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
-    int64_t bytes = p.tile_in_shared ? tile_bytes(c, p.rows) : 0;
+    int64_t bytes = p.residual == IN_SHARED ? tile_bytes(c, p.rows) : 0;
     bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + remote_bytes(c, p, backward);
     bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
-    return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : p.rows * (c.d_model + PAD) * OPERAND);
+    if (backward) return bytes + scores_bytes(c, p) + p.rows * 8;
+    return bytes + (in_registers(p) ? 0 : p.rows * (c.d_model + PAD) * OPERAND);
 }
 
 // A part of a layer's weight that an sm_90a kernel multiplies by at once: n rows and k columns from this row (as
@@ -217,7 +226,7 @@ constexpr int64_t scratch_state_bytes(const Call& c, const Plan& p, bool backwar
 }
 // Of one block; the tile last, if it is there.
 constexpr int64_t scratch_bytes(const Call& c, const Plan& p, bool backward) {
-    const int64_t tile = p.tile_in_shared ? 0 : tile_bytes(c, p.rows);
+    const int64_t tile = p.residual == IN_WORKSPACE ? tile_bytes(c, p.rows) : 0;
     return scratch_states(c, backward) * scratch_state_bytes(c, p, backward) + tile;
 }
 
@@ -264,10 +273,10 @@ constexpr void choose_width(const Call& c, Plan& p, int64_t width, bool backward
     p.kv_heads = 1;
     for (int64_t n = 2; n <= c.n_kv_heads; n++)
         if (c.n_kv_heads % n == 0 && query_columns(c, n) <= width) p.kv_heads = n;
-    p.ff_chunk = ff_chunk(c, p, width, backward);
+    p.ff_chunk = in_registers(p) ? smaller(p.ff_pad, SUBTILE_SIDE) : ff_chunk(c, p, width, backward);
 }
 
-// Fills in the chunks and stages for rows and tile_in_shared; says whether there are any that fit.
+// Fills in the chunks and stages for rows and residual; says whether there are any that fit.
 constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
     for (int64_t least = 3; least >= 2; least--)
         for (int64_t width : WIDTHS) {
@@ -282,10 +291,10 @@ constexpr bool choose_chunks(const Call& c, Plan& p, bool backward) {
 constexpr int64_t most_sequences(const Call& c) { return c.own_loops || c.halting ? 1 : MOST_ROWS / c.seq_len; }
 
 // What every kernel's plan begins with: `sequences` whole ones a program, or one over `split` programs.
-constexpr Plan begin_plan(const Call& c, int64_t sequences, int64_t split, bool in_shared) {
+constexpr Plan begin_plan(const Call& c, int64_t sequences, int64_t split, Residual residual) {
     Plan p = {};
     p.ff_pad = ceil_to(c.d_ff, 16);
-    p.tile_in_shared = in_shared;
+    p.residual = residual;
     p.sequences = sequences, p.split = p.cluster = split;
     p.rows = (sequences * c.seq_len + split - 1) / split;
     p.remote_rows = split > 1 ? 16 : 0;
@@ -322,13 +331,13 @@ constexpr bool choose_ring(const Call& c, Plan& p, int64_t least, bool backward)
 }
 
 // A kernel for sm_90a; says whether it fits.
-constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, bool in_shared, int64_t least,
+constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t split, Residual residual, int64_t least,
                              bool backward) {
-    p = begin_plan(c, sequences, split, in_shared);
-    p.threads = CONSUMERS + PRODUCERS;
+    p = begin_plan(c, sequences, split, residual);
+    p.threads = CONSUMERS + (in_registers(p) ? PRODUCERS_OF_REGISTERS : PRODUCERS);
     // Two warpgroups of 64 rows each take all columns of a tile. So where weights are to stay, tiles are of 64: none is
-    // half empty, as 128 columns of 192 or 64 are.
-    p.tile_columns = least > MOST_STAGES && p.rows > 64 ? SUBTILE_SIDE : TILE_N;
+    // half empty, as 128 columns of 192 or 64 are. And where registers hold more than a product's result.
+    p.tile_columns = in_registers(p) || (least > MOST_STAGES && p.rows > 64) ? SUBTILE_SIDE : TILE_N;
     if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
     // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
     const bool stay = p.stages == p.tiles;
@@ -337,18 +346,27 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     return true;
 }
 
+// Registers hold x where each warp has 16 rows of its own, and these few columns.
+constexpr int64_t MOST_IN_REGISTERS = 128;
+constexpr bool may_be_in_registers(const Call& c, bool backward) {
+    return c.own_kernel && !backward && c.d_model <= MOST_IN_REGISTERS;
+}
+
 constexpr Plan plan_sm90a(const Call& c, bool backward) {
     Plan p = {};
     const int64_t most = most_sequences(c);
+    for (int64_t least : {MOST_STAGES + 1, int64_t{4}})  // 4: two products of two tiles are under way at once
+        for (int64_t n = most; may_be_in_registers(c, backward) && n * c.seq_len > MOST_ROWS / 2; n--)
+            if (arrange_sm90a(c, p, n, 1, IN_REGISTERS, least, backward)) return p;
     for (int64_t rows = MOST_ROWS; rows >= larger<int64_t>(c.seq_len, 64); rows -= 64)
-        if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, true, MOST_STAGES + 1, backward)) return p;
+        if (arrange_sm90a(c, p, smaller(most, rows / c.seq_len), 1, IN_SHARED, MOST_STAGES + 1, backward)) return p;
     for (int64_t least = 3; least >= 2; least--) {
         for (int64_t n = most; n > 0; n--)
-            if (arrange_sm90a(c, p, n, 1, true, least, backward)) return p;
+            if (arrange_sm90a(c, p, n, 1, IN_SHARED, least, backward)) return p;
         for (int64_t split = 2; may_split(c, split); split *= 2)
-            if (arrange_sm90a(c, p, 1, split, true, least, backward)) return p;
+            if (arrange_sm90a(c, p, 1, split, IN_SHARED, least, backward)) return p;
         for (int64_t n = most; n > 0; n--)
-            if (arrange_sm90a(c, p, n, 1, false, least, backward)) return p;
+            if (arrange_sm90a(c, p, n, 1, IN_WORKSPACE, least, backward)) return p;
     }
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
@@ -356,8 +374,8 @@ constexpr Plan plan_sm90a(const Call& c, bool backward) {
 }
 
 // The other kernels, likewise.
-constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, bool in_shared, bool backward) {
-    p = begin_plan(c, sequences, 1, in_shared);
+constexpr bool arrange(const Call& c, Plan& p, int64_t sequences, Residual residual, bool backward) {
+    p = begin_plan(c, sequences, 1, residual);
     p.rows = ceil_to(p.rows, 16);
     p.threads = ceil_to(p.rows, 32) * 4;
     if (leaves_idle(c, p, 16) || !choose_chunks(c, p, backward)) return false;
@@ -370,9 +388,9 @@ constexpr Plan plan(const Call& c, bool backward) {
     p.refusal = refusal(c);
     if (p.refusal != FITS) return p;
     if (takes_sm90a(c)) return plan_sm90a(c, backward);
-    for (int in_shared = 1; in_shared >= 0; in_shared--)
+    for (Residual residual : {IN_SHARED, IN_WORKSPACE})
         for (int64_t n = most_sequences(c); n > 0; n--)
-            if (arrange(c, p, n, in_shared, backward)) return p;
+            if (arrange(c, p, n, residual, backward)) return p;
     Plan none = {};
     none.refusal = NO_SHARED_MEMORY;
     return none;

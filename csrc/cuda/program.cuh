@@ -57,7 +57,7 @@ constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     l.xn = l.normaliser = l.remote + int(remote_bytes(c, p, backward));
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
-    l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + int(p.rows * (d + PAD) * OPERAND);
+    l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + (in_registers(p) ? 0 : int(p.rows * (d + PAD) * OPERAND));
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
     l.ld_work = int(work_columns(c, p, backward));
@@ -290,7 +290,7 @@ struct Program {
 
     __device__ explicit Program(const Job& j) : job(j), first(part() * int(j.plan.rows)) {
         unsigned char* last = scratch(int(scratch_states(j.call, j.backward)));
-        tile = {j.plan.tile_in_shared ? shared<float>(j.at.tile) : reinterpret_cast<float*>(last), d() + int(PAD)};
+        tile = {j.plan.residual == IN_SHARED ? shared<float>(j.at.tile) : reinterpret_cast<float*>(last), d() + int(PAD)};
         be(int(blockIdx.x));
     }
 

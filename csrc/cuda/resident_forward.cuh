@@ -14,11 +14,12 @@
 
 namespace shift_cuda {
 
-template <class A, class T>
+template <class A, class T, class Xn>
 struct ForwardKeep {
     const Program<A, T>& p;
     int n_rows;
-    __device__ Rows<T> xn(int, bool) const { return {p.xn(), p.d() + int(PAD), false}; }
+    Xn operand;  // a place for it
+    __device__ Xn xn(int, bool) const { return operand; }
     __device__ ScratchState input(int, bool) const {
         return p.c().placement == SANDWICH ? p.scratch_state(0, FLOAT32) : ScratchState{};
     }
@@ -124,7 +125,7 @@ __device__ __forceinline__ void forward(X& x, const Keep& keep, Begins begins) {
 template <class A, class T, class Begins>
 __device__ __forceinline__ void forward_in_memory(const Program<A, T>& p, Begins begins) {
     const InMemory<A, T> x{p};
-    forward(x, ForwardKeep<A, T>{p, p.rows()}, begins);
+    forward(x, ForwardKeep<A, T, Rows<T>>{p, p.rows(), {p.xn(), p.d() + int(PAD), false}}, begins);
 }
 
 }  // namespace shift_cuda

@@ -1,7 +1,7 @@
 """The ``cuda`` backend: resident kernels in CUDA C++ (csrc/cuda), all T loops in one launch.
 
 They hold what Triton's registers do not: the residual stream of a program's sequences is in shared memory, on
-Hopper that of one sequence in that of several blocks if need be.
+Hopper that of one sequence in that of several blocks if need be, or, up to d_model 128, in registers.
 Kept for the backward are the loop boundaries. It computes each loop again and writes the operands of the
 weight gradients, which are then one matmul a weight over the rows of many loops.
 """
@@ -51,6 +51,8 @@ class Limits(NamedTuple):
 
 HOPPER = Limits(227 * 1024, 132)
 """The device taken where there is none."""
+
+RESIDUAL_IN = {"workspace": "in L2", "shared": "in shared memory", "registers": "in registers"}
 
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
 _LIBRARY: Any
@@ -171,8 +173,9 @@ class _Prepared(NamedTuple):
     workspace_bytes: int
     """What the plan says, to a multiple of 256."""
     shape: cuda_shapes.Shape
+    """Of the kernel that may be compiled for such calls alone; it may have another plan than that for any."""
     kernel: int
-    """The shape's own, or 0: looked up here, once."""
+    """That one, or 0: looked up here, once."""
     weights: tuple[str, ...]
     """Names of those that the block has."""
     places: tuple[int, ...]
@@ -199,16 +202,20 @@ def prepared(
         arch: of the device, for kernels compiled for it alone.
     """
     call = sizes(spec, *shape, *dtypes, limits, library)
-    call.own_loops, call.halting = own_loops, halting
+    call.own_loops, call.halting, call.own_kernel = own_loops, halting, True
     plan = library.plan(call, backward=backward)
-    packed, workspace = (-(-n // 256) * 256 for n in (plan.packed_bytes, plan.workspace_bytes))
     operand = "bf16" if dtypes[1] is torch.bfloat16 else "fp16"
     words = tuple(library.shape(call, plan, backward=backward))
     of = cuda_shapes.Shape(words, "sm_90a" if plan.tiles else arch, operand)
+    kernel = cuda_shapes.kernel(of)
+    if not kernel:
+        call.own_kernel = False
+        plan = library.plan(call, backward=backward)
+    packed, workspace = (-(-n // 256) * 256 for n in (plan.packed_bytes, plan.workspace_bytes))
     ordered = compiled.weight_names(library, spec.n_layers)
     names = tuple(n for n in ordered if n in spec.weight_shapes())
     places = tuple(names.index(n) if n in names else -1 for n in ordered)
-    return _Prepared(call, plan, packed, workspace, of, cuda_shapes.kernel(of), names, places)
+    return _Prepared(call, plan, packed, workspace, of, kernel, names, places)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -353,7 +360,7 @@ class CudaBackend:
         parts: list[str] = []
         for found in _of_problem(problem):
             plan, backward = found.plan, len(parts) > 0
-            where = "in shared memory" if plan.tile_in_shared else "in L2"
+            where = RESIDUAL_IN[plan.residual]
             if plan.split > 1:
                 where += f" of {plan.split} programs a sequence"
             parts.append(

@@ -169,7 +169,7 @@ def test_tile_outside_shared_memory(gpu, placement, monkeypatch):
     monkeypatch.setattr(cuda_backend, "HOPPER", (72 * 1024, 132))
     block, e = make(2, 17, d_model=256, norm_placement=placement, activation="swiglu")
     for backward in (False, True):
-        assert not plan(block.spec, 2, 17, 72 * 1024, backward).tile_in_shared
+        assert plan(block.spec, 2, 17, 72 * 1024, backward).residual == "workspace"
     check(block, e, {})
 
 
@@ -310,9 +310,9 @@ def test_planner_admits_what_brute_force_says_fits(gpu):
         if p.refusal:
             refused += 1
             continue
-        chosen = (p.rows, p.kv_heads, p.ff_chunk, p.stages, p.tile_in_shared)
+        chosen = (p.rows, p.kv_heads, p.ff_chunk, p.stages, p.residual == "shared")
         assert p.shared_bytes == shared_bytes(spec, *chosen, backward) <= limit
-        assert p.tile_in_shared == (shared_bytes(spec, least, *small, backward) <= limit)
+        assert (p.residual == "shared") == (shared_bytes(spec, least, *small, backward) <= limit)
         assert p.sequences * seq_len <= p.rows <= 128
         assert p.rows % 16 == spec.n_kv_heads % p.kv_heads == p.ff_chunk % 16 == 0
         assert (p.split, p.tiles) == (1, 0)

@@ -142,7 +142,7 @@ def test_output_is_right_however_it_is_arranged(monkeypatch, name, watched):
     block, e = block_of(options), torch.randn(batch, seq_len, options.get("d_model", 64)).to(BF16)
     plan = plan_of(block.spec, batch, seq_len)
     stay = plan.tiles == plan.stages
-    assert [plan.rows, plan.split, plan.programs, plan.cluster, stay, plan.tile_in_shared] == expected
+    assert [plan.rows, plan.split, plan.programs, plan.cluster, stay, plan.residual == "shared"] == expected
     check(library, block, e, range(2 if watched else 3), n_loops=2)
 
 

@@ -109,7 +109,7 @@ def test_gradients_are_right_however_it_is_arranged(monkeypatch, name, watched):
     library = on_hopper(monkeypatch, shared_bytes, watched)
     block, e = make(batch, seq_len, **options)
     p = plan(block.spec, batch, seq_len, shared_bytes, True, sm90a=True)
-    assert [p.rows, p.split, p.cluster, p.stages, p.tiles, p.tile_in_shared] == expected
+    assert [p.rows, p.split, p.cluster, p.stages, p.tiles, p.residual == "shared"] == expected
     for seed in range(1 if watched else 2):
         library.shift_emulation_seed(seed)
         check(block, e, {"n_loops": 2})
@@ -133,7 +133,7 @@ def test_tiny_recursive_models_at_their_own_size(monkeypatch):
     on_hopper(monkeypatch, 227 * KB)
     block, e = make(1, 97, **KINDS["trm"] | {"d_model": 512, "n_heads": 8, "head_dim": 64})
     p = plan(block.spec, 1, 97, 227 * KB, True, sm90a=True)
-    assert (p.split, p.rows, p.tile_in_shared) == (2, 49, True)
+    assert (p.split, p.rows, p.residual == "shared") == (2, 49, True)
     check(block, e, {"n_loops": 1})
 
 

@@ -159,7 +159,7 @@ def test_planner_takes_the_first_arrangement_that_fits(library, backward):
             plan.tile_columns, plan.remote_rows,
         )  # fmt: skip
         assert plan.tile_columns == 128 or (plan.rows > 64 and plan.stages == plan.tiles)
-        assert (plan.split, plan.tile_in_shared) == (split, in_shared)
+        assert (plan.split, plan.residual == "shared") == (split, in_shared)
         assert plan.shared_bytes == mine.bytes() <= limit
         assert plan.tiles == mine.tiles()
         assert plan.stages >= min(least, plan.tiles)
@@ -183,6 +183,37 @@ def test_planner_takes_the_first_arrangement_that_fits(library, backward):
     assert min(kinds.values()) > 2, kinds
 
 
+def test_registers_hold_the_residual_stream_where_they_have_room(library):
+    rng = random.Random(2)
+    found = dict.fromkeys(["stay", "ring", "no"], 0)
+    for _ in range(300):
+        spec = dataclasses.replace(any_spec(rng), d_model=rng.choice([64, 80, 128, 144]))
+        batch, seq_len, limit = rng.choice([1, 40, 4096]), rng.randint(1, 128), rng.choice([75, 163, 227]) * KB
+        plan = plan_of(library, spec, batch, seq_len, limit, own_kernel=True)
+        other = plan_of(library, spec, batch, seq_len, limit)
+
+        def bytes_of(rows, kv_heads, stages, spec=spec):
+            qkv = kv_heads * (spec.n_heads // spec.n_kv_heads + 2) * spec.head_dim
+            return rows * (8 + 2 * (qkv + 8)) + 128 + stages * (64 * 64 * 2 + 16) + 32
+
+        most = [n for n in range(1, 129) if 64 < n * seq_len <= 128 and (n == 1 or -(-batch // n) >= 132)]
+        if plan.residual != "registers":
+            assert all(getattr(plan, name) == getattr(other, name) for name in plan.FIELDS)
+            assert spec.d_model > 128 or not any(bytes_of(n * seq_len, 1, 4) <= limit for n in most)
+            found["no"] += 1
+            continue
+        assert spec.d_model <= 128
+        assert plan.rows == plan.sequences * seq_len
+        assert plan.sequences in most
+        assert plan.shared_bytes == bytes_of(plan.rows, plan.kv_heads, plan.stages) <= limit
+        assert plan.stages == plan.tiles or bytes_of(plan.rows, plan.kv_heads, plan.stages + 1) > limit
+        # Tiles of two products wait for each other's stages.
+        assert plan.stages >= min(4, plan.tiles)
+        assert (plan.tile_columns, plan.ff_chunk, plan.threads) == (64, min(64, plan.ff_pad), 384)
+        found["stay" if plan.stages == plan.tiles else "ring"] += 1
+    assert min(found.values()) > 20, found
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_hidden_columns_are_whole_subtiles_where_there_is_room(library, backward):
     spec = BlockSpec(d_model=256, n_heads=8, d_ff=1000)
@@ -197,7 +228,7 @@ def test_hidden_columns_are_whole_subtiles_where_there_is_room(library, backward
 def test_tiny_recursive_models_are_resident(library, seq_len, rows, own, backward):
     spec = BlockSpec(d_model=512, n_heads=8, **KINDS["trm"])
     plan = plan_of(library, spec, 768, seq_len, own_loops=own, backward=backward)
-    assert plan.tile_in_shared
+    assert plan.residual == "shared"
     assert (plan.split, plan.rows, plan.cluster) == (2, rows, 2 if own else 4)
     assert plan.tiles > plan.stages >= 3
 
@@ -228,7 +259,7 @@ def test_what_a_backward_puts_aside_is_bounded_by_the_device(library, placement,
     for batch in (256, 4096):
         call = cuda_backend.sizes(spec, batch, 97, dtype, BF16, (227 * KB, 132, True), library)
         plan = library.plan(call, backward=True)
-        assert (plan.blocks, plan.rows, plan.tile_in_shared) == (132, 49, True)
+        assert (plan.blocks, plan.rows, plan.residual == "shared") == (132, 49, True)
         found.add(plan.workspace_bytes)
     assert found == {132 * states * 49 * (512 + 8) * dtype.itemsize}
 

@@ -141,7 +141,7 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
         const int j = k0 + 16 * kk;
-        if (!a.streamed && j < k && row < p.rows())
+        if (!a.streamed && j < k && p.exists(row))
             ldmatrix(fa[kk], at + j);
         else
 #pragma unroll
@@ -152,22 +152,62 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
     }
 }
 
+// The stage of the next weights, which have arrived.
+template <class T>
+__device__ inline int next_stage(const Program<Sm90a, T>& p) {
+    const int s = p.next_tile;
+    mbarrier_wait(p.full() + s, reads_weights_once(p) ? 0 : p.ring_passes % 2);
+    if (++p.next_tile == p.p().stages) p.next_tile = 0, p.ring_passes++;
+    return s;
+}
+
+template <class T>
+__device__ inline const unsigned char* stage_at(const Program<Sm90a, T>& p, int s) {
+    return p.ring() + s * int(stage_bytes(p.p(), false));
+}
+
+// By a warp that is done with it.
+template <class T>
+__device__ inline void give_back(const Program<Sm90a, T>& p, int s) {
+    if (!reads_weights_once(p) && lane() == 0)
+#pragma unroll 1
+        for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
+}
+
 // acc[h] = a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose subtiles begin at b; or with `add` += a b. Beyond
 // k both are zero. What acc was is dropped by wgmma's own scale-d: zeros would be 64 moves a tile, for which ptxas then
 // waits (C7520).
 template <Major B, class T, int HALVES>
-__device__ inline void add_products(float (&acc)[2][32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
+__device__ inline void start_products(float (*acc)[32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
     constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;
     constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a subtile has 64 columns
-    wgmma_fence();
+    const uint64_t first = wgmma_descriptor(b, NEXT_8, LEADING);
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            wgmma<T, 64, B>(acc[half], a[kk], wgmma_descriptor(b + half * SUBTILE + kk * NEXT_16_K, NEXT_8, LEADING),
-                            add || kk > 0);
+            wgmma<T, 64, B>(acc[half], a[kk], wgmma_moved(first, half * int(SUBTILE) + kk * NEXT_16_K), add || kk > 0);
+}
+
+template <Major B, class T, int HALVES>
+__device__ inline void add_products(float (*acc)[32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
+    wgmma_fence();
+    start_products<B, T, HALVES>(acc, a, b, add);
     wgmma_commit();
     wgmma_wait<0>();
+}
+
+// What is done goes out, 16 columns at a time: 16 rows and, from `column` on, up to 64 columns of n.
+template <class T, class Out>
+__device__ inline void hand_out(const Program<Sm90a, T>& p, const float (&acc)[32], int row, int column, int n, Out out) {
+    const int r = row + lane() / 4, at = column + lane() % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (column + 16 * j < n) {
+            const float* x = acc + j * 8;
+            if (p.exists(r)) out(r, at + 16 * j, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
+            if (p.exists(r + 8)) out(r + 8, at + 16 * j, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
+        }
 }
 
 // As the other multiply; where b is in memory, and what follows, only the producer knows. Whoever calls it is inlined
@@ -176,7 +216,6 @@ template <bool ROWS_ALONG_N, class T, class Out>
 __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, const T*, int64_t, int n, int k, Out out,
                                          Prefetch<T> = {}) {
     constexpr Major B = ROWS_ALONG_N ? MN_MAJOR : K_MAJOR;
-    const bool once = reads_weights_once(p);
     const int columns = int(p.p().tile_columns);
     const bool beside = p.rows() <= 64;  // the warpgroups share the columns, 64 each; else the rows
     const int row = (beside ? 0 : warp() / 4 * 64) + warp() % 4 * 16, column = beside ? warp() / 4 * 64 : 0;
@@ -188,15 +227,13 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
     for (int n0 = 0; n0 < n; n0 += columns) {
 #pragma unroll 1
         for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
-            const int s = p.next_tile;
             // this tile's operand; the next one's, on its way meanwhile
 #pragma unroll
             for (int j = 0; j < 16; j++) fa[j / 4][j % 4] = next[j / 4][j % 4];
             const bool last_k = k0 + int(TILE_K) >= k;
             if (!last_k || n0 + columns < n) load_a_64(next, p, a, row, last_k ? 0 : k0 + int(TILE_K), k);
-            // wait for the weights
-            mbarrier_wait(p.full() + s, once ? 0 : p.ring_passes % 2);
-            const unsigned char* b = p.ring() + s * int(stage_bytes(p.p(), false)) + column * 128;
+            const int s = next_stage(p);
+            const unsigned char* b = stage_at(p, s) + column * 128;
             // Two whole paths, so that no register moves while wgmma owns it.
             if (columns > 64 && n0 + 64 < n && !beside)
                 add_products<B, T, 2>(acc, fa, b, k0 > 0);
@@ -204,21 +241,10 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
                 add_products<B, T, 1>(acc, fa, b, k0 > 0);
             else
                 sync_warp();  // before one lane says that all are done with what they have waited for
-            // give the stage back
-            if (++p.next_tile == p.p().stages) p.next_tile = 0, p.ring_passes++;
-            if (!once && lane() == 0)
-#pragma unroll 1
-                for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
+            give_back(p, s);
         }
-        // what is done goes out, 16 columns at a time
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            if (n0 + column + 16 * j < n && 16 * j < columns && (j < 4 || !beside)) {
-                const float* x = acc[j / 4] + j % 4 * 8;
-                const int r = row + lane() / 4, col = n0 + column + 16 * j + lane() % 4 * 2;
-                if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
-                if (p.exists(r + 8)) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
-            }
+        hand_out(p, acc[0], row, n0 + column, n, out);
+        if (columns > 64 && !beside) hand_out(p, acc[1], row, n0 + 64, n, out);
     }
 }
 

@@ -39,6 +39,11 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int str
     return (address & 0x3ffff) >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t{1} << 62;
 }
 
+// The same some bytes on, a multiple of 16. Shared memory ends before the address's 14 bits do: there is no carry.
+__device__ __forceinline__ uint64_t wgmma_moved(uint64_t descriptor, int bytes) {
+    return descriptor + uint64_t(bytes >> 4);
+}
+
 __device__ __forceinline__ void wgmma_fence() {
 #if defined(SHIFT_EMULATE)
     emulation::wgmma_fence();

@@ -1,0 +1,210 @@
+// The residual stream in registers, for kernels of one shape with up to 128 columns and 65 to 128 rows (plan.h): a warp
+// has its 16 rows of x as wgmma's accumulators, so
+//
+//     norm      needs the four lanes of a row alone
+//     xn        packed, is the left operand of the next products as it is
+//     x +=      is what wgmma does
+//     MLP       64 hidden columns come out of one product and go into the next: also nothing but registers
+//
+// q, k, v and o are in shared memory, as ever. Registers, of 168 a thread: x d / 2, xn d / 4, a product's result 32, and
+// 16 of hidden columns. A product's tiles along k are all under way at once, and x += act W2^T of one chunk with the
+// xn W1^T of the next.
+#pragma once
+#include "../mlp.cuh"
+#include "../norm.cuh"
+#include "sm90a.cuh"
+
+namespace shift_cuda {
+
+// A warp's [16, 64 TILES] as left operand; pair i of a thread as InRegisters has it.
+template <class T, int TILES>
+struct Fragments {
+    static constexpr bool streamed = false;
+    uint32_t of[TILES][4][4] = {};
+    __device__ void put(At at, float2 x) { of[at.index / 16][at.index % 16 / 4][at.index % 4] = pack<T>(x.x, x.y); }
+};
+
+// S::SHAPE: sizes, options and plan (kernels.cuh). What registers are indexed by must be constant early.
+template <class T, class S>
+struct InRegisters {
+    typedef T Operand;
+    static constexpr int D = int(S::SHAPE.block.d_model), TILES = tiles_along(D, SUBTILE_SIDE);
+    static constexpr int ROWS = int(S::SHAPE.plan.rows);
+    static constexpr int O_COLUMNS = int(query_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));  // a chunk of heads'
+    const Program<Sm90a, T>& p;
+    float of[TILES][32] = {};
+    // Pair i is of columns 8 (i / 2) + 2 (lane % 4) and + 1, row lane / 4 + 8 (i % 2) of the warp's.
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+#pragma unroll
+        for (int second = 0; second < 2; second++) {
+            const int row = p.band_begin() + lane() / 4 + 8 * second;
+            if (ROWS < MOST_ROWS && row >= ROWS) continue;
+#pragma unroll
+            for (int j = 0; 8 * j < D; j++) f(At{row, 8 * j + lane() % 4 * 2, 2 * j + second});
+        }
+    }
+    __device__ float2 get(At at) const {
+        const float* x = of[at.index / 16] + at.index % 16 * 2;
+        return make_float2(x[0], x[1]);
+    }
+    __device__ void put(At at, float2 x) {
+        float* to = of[at.index / 16] + at.index % 16 * 2;
+        to[0] = x.x, to[1] = x.y;
+    }
+};
+
+template <class T, class S, class Out>
+__device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* weight, Out out) {
+    const Call& c = x.p.c();
+    Moments m[2] = {};  // of the thread's two rows
+    const auto add_up = [&](auto of_one) {
+        float2 sums = make_float2(0.0f, 0.0f);
+        x.each([&](At at) {
+            const float2 v = x.get(at);
+            (at.index % 2 ? sums.y : sums.x) += of_one(v.x, m[at.index % 2]) + of_one(v.y, m[at.index % 2]);
+        });
+        return make_float2(sum_over_lanes<4>(sums.x) / x.D, sum_over_lanes<4>(sums.y) / x.D);
+    };
+    if (c.norm == LAYERNORM) {
+        const float2 mean = add_up([](float v, Moments) { return v; });
+        m[0].mean = mean.x, m[1].mean = mean.y;
+    }
+    if (c.norm != NO_NORM) {
+        const float2 squares = add_up([](float v, Moments of) { return (v - of.mean) * (v - of.mean); });
+        m[0].inverse = rsqrt_approx(squares.x + float(c.eps)), m[1].inverse = rsqrt_approx(squares.y + float(c.eps));
+    }
+    x.each([&](At at) {
+        const float2 v = x.get(at);
+        out(at, c.norm == NO_NORM ? v : normed(v, m[at.index % 2], weight, at.column, x.D));
+    });
+}
+
+// acc = a b^T for the next 64 columns of b. What was under way before is done too.
+template <class T, int TILES>
+__device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&acc)[32], const Fragments<T, TILES>& a) {
+    int stages[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) stages[i] = next_stage(p);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) start_products<K_MAJOR, T, 1>(&acc, a.of[i], stage_at(p, stages[i]), i > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) give_back(p, stages[i]);
+}
+
+// As the other multiply.
+template <bool ROWS_ALONG_N, class T, int TILES, class Out>
+__device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Fragments<T, TILES>& a, const T*, int64_t,
+                                         int n, int, Out out, Prefetch<T> = {}) {
+    static_assert(!ROWS_ALONG_N, "a forward's weights are [n][k]");
+    float acc[32];
+#pragma unroll 1
+    for (int n0 = 0; n0 < n; n0 += int(SUBTILE_SIDE)) {
+        project_64(p, acc, a);
+        hand_out(p, acc, p.band_begin(), n0, n, out);
+    }
+}
+
+// x += scale bias
+template <class T, class S>
+__device__ __forceinline__ void add_bias(InRegisters<T, S>& x, const float* bias, float scale) {
+    x.each([&](At at) {
+        const float2 v = x.get(at), b = load<float2>(bias + at.column);
+        x.put(at, make_float2(v.x + scale * b.x, v.y + scale * b.y));
+    });
+}
+
+// A chunk of heads' o, in work. Here scale is the operand's: its numbers are rounded once more.
+template <class T, class S>
+__device__ __forceinline__ void add_product(InRegisters<T, S>& x, Rows<T> a, Prefetch<T>, float scale,
+                                            const float* bias, Prefetch<T>) {
+    const Program<Sm90a, T>& p = x.p;
+    if (bias) add_bias(x, bias, scale);
+    p.sync_band();
+    const T* o = a.at + p.band_begin() * a.ld;
+    const bool any = x.ROWS > MOST_ROWS - 16 || p.band_begin() < x.ROWS;  // of the warp's rows exist
+#pragma unroll
+    for (int i = 0; i < x.TILES; i++)
+#pragma unroll
+        for (int k0 = 0; k0 < x.O_COLUMNS; k0 += int(TILE_K)) {
+            uint32_t fa[4][4] = {};
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                if (k0 + 16 * kk < x.O_COLUMNS && any) load_a(fa[kk], o + k0 + 16 * kk, a.ld, p.rows_from(p.band_begin()));
+#pragma unroll
+            for (int j = 0; scale != 1.0f && j < 16; j++) {
+                const float2 v = unpack<T>(fa[j / 4][j % 4]);
+                fa[j / 4][j % 4] = pack<T>(scale * v.x, scale * v.y);
+            }
+            const int stage = next_stage(p);
+            add_products<K_MAJOR, T, 1>(x.of + i, fa, stage_at(p, stage), true);
+            give_back(p, stage);
+        }
+}
+
+// Chunks of 64 hidden columns (plan.h).
+template <class T, class S>
+__device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InRegisters<T, S>::TILES>& xn,
+                                    const Weights<T>& w, float scale, Prefetch<T>) {
+    constexpr int SIDE = int(SUBTILE_SIDE);
+    const Program<Sm90a, T>& p = x.p;
+    const int ff = int(p.p().ff_pad), parts = int(hidden_parts(p.c()));
+    const int64_t f = p.c().activation;
+    add_bias(x, w.down_bias(), scale);
+    Fragments<T, 1> hidden;
+    float acc[32];
+    int down[InRegisters<T, S>::TILES];  // stages of the W2 under way
+#pragma unroll 1
+    for (int first = 0; first < ff; first += SIDE) {
+        const int n = parts * smaller(SIDE, ff - first);
+#pragma unroll
+        for (int part = 0; part < parts; part++) {
+            if (SIDE * part < n) project_64(p, acc, xn);
+            if (part == 0 && first > 0)
+#pragma unroll
+                for (int i = 0; i < x.TILES; i++) give_back(p, down[i]);
+            // Of 16 columns the thread's pairs: hidden columns; or 8 gates and their values.
+            const float* bias = w.up_bias() + parts * first + SIDE * part + lane() % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int columns = i / 2 * 16, pair = i / 2 * 4 + i % 2;
+                float2 u = make_float2(0.0f, 0.0f), v = u;
+                if (SIDE * part + columns < n) {
+                    const float2 bu = load<float2>(bias + columns), bv = load<float2>(bias + columns + 8);
+                    u = make_float2(acc[2 * pair] + bu.x, acc[2 * pair + 1] + bu.y);
+                    v = make_float2(acc[2 * pair + 4] + bv.x, acc[2 * pair + 5] + bv.y);
+                    u = make_float2(scale * activate(f, u.x), scale * activate(f, u.y));
+                    if (f != SWIGLU) v = make_float2(scale * activate(f, v.x), scale * activate(f, v.y));
+                }
+                if (f == SWIGLU) {
+                    hidden.put(At{0, 0, part * 8 + i}, make_float2(u.x * v.x, u.y * v.y));
+                } else {
+                    hidden.put(At{0, 0, pair}, u);
+                    hidden.put(At{0, 0, pair + 2}, v);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < x.TILES; i++) down[i] = next_stage(p);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < x.TILES; i++)
+            start_products<K_MAJOR, T, 1>(x.of + i, hidden.of[0], stage_at(p, down[i]), true);
+        wgmma_commit();
+        if (x.TILES > 1) wgmma_wait<0>();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < x.TILES; i++) give_back(p, down[i]);
+}
+
+template <class S, class T, class Begins>
+__device__ __forceinline__ void forward_in_registers(const Program<Sm90a, T>& p, Begins begins) {
+    InRegisters<T, S> x{p};
+    forward(x, ForwardKeep<Sm90a, T, Fragments<T, InRegisters<T, S>::TILES>>{p, p.rows(), {}}, begins);
+}
+
+}  // namespace shift_cuda

@@ -1,0 +1,111 @@
+"""Kernels for one shape, emulated, whose warps have the residual stream in registers (arch/sm90a_registers.cuh).
+
+Every access is watched. Plans of such kernels are in test_cuda_sm90a_plan.py.
+"""
+
+import shutil
+
+import pytest
+import torch
+from test_cuda_shapes import own_kernels
+from test_cuda_sm90a import BF16, KB, block_of, check, on_device
+
+from shift_kernels.backends import cuda as cuda_backend
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+# shared memory, batch, seq_len, block; calls; and what the planner shall have made of it: rows, whether weights
+# stay, chunks of heads, programs that share the weights' way
+SHAPES = {
+    "128 rows": (
+        (227 * KB, 5, 32, {"injection": "add"}),
+        [{"return_all_loops": True}, {"seq_lens": torch.tensor([32, 0, 7, 31, 1])}],
+        (128, True, 1, 1),
+    ),
+    "120 rows, a ring, two share": (
+        (130 * KB, 8, 20, {"d_model": 128, "n_layers": 2, "d_ff": 176, "activation": "swiglu"}),
+        [{}],
+        (120, False, 1, 2),
+    ),
+    "97 rows, own loops": (
+        (
+            227 * KB,
+            2,
+            97,
+            {"d_model": 80, "n_heads": 5, "norm_placement": "post", "residual_scale": 0.5, "causal": False}
+            | {"activation": "relu2", "loop_norm": True},
+        ),
+        [{"n_loops": torch.tensor([2, 0])}],
+        (97, True, 1, 1),
+    ),
+    "sandwich, chunks of heads": (
+        (
+            80 * KB,
+            4,
+            30,
+            {"d_model": 128, "n_kv_heads": 2, "norm": "rmsnorm", "norm_placement": "sandwich"}
+            | {"position": "rope", "bias": False, "d_ff": 32, "residual_scale": 0.7},
+        ),
+        [{"seq_lens": torch.tensor([30, 5, 1, 22])}],
+        (120, False, 2, 1),
+    ),
+    "no norm, no MLP": (
+        (227 * KB, 3, 33, {"norm": "none", "d_ff": 0, "activation": "relu"}),
+        [{}],
+        (99, True, 1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_output_is_right(monkeypatch, tmp_path, name):
+    (shared_bytes, batch, seq_len, options), calls, expected = SHAPES[name]
+    library = on_device(monkeypatch, shared_bytes, 1, watched=True)
+    own_kernels(monkeypatch, tmp_path, watched=True)
+    block = block_of(options)
+    e = torch.randn(batch, seq_len, block.spec.d_model).to(BF16)
+    for call in calls:
+        call = {"n_loops": 2} | call
+        plan = cuda_backend.prepared(
+            cuda_backend._LIBRARY,
+            block.spec,
+            (batch, seq_len),
+            (BF16, BF16),
+            cuda_backend.HOPPER,
+            "sm_90",
+            own_loops=isinstance(call["n_loops"], torch.Tensor),
+            halting=False,
+            backward=False,
+        ).plan
+        chunks = block.spec.n_kv_heads // plan.kv_heads
+        assert (plan.residual, plan.threads) == ("registers", 384)
+        assert (plan.rows, plan.stages == plan.tiles, chunks, plan.cluster) == expected
+        check(library, block, e, range(2), **call)
+
+
+def test_programs_end_when_their_samples_settle(monkeypatch, tmp_path):
+    on_device(monkeypatch, 227 * KB, 1, watched=True)
+    own_kernels(monkeypatch, tmp_path, watched=True)
+    block = block_of({"norm_placement": "post", "injection": "add"}).to(BF16)
+    e = torch.randn(3, 70, 64).to(BF16)
+    with torch.no_grad():
+        expected = block(e, n_loops=6, halt_threshold=0.2, backend="torch")
+        h, used = block(e, n_loops=6, halt_threshold=0.2, backend="cuda")
+    assert torch.equal(used, expected[1])
+    assert 1 < int(used.min()) < 6
+    assert (h - expected[0]).abs().max() <= 0.05 * expected[0].abs().max()
+
+
+def test_a_sample_that_is_not_finite_reaches_no_other(monkeypatch, tmp_path):
+    on_device(monkeypatch, 227 * KB, 1, watched=False)
+    own_kernels(monkeypatch, tmp_path)
+    block = block_of({"injection": "add"}).to(BF16)
+    e = torch.randn(5, 25, 64).to(BF16)
+    with torch.no_grad():
+        clean = block(e, n_loops=2, backend="cuda")
+        for bad in (float("nan"), float("inf")):
+            e[2, 3, 5] = bad
+            h = block(e, n_loops=2, backend="cuda")
+            assert h[2, 3:].isnan().all()
+            others = torch.arange(5) != 2
+            assert torch.equal(h[others], clean[others])
