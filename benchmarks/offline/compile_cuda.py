@@ -177,24 +177,28 @@ def _short(demangled: str) -> str:
 
 
 def plans(library: Any) -> Iterator[dict[str, Any]]:
-    """The planner's answer for every timed block, forward and backward."""
-    for sm in N_SMS:
-        for case in BLOCKS:
-            for backward in (False, True):
-                call = cuda_backend.sizes(
-                    BlockSpec(**case.options),
-                    case.batch,
-                    case.seq_len,
-                    torch.bfloat16,
-                    torch.bfloat16,
-                    cuda_backend.Limits(SHARED_LIMIT[sm], N_SMS[sm], sm90a=sm == 90),
-                    library,
-                )
-                plan = library.plan(call, backward=backward)
-                row = {"case": case.name, "direction": "backward" if backward else "forward", "sm": sm}
-                reason = library.reason(plan)
-                numbers = {name: getattr(plan, name) for name in plan.FIELDS[1:]}
-                yield row | (numbers if reason is None else {"refused": reason})
+    """The planner's answer for every timed block, forward and backward; and for the kernel of its shape, if another."""
+    for sm, case, backward in itertools.product(N_SMS, BLOCKS, (False, True)):
+        call = cuda_backend.sizes(
+            BlockSpec(**case.options),
+            case.batch,
+            case.seq_len,
+            torch.bfloat16,
+            torch.bfloat16,
+            cuda_backend.Limits(SHARED_LIMIT[sm], N_SMS[sm], sm90a=sm == 90),
+            library,
+        )
+        row = {"case": case.name, "direction": "backward" if backward else "forward", "sm": sm}
+        found: list[dict[str, Any]] = []
+        for own_kernel in (False, True):
+            call.own_kernel = own_kernel
+            plan = library.plan(call, backward=backward)
+            reason = library.reason(plan)
+            numbers = {name: getattr(plan, name) for name in plan.FIELDS[1:]}
+            found.append(numbers if reason is None else {"refused": reason})
+        yield row | {"kernel": "any shape"} | found[0]
+        if found[1] != found[0]:
+            yield row | {"kernel": "one shape"} | found[1]
 
 
 def main() -> None:

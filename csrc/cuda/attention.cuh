@@ -280,8 +280,8 @@ __device__ __forceinline__ void attention(X& x, const Xn& xn, const Weights<T>& 
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         });
         // x += scale (o Wo^T + b)
-        add_product(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : w.out_bias(),
-                    xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
+        add_product<false>(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : w.out_bias(),
+                           xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
         if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read the keys and values
     }
 }

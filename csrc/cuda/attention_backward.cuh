@@ -2,7 +2,7 @@
 //
 //     do = dy Wo     q, k, v, o again     p = softmax(q k^T / sqrt(hd))
 //     ds = p (do v^T - sum(o do)) / sqrt(hd)      dq = ds k     dk = ds^T q     dv = p^T do
-//     tile += [dq | dk | dv] Wqkv
+//     dx += [dq | dk | dv] Wqkv
 //
 // Scores are computed once with a warp owning 16 queries (dq) and once with it owning 16 keys (dk, dv), so that
 // every sum stays within a warp. o, dq, dk and dv go to device memory too, for the weights' gradients. Where the
@@ -184,29 +184,31 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
     }
 }
 
-// tile += gradient of xn. dqkv, o: rows of this program.
-template <class A, class T>
-__device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+// dx += gradient of xn. dqkv, o: rows of this program.
+template <class X, class T>
+__device__ __forceinline__ void attention_backward(X& dx, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                                    Rows<T> dqkv, Rows<T> o) {
+    const auto& p = dx.p;
     const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads);
+#pragma unroll 1
     for (int chunk = 0; chunk < head_chunks; chunk++) {
         const HeadChunk of(p, chunk);
         const ChunkGradients<T> g(p, of);
         // do = dy Wo; q, k, v again
-        multiply<true>(p, dy, w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
+        multiply<true>(p, loaded(dx, dy), w.out() + of.first_query_column, int64_t(o.ld), of.queries * of.head_dim, p.d(),
                        [&](int r, int j, float2 x, float2 y) {
                            store(g.d_o + r * of.ld + j, pack<T>(x.x, x.y));
                            store(g.d_o + r * of.ld + j + 8, pack<T>(y.x, y.y));
                        });
-        project_qkv(p, xn, w, chunk);
+        project_qkv(p, loaded(dx, xn), w, chunk);
         sync_sequence(p);
         // o again, and each row's normaliser and sum of o do
         p.each_16_rows(of.queries, [&](int head, int row0) {
             float o_do = 0.0f;
             const auto with_do = [&](int r, int j, float2 x, float2 y) {
-                const float2 dx = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j));
-                const float2 dy8 = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j + 8));
-                o_do += x.x * dx.x + x.y * dx.y + y.x * dy8.x + y.y * dy8.y;
+                const float2 u = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j));
+                const float2 v = unpack<T>(load<uint32_t>(g.d_o + r * of.ld + of.q(head) + j + 8));
+                o_do += x.x * u.x + x.y * u.y + y.x * v.x + y.y * v.y;
                 if (r >= p.inside) return;
                 T* to = o.at + int64_t(r) * o.ld + of.first_query_column + of.q(head) + j;
                 store(to, pack<T>(x.x, x.y));
@@ -224,10 +226,9 @@ __device__ __forceinline__ void attention_backward(const Program<A, T>& p, Rows<
         const auto keep = [&](int r, int j, float2 x, float2 y) { keep_dqkv(p, of, g, chunk, dqkv, r, j, x, y); };
         p.each_16_rows(of.queries, [&](int head, int row0) { queries_16(p, of, g, head, row0, keep); });
         p.each_16_rows(of.kv_heads, [&](int head, int row0) { keys_16(p, of, g, head, row0, keep); });
-        // tile += [dq | dk | dv] Wqkv
-        multiply<true>(p, Rows<T>{g.dqkv, of.ld, false}, w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), p.d(),
-                       of.columns,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
+        // dx += [dq | dk | dv] Wqkv
+        add_product<true>(dx, Rows<T>{g.dqkv, of.ld, false},
+                          {w.qkv() + int64_t(chunk) * of.columns * p.d(), p.d(), p.d(), of.columns}, 1.0f, nullptr, {});
         if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read what the next chunk replaces
     }
 }

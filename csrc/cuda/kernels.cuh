@@ -7,8 +7,7 @@
 #pragma once
 #include "arch/sm80.cuh"
 #include "arch/sm90a.cuh"
-#include "resident_backward.cuh"
-#include "arch/sm90a_registers.cuh"
+#include "arch/sm90a_registers_backward.cuh"
 #include "run.cuh"
 #include "shape.h"
 #include "tile/registers.cuh"
@@ -17,7 +16,7 @@ namespace shift_cuda {
 
 struct AnyShape {
     static constexpr bool IN_REGISTERS = false;
-    static constexpr int64_t FORWARD_THREADS = CONSUMERS + PRODUCERS;
+    static constexpr int64_t THREADS_SM90A = CONSUMERS + PRODUCERS;
     __device__ static const Job& job(const Job& given) { return given; }
 };
 
@@ -26,7 +25,7 @@ template <class S>
 struct OneShape {
     static constexpr Shape SHAPE = S::SHAPE;
     static constexpr bool IN_REGISTERS = in_registers(SHAPE.plan);
-    static constexpr int64_t FORWARD_THREADS = SHAPE.plan.threads;
+    static constexpr int64_t THREADS_SM90A = SHAPE.plan.threads;
     // All but the fields that a shape leaves open become constants, once the compiler has it in registers.
     __device__ __forceinline__ static Job job(const Job& given) {
         Job job = given;
@@ -53,8 +52,7 @@ template <class T, class S>
 __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job given) {
     const Job& job = S::job(given);
     Program<Sm80, T> p(job);
-    do backward(p);
-    while (p.next());
+    backward_of_all<InMemory<Sm80, T>>(p);
 }
 
 // Streams the weights of all programs' loops, loops(program) at most; false for who did that, true for those who own
@@ -72,7 +70,7 @@ __device__ inline bool beside_the_weights(const Program<Sm90a, T>& p, Loops loop
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::FORWARD_THREADS, 1) resident_forward_sm90a(const __grid_constant__ Job given) {
+__global__ void __launch_bounds__(S::THREADS_SM90A, 1) resident_forward_sm90a(const __grid_constant__ Job given) {
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
         const Program<Sm90a, T> p(job);
@@ -93,13 +91,18 @@ __global__ void __launch_bounds__(S::FORWARD_THREADS, 1) resident_forward_sm90a(
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1) resident_backward_sm90a(const __grid_constant__ Job given) {
+__global__ void __launch_bounds__(S::THREADS_SM90A, 1) resident_backward_sm90a(const __grid_constant__ Job given) {
     if constexpr (HAS_SM90A) {
         const Job& job = S::job(given);
         Program<Sm90a, T> p(job);
-        if (beside_the_weights(p, [](const auto& program) { return loops_backward(program); }, [] {})) {
-            do backward(p);
-            while (p.next());
+        const auto loops = [](const auto& program) { return loops_backward(program); };
+        if constexpr (S::IN_REGISTERS) {
+            if (beside_the_weights(p, loops, [] { give_registers<40>(); })) {
+                take_registers<232>();
+                backward_of_all<InRegisters<T, S>>(p);
+            }
+        } else if (beside_the_weights(p, loops, [] {})) {
+            backward_of_all<InMemory<Sm90a, T>>(p);
         }
         sync_cluster();
     } else {

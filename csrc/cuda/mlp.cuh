@@ -50,8 +50,8 @@ __device__ __forceinline__ void mlp(const InMemory<A, T>& x, Rows<T> xn, const W
             }
         };
         project_up(p, xn, w, first, n, to_work, xn.streamed ? Prefetch<T>{} : down);
-        add_product(x, Rows<T>{p.work(), ld, false}, down, scale, first ? nullptr : w.down_bias(),
-                    xn.streamed ? Prefetch<T>{} : first + n < ff ? prefetch_up(p, w, first + n) : after);
+        add_product<false>(x, Rows<T>{p.work(), ld, false}, down, scale, first ? nullptr : w.down_bias(),
+                           xn.streamed ? Prefetch<T>{} : first + n < ff ? prefetch_up(p, w, first + n) : after);
     }
 }
 

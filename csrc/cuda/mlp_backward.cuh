@@ -1,6 +1,6 @@
 // Gradient of the MLP's input, `ff_chunk` hidden columns at a time:
 //
-//     da = dy W2_c     pre = xn W1_c^T + b, again     dpre = da f'(pre)     tile += dpre W1_c
+//     da = dy W2_c     pre = xn W1_c^T + b, again     dpre = da f'(pre)     dx += dpre W1_c
 //
 // act and dpre go to device memory too, for the weights' gradients.
 #pragma once
@@ -8,10 +8,11 @@
 
 namespace shift_cuda {
 
-// tile += gradient of xn. act, dpre: rows of this program.
+// dx += gradient of xn. act, dpre: rows of this program.
 template <class A, class T>
-__device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
+__device__ __forceinline__ void mlp_backward(const InMemory<A, T>& dx, Rows<T> xn, Rows<T> dy, const Weights<T>& w,
                                              Rows<T> act, Rows<T> dpre) {
+    const Program<A, T>& p = dx.p;
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = p.job.at.ld_work, d = p.d();
     const int64_t f = p.c().activation;
     const bool swiglu = f == SWIGLU;
@@ -58,9 +59,8 @@ __device__ __forceinline__ void mlp_backward(const Program<A, T>& p, Rows<T> xn,
                 }
             }
         });
-        // tile += dpre W1_c
-        multiply<true>(p, local, w.up() + int64_t(parts) * first * d, d, d, parts * n,
-                       [&](int r, int j, float2 x, float2 y) { add_to_tile(p.tile, r, j, x, y, 1.0f, nullptr); });
+        // dx += dpre W1_c
+        add_product<true>(dx, local, {w.up() + int64_t(parts) * first * d, d, d, parts * n}, 1.0f, nullptr, {});
     }
 }
 

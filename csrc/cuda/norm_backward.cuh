@@ -7,14 +7,32 @@
 
 namespace shift_cuda {
 
-// x: what the norm read. dy(row, column) gives pairs of columns, zero in pads; out(row, column, dx) may replace
-// what dy reads. dv: [2][d_model] of this block in device memory, the same thread for the same column each time.
-// A warp adds up its own rows, then the block adds up the warps' sums; work, which is free here, holds these.
+// Adds to dv, [2][d_model] of this block in device memory, what each warp's sums have for n columns from `first` on; the
+// same thread has the same column each time.
+template <class A, class T>
+__device__ inline void add_sums(const Program<A, T>& p, const float* sums, int columns, int first, int n, float* dv) {
+    for (int i = threadIdx.x; i < 2 * n; i += p.threads()) {
+        const int bias = i >= n, j = i - bias * n;
+        float total = dv[bias * p.d() + first + j];
+        for (int of = 0; of < p.warps(); of++) total += sums[(2 * of + bias) * columns + j];
+        dv[bias * p.d() + first + j] = total;
+    }
+}
+
+// dx of a pair of columns.
+__device__ inline float2 through_norm(float2 g, float2 unit, float along, float constant, float inverse) {
+    return make_float2((g.x - unit.x * along - constant) * inverse, (g.y - unit.y * along - constant) * inverse);
+}
+
+// x: what the norm read. dy(at) gives pairs of columns, zero in pads; out(at, dx) may replace what dy reads. A warp adds
+// up its own rows, then the block adds up the warps' sums; work, which is free here, holds these.
 template <class A, class T, class Dy, class Out>
-__device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, const float* weight, float* dv, Dy dy, Out out) {
+__device__ inline void norm_backward(const InMemory<A, T>& dx, ScratchState x, const float* weight, float* dv, Dy dy,
+                                     Out out) {
+    const Program<A, T>& p = dx.p;
     const int d = p.d();
     if (p.c().norm == NO_NORM) {
-        p.each_pair([&](int r, int j) { out(r, j, dy(r, j)); });
+        dx.each([&](At at) { out(at, dy(at)); });
         return;
     }
     sync_warp();  // all lanes have read those of the norm before
@@ -32,7 +50,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
             float2 dw = make_float2(0.0f, 0.0f), db = dw;
             p.each_row([&](int r) {
                 if (r >= p.inside) return;
-                const float2 v = x.get(r, first + j), g = dy(r, first + j);
+                const float2 v = x.get(r, first + j), g = dy(At{r, first + j, 0});
                 const float mean = p.mean()[r], inverse = p.inverse()[r];
                 dw.x += g.x * (v.x - mean) * inverse, dw.y += g.y * (v.y - mean) * inverse;
                 db.x += g.x, db.y += g.y;
@@ -41,12 +59,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
             store(sums + (2 * warp() + 1) * columns + j, db);
         }
         p.sync();
-        for (int i = threadIdx.x; i < 2 * n; i += p.threads()) {
-            const int bias = i >= n, j = i - bias * n;
-            float total = dv[bias * d + first + j];
-            for (int of = 0; of < p.warps(); of++) total += sums[(2 * of + bias) * columns + j];
-            dv[bias * d + first + j] = total;
-        }
+        add_sums(p, sums, columns, first, n, dv);
     }
     if (p.bands() > 1) p.sync();  // as the first; what follows has a barrier of the band alone
     p.each_row([&](int r) {
@@ -56,7 +69,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
             return make_float2((v.x - mean) * inverse, (v.y - mean) * inverse);
         };
         const auto g_of = [&](int j) {
-            const float2 g = dy(r, j), w = load<float2>(weight + j);
+            const float2 g = dy(At{r, j, 0}), w = load<float2>(weight + j);
             return make_float2(g.x * w.x, g.y * w.y);
         };
         float along = 0.0f, constant = 0.0f;
@@ -69,7 +82,7 @@ __device__ inline void norm_backward(const Program<A, T>& p, ScratchState x, con
         constant = p.c().norm == LAYERNORM ? sum_over_lanes(constant) / d : 0.0f;
         for (int j = 2 * lane(); j < d; j += 64) {
             const float2 u = unit_of(j), g = g_of(j);
-            out(r, j, make_float2((g.x - u.x * along - constant) * inverse, (g.y - u.y * along - constant) * inverse));
+            out(At{r, j, 0}, through_norm(g, u, along, constant, inverse));
         }
     });
 }

@@ -72,8 +72,8 @@ constexpr int64_t query_group(const Block& b) { return b.n_heads / b.n_kv_heads;
 constexpr int64_t halves(const Call& c) { return c.d_ff ? 2 : 1; }  // of a layer: attention, MLP
 
 // Columns of q, k and v, and of q alone, for some key/value heads.
-constexpr int64_t head_chunk_columns(const Call& c, int64_t kv_heads) {
-    return kv_heads * (query_group(c) + 2) * c.head_dim;
+constexpr int64_t head_chunk_columns(const Block& b, int64_t kv_heads) {
+    return kv_heads * (query_group(b) + 2) * b.head_dim;
 }
 constexpr int64_t query_columns(const Block& b, int64_t kv_heads) { return kv_heads * query_group(b) * b.head_dim; }
 
@@ -346,10 +346,10 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     return true;
 }
 
-// Registers hold x where each warp has 16 rows of its own, and these few columns.
+// Registers hold x where each warp has 16 rows of its own, and these few columns; fewer where a backward has gates, too.
 constexpr int64_t MOST_IN_REGISTERS = 128;
 constexpr bool may_be_in_registers(const Call& c, bool backward) {
-    return c.own_kernel && !backward && c.d_model <= MOST_IN_REGISTERS;
+    return c.own_kernel && c.d_model <= (backward && is_gated(c.activation) ? MOST_IN_REGISTERS / 2 : MOST_IN_REGISTERS);
 }
 
 constexpr Plan plan_sm90a(const Call& c, bool backward) {

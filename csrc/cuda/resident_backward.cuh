@@ -19,7 +19,8 @@
 namespace shift_cuda {
 
 // What the loop that is computed again leaves behind: normalised inputs as weight-gradient operands.
-template <class A, class T>
+// Kept: those rows alone, or registers too.
+template <class A, class T, class Kept>
 struct BackwardKeep {
     const Program<A, T>& p;
     int n_rows;
@@ -31,7 +32,8 @@ struct BackwardKeep {
         const int64_t first = ((layer * (c.high - c.low) + loop) * c.batch * c.seq_len + p.token) * columns;
         return {static_cast<T*>(operand) + first, int(columns), true};
     }
-    __device__ Rows<T> xn(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
+    __device__ Rows<T> xn_rows(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().xn2 : p.c().xn, p.d(), layer); }
+    __device__ Kept xn(int layer, bool is_mlp) const { return {xn_rows(layer, is_mlp)}; }
     __device__ Rows<T> dy(int layer, bool is_mlp) const { return rows(is_mlp ? p.c().dy2 : p.c().dy, p.d(), layer); }
     // What the norm before the branch has read, and what the one behind it has.
     __device__ ScratchState input(int layer, bool is_mlp) const {
@@ -51,74 +53,72 @@ template <class A, class T>
 struct Gradient {
     const Program<A, T>& p;
     float* of_batch;
-    __device__ float* at(int r, int j) const { return of_batch + (p.token + r) * p.d() + j; }
-    __device__ float2 get(int r, int j) const {
-        return r < p.inside ? load<float2>(at(r, j)) : make_float2(0.0f, 0.0f);
+    __device__ float* address(At at) const { return of_batch + (p.token + at.row) * p.d() + at.column; }
+    __device__ float2 get(At at) const {
+        return at.row < p.inside ? load<float2>(address(at)) : make_float2(0.0f, 0.0f);
     }
-    __device__ void set(int r, int j, float2 x) const {
-        if (r < p.inside) store(at(r, j), x);
+    __device__ void set(At at, float2 x) const {
+        if (at.row < p.inside) store(address(at), x);
     }
-    __device__ void add(int r, int j, float2 x) const {
-        const float2 old = get(r, j);
-        set(r, j, make_float2(old.x + x.x, old.y + x.y));
+    __device__ void add(At at, float2 x) const {
+        const float2 old = get(at);
+        set(at, make_float2(old.x + x.x, old.y + x.y));
     }
 };
 
-// dh becomes the gradient of the half layer's input.
-template <class A, class T>
-__device__ __forceinline__ void half_layer_backward(const Program<A, T>& p, int layer, bool is_mlp,
-                                                    const BackwardKeep<A, T>& keep, const Gradient<A, T>& dh) {
+// dh becomes the gradient of the half layer's input; dx is a place for the branch's.
+template <class X, class Keep, class A, class T>
+__device__ __forceinline__ void half_layer_backward(X& dx, int layer, bool is_mlp, const Keep& keep,
+                                                    const Gradient<A, T>& dh) {
+    const Program<A, T>& p = dx.p;
     const Call& c = p.c();
     const Weights<T> w{p.job, layer};
     const int d = p.d(), slot = is_mlp ? NORM2 : NORM1;
     const float scale = float(c.residual_scale);
     float* dv = c.dv + ((blockIdx.x * (c.n_layers + 1) + layer) * NORM_SLOTS + slot) * d;
-    const Rows<T> xn = keep.xn(layer, is_mlp), dy = keep.dy(layer, is_mlp);
-    const auto get = [&](int r, int j) { return dh.get(r, j); };
-    const auto scaled = [&](int r, int j) {
-        const float2 x = dh.get(r, j);
+    const Rows<T> xn = keep.xn_rows(layer, is_mlp), dy = keep.dy(layer, is_mlp);
+    const auto get = [&](At at) { return dh.get(at); };
+    const auto scaled = [&](At at) {
+        const float2 x = dh.get(at);
         return make_float2(scale * x.x, scale * x.y);
     };
-    const auto to_dy = [&](int r, int j, float2 x) {
-        if (r < p.inside) store(dy.at + int64_t(r) * dy.ld + j, pack<T>(x.x, x.y));
+    const auto to_dy = [&](At at, float2 x) {
+        if (at.row < p.inside) dy.put(at, x);
     };
     // The norm behind the branch, if there is one; dy.
     if (c.placement == POST)
-        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot), dv, get,
-                      [&](int r, int j, float2 x) { dh.set(r, j, x); });
+        norm_backward(dx, keep.sum(layer, is_mlp), w.norm(slot), dv, get, [&](At at, float2 x) { dh.set(at, x); });
     if (c.placement == SANDWICH)
-        norm_backward(p, keep.sum(layer, is_mlp), w.norm(slot + 2), dv + 2 * d, scaled, to_dy);
+        norm_backward(dx, keep.sum(layer, is_mlp), w.norm(slot + 2), dv + 2 * d, scaled, to_dy);
     else
-        p.each_pair([&](int r, int j) { to_dy(r, j, scaled(r, j)); });
-    // The branch: its input's gradient, in the tile.
-    const InMemory<A, T> gradient{p};
-    clear(gradient);
+        dx.each([&](At at) { to_dy(at, scaled(at)); });
+    // The branch.
+    clear(dx);
     if (is_mlp)
-        mlp_backward(p, xn, dy, w, keep.rows(c.act, p.p().ff_pad, layer),
+        mlp_backward(dx, xn, dy, w, keep.rows(c.act, p.p().ff_pad, layer),
                      keep.rows(c.dpre, hidden_parts(c) * p.p().ff_pad, layer));
     else
-        attention_backward(p, xn, dy, w, keep.rows(c.dqkv, qkv_columns(c), layer),
+        attention_backward(dx, xn, dy, w, keep.rows(c.dqkv, qkv_columns(c), layer),
                            keep.rows(c.o, c.n_heads * c.head_dim, layer));
     p.sync_band();
 
     // The norm before it; dh takes both ways.
     if (c.placement == POST)
-        p.each_pair([&](int r, int j) { dh.add(r, j, p.tile.get(r, j)); });
+        dx.each([&](At at) { dh.add(at, dx.get(at)); });
     else
-        norm_backward(
-            p, keep.input(layer, is_mlp), w.norm(slot), dv, [&](int r, int j) { return p.tile.get(r, j); },
-            [&](int r, int j, float2 x) { dh.add(r, j, x); });
+        norm_backward(dx, keep.input(layer, is_mlp), w.norm(slot), dv, [&](At at) { return dx.get(at); },
+                      [&](At at, float2 x) { dh.add(at, x); });
 }
 
 // Loop t again from its boundary, and dh from the gradient of h_t to that of h_{t-1}.
-template <class A, class T>
-__device__ __forceinline__ void loop_backward(const Program<A, T>& p, int t, const Gradient<A, T>& dh) {
+template <class X, class A, class T>
+__device__ __forceinline__ void loop_backward(X& x, int t, const Gradient<A, T>& dh) {
+    const Program<A, T>& p = x.p;
     const Call& c = p.c();
-    const BackwardKeep<A, T> keep{p, p.inside, t - 1 - c.low};
+    const BackwardKeep<A, T, typename X::Kept> keep{p, p.inside, t - 1 - c.low};
     const int layers = int(c.n_layers), last = layers * int(halves(c)) - 1;
     const int64_t boundary = ((t - int64_t{1}) * c.batch * c.seq_len + p.token) * p.d();
     // The loop again; inputs of its half layers stay in scratch states.
-    const InMemory<A, T> x{p};
     begin_loop(x, [&](At at) {
         return load_pair(c.boundaries, boundary + int64_t(at.row) * p.d() + at.column, c.dtype);
     });
@@ -127,14 +127,14 @@ __device__ __forceinline__ void loop_backward(const Program<A, T>& p, int t, con
     // The loop norm.
     if (c.loop_norm) {
         const ScratchState u = p.scratch_state(int(scratch_states(c, true)) - 1, c.dtype);
-        p.each_pair([&](int r, int j) { u.set(r, j, p.tile.get(r, j)); });
+        x.each([&](At at) { u.set(at.row, at.column, x.get(at)); });
         norm_backward(
-            p, u, Weights<T>{p.job, layers}.norm(NORM1),
+            x, u, Weights<T>{p.job, layers}.norm(NORM1),
             c.dv + (blockIdx.x * (c.n_layers + 1) + layers) * NORM_SLOTS * p.d(),
-            [&](int r, int j) { return dh.get(r, j); }, [&](int r, int j, float2 x) { dh.set(r, j, x); });
+            [&](At at) { return dh.get(at); }, [&](At at, float2 y) { dh.set(at, y); });
     }
     // Half layers, the last first.
-    for (int i = last; i >= 0; i--) half_layer_backward(p, i / int(halves(c)), c.d_ff && i % 2, keep, dh);
+    for (int i = last; i >= 0; i--) half_layer_backward(x, i / int(halves(c)), c.d_ff && i % 2, keep, dh);
 }
 
 // Up to this loop of the program's no gradient is carried.
@@ -150,8 +150,9 @@ __device__ inline int loops_backward(const Program<A, T>& p) {
     return smaller(p.loops(), int(p.c().high)) - larger(int(p.c().low), loops_without_gradient(p));
 }
 
-template <class A, class T>
-__device__ __forceinline__ void backward(const Program<A, T>& p) {
+// x: a place for the residual stream, and for gradients of branches' inputs.
+template <class X, class A, class T>
+__device__ __forceinline__ void backward(X& x, const Program<A, T>& p) {
     const Call& c = p.c();
     const Gradient<A, T> dh{p, c.dh}, de{p, c.de};
     const int last = p.loops(), first = loops_without_gradient(p);
@@ -159,15 +160,24 @@ __device__ __forceinline__ void backward(const Program<A, T>& p) {
     for (int t = int(c.high); t > larger(int(c.low), first); t--) {
         if (c.return_all) {
             const int64_t at = ((t - int64_t{1}) * c.batch * c.seq_len + p.token) * p.d();
-            p.each_pair([&](int r, int j) {
-                if (p.valid(r)) dh.add(r, j, load_pair(c.grad_out, at + int64_t(r) * p.d() + j, c.dtype));
+            x.each([&](At of) {
+                if (p.valid(of.row))
+                    dh.add(of, load_pair(c.grad_out, at + int64_t(of.row) * p.d() + of.column, c.dtype));
             });
         }
         if (t > last) continue;
-        loop_backward(p, t, dh);
-        if (c.injection) p.each_pair([&](int r, int j) { de.add(r, j, dh.get(r, j)); });
+        loop_backward(x, t, dh);
+        if (c.injection) x.each([&](At of) { de.add(of, dh.get(of)); });
     }
-    if (first > c.low) p.each_pair([&](int r, int j) { dh.set(r, j, make_float2(0.0f, 0.0f)); });
+    if (first > c.low) x.each([&](At of) { dh.set(of, make_float2(0.0f, 0.0f)); });
+}
+
+// Of all of the block's programs.
+template <class X, class A, class T>
+__device__ __forceinline__ void backward_of_all(Program<A, T>& p) {
+    X x{p};
+    do backward(x, p);
+    while (p.next());
 }
 
 }  // namespace shift_cuda

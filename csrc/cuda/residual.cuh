@@ -4,7 +4,8 @@
 //     each(f)        calls f(at) for a thread's own pairs of columns, which are the same in every pass
 //     get(at), put(at, x)
 //
-// and overloads: norm (norm.cuh), mlp (mlp.cuh), add_product: x += scale (a b^T + bias), a a branch's hidden columns.
+// and overloads: norm, mlp, their backwards; loaded; add_product: x += scale (a b + bias), b as in matmul.cuh, a columns of
+// work. Backward the same is a branch's input gradient.
 #pragma once
 #include "matmul.cuh"
 
@@ -13,6 +14,7 @@ namespace shift_cuda {
 template <class A, class T>
 struct InMemory {
     typedef T Operand;
+    typedef Rows<T> Kept;  // an operand that goes to device memory
     const Program<A, T>& p;
     template <class F>
     __device__ void each(F f) const {
@@ -32,11 +34,17 @@ __device__ inline void add_to_tile(Tile tile, int row, int column, float2 x, flo
     store(at + 8, make_float2(v.x + scale * (y.x + by.x), v.y + scale * (y.y + by.y)));
 }
 
-template <class A, class T>
+template <bool ROWS_ALONG_N, class A, class T>
 __device__ __forceinline__ void add_product(const InMemory<A, T>& x, Rows<T> a, Prefetch<T> b, float scale,
                                             const float* bias, Prefetch<T> prefetch) {
     const auto add = [&](int r, int j, float2 u, float2 v) { add_to_tile(x.p.tile, r, j, u, v, scale, bias); };
-    multiply<false>(x.p, a, b.b, b.ld, b.n, b.k, add, prefetch);
+    multiply<ROWS_ALONG_N>(x.p, a, b.b, b.ld, b.n, b.k, add, prefetch);
+}
+
+// An operand's rows for products: where they are, or in registers.
+template <class A, class T>
+__device__ inline Rows<T> loaded(const InMemory<A, T>&, Rows<T> rows) {
+    return rows;
 }
 
 }  // namespace shift_cuda

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from test_cuda_resident import check as check_gradients
 from test_cuda_shapes import own_kernels
 from test_cuda_sm90a import BF16, KB, block_of, check, on_device
 
@@ -14,8 +15,7 @@ from shift_kernels.backends import cuda as cuda_backend
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-# shared memory, batch, seq_len, block; calls; and what the planner shall have made of it: rows, whether weights
-# stay, chunks of heads, programs that share the weights' way
+# shared memory, batch, seq_len, block; calls; the arrangement that the planner shall have found
 SHAPES = {
     "128 rows": (
         (227 * KB, 5, 32, {"injection": "add"}),
@@ -57,6 +57,23 @@ SHAPES = {
 }
 
 
+def arrangement(block, e, call, backward):
+    """Rows of a program, whether weights stay, chunks of heads, programs that share the weights' way."""
+    plan = cuda_backend.prepared(
+        cuda_backend._LIBRARY,
+        block.spec,
+        tuple(e.shape[:2]),
+        (BF16, BF16),
+        cuda_backend.HOPPER,
+        "sm_90",
+        own_loops=isinstance(call.get("n_loops"), torch.Tensor),
+        halting=False,
+        backward=backward,
+    ).plan
+    assert (plan.residual, plan.threads) == ("registers", 384)
+    return plan.rows, plan.stages == plan.tiles, block.spec.n_kv_heads // plan.kv_heads, plan.cluster
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_output_is_right(monkeypatch, tmp_path, name):
     (shared_bytes, batch, seq_len, options), calls, expected = SHAPES[name]
@@ -65,22 +82,8 @@ def test_output_is_right(monkeypatch, tmp_path, name):
     block = block_of(options)
     e = torch.randn(batch, seq_len, block.spec.d_model).to(BF16)
     for call in calls:
-        call = {"n_loops": 2} | call
-        plan = cuda_backend.prepared(
-            cuda_backend._LIBRARY,
-            block.spec,
-            (batch, seq_len),
-            (BF16, BF16),
-            cuda_backend.HOPPER,
-            "sm_90",
-            own_loops=isinstance(call["n_loops"], torch.Tensor),
-            halting=False,
-            backward=False,
-        ).plan
-        chunks = block.spec.n_kv_heads // plan.kv_heads
-        assert (plan.residual, plan.threads) == ("registers", 384)
-        assert (plan.rows, plan.stages == plan.tiles, chunks, plan.cluster) == expected
-        check(library, block, e, range(2), **call)
+        assert arrangement(block, e, call, backward=False) == expected
+        check(library, block, e, range(2), **{"n_loops": 2} | call)
 
 
 def test_programs_end_when_their_samples_settle(monkeypatch, tmp_path):
@@ -109,3 +112,53 @@ def test_a_sample_that_is_not_finite_reaches_no_other(monkeypatch, tmp_path):
             assert h[2, 3:].isnan().all()
             others = torch.arange(5) != 2
             assert torch.equal(h[others], clean[others])
+
+
+GRADIENTS = {
+    "layernorm, swiglu, own loops": (
+        (227 * KB, 3, 70, {"activation": "swiglu", "d_ff": 176, "n_layers": 2, "loop_norm": True}),
+        [{"n_loops": torch.tensor([2, 0, 1]), "n_grad_loops": 1}],
+        (70, False, 1, 1),
+    ),
+    "weights stay, injection": (
+        (227 * KB, 5, 32, {"injection": "add", "residual_scale": 0.5}),
+        [{"seq_lens": torch.tensor([32, 0, 7, 31, 1])}],
+        (96, True, 1, 1),
+    ),
+    "sandwich, two share": (
+        (
+            227 * KB,
+            8,
+            20,
+            {"d_model": 128, "n_kv_heads": 2, "norm": "rmsnorm", "norm_placement": "sandwich"}
+            | {"position": "rope", "bias": False, "d_ff": 112, "activation": "gelu_tanh"},
+        ),
+        [{"return_all_loops": True}],
+        (120, False, 1, 2),
+    ),
+    "post, chunks of heads": (
+        (
+            120 * KB,
+            3,
+            33,
+            {"d_model": 80, "n_heads": 5, "norm_placement": "post", "causal": False, "activation": "relu2"},
+        ),
+        [{"seq_lens": torch.tensor([33, 5, 1])}],
+        (99, False, 5, 1),
+    ),
+    "no norm, no MLP": ((227 * KB, 3, 33, {"norm": "none", "d_ff": 0}), [{}], (99, True, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_right(monkeypatch, tmp_path, name):
+    (shared_bytes, batch, seq_len, options), calls, expected = GRADIENTS[name]
+    library = on_device(monkeypatch, shared_bytes, 1, watched=True)
+    own_kernels(monkeypatch, tmp_path, watched=True)
+    block = block_of(options)
+    e = torch.randn(batch, seq_len, block.spec.d_model).to(BF16)
+    for call in calls:
+        assert arrangement(block, e, call, backward=True) == expected
+        for seed in range(2):
+            library.library.shift_emulation_seed(seed)
+            check_gradients(block, e, call)

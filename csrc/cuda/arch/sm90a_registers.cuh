@@ -21,7 +21,19 @@ template <class T, int TILES>
 struct Fragments {
     static constexpr bool streamed = false;
     uint32_t of[TILES][4][4] = {};
-    __device__ void put(At at, float2 x) { of[at.index / 16][at.index % 16 / 4][at.index % 4] = pack<T>(x.x, x.y); }
+    __device__ uint32_t& word(int i) { return of[i / 16][i % 16 / 4][i % 4]; }
+    __device__ void put(At at, float2 x) { word(at.index) = pack<T>(x.x, x.y); }
+};
+
+// The same of rows that are in device memory too.
+template <class T, int TILES>
+struct KeptFragments : Fragments<T, TILES> {
+    Rows<T> rows;
+    __device__ KeptFragments(Rows<T> kept) : rows(kept) {}
+    __device__ void put(At at, float2 x) {
+        Fragments<T, TILES>::put(at, x);
+        rows.put(at, x);
+    }
 };
 
 // S::SHAPE: sizes, options and plan (kernels.cuh). What registers are indexed by must be constant early.
@@ -30,7 +42,10 @@ struct InRegisters {
     typedef T Operand;
     static constexpr int D = int(S::SHAPE.block.d_model), TILES = tiles_along(D, SUBTILE_SIDE);
     static constexpr int ROWS = int(S::SHAPE.plan.rows);
+    static constexpr int PARTS = int(hidden_parts(S::SHAPE.block));
     static constexpr int O_COLUMNS = int(query_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));  // a chunk of heads'
+    static constexpr int QKV_COLUMNS = int(head_chunk_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));
+    typedef KeptFragments<T, TILES> Kept;
     const Program<Sm90a, T>& p;
     float of[TILES][32] = {};
     // Pair i is of columns 8 (i / 2) + 2 (lane % 4) and + 1, row lane / 4 + 8 (i % 2) of the warp's.
@@ -54,10 +69,10 @@ struct InRegisters {
     }
 };
 
-template <class T, class S, class Out>
-__device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* weight, Out out) {
+// Of the thread's two rows.
+template <class T, class S>
+__device__ __forceinline__ void moments(const InRegisters<T, S>& x, Moments (&m)[2]) {
     const Call& c = x.p.c();
-    Moments m[2] = {};  // of the thread's two rows
     const auto add_up = [&](auto of_one) {
         float2 sums = make_float2(0.0f, 0.0f);
         x.each([&](At at) {
@@ -70,25 +85,30 @@ __device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* we
         const float2 mean = add_up([](float v, Moments) { return v; });
         m[0].mean = mean.x, m[1].mean = mean.y;
     }
-    if (c.norm != NO_NORM) {
-        const float2 squares = add_up([](float v, Moments of) { return (v - of.mean) * (v - of.mean); });
-        m[0].inverse = rsqrt_approx(squares.x + float(c.eps)), m[1].inverse = rsqrt_approx(squares.y + float(c.eps));
-    }
+    const float2 squares = add_up([](float v, Moments of) { return (v - of.mean) * (v - of.mean); });
+    m[0].inverse = rsqrt_approx(squares.x + float(c.eps)), m[1].inverse = rsqrt_approx(squares.y + float(c.eps));
+}
+
+template <class T, class S, class Out>
+__device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* weight, Out out) {
+    const Call& c = x.p.c();
+    Moments m[2] = {};
+    if (c.norm != NO_NORM) moments(x, m);
     x.each([&](At at) {
         const float2 v = x.get(at);
         out(at, c.norm == NO_NORM ? v : normed(v, m[at.index % 2], weight, at.column, x.D));
     });
 }
 
-// acc = a b^T for the next 64 columns of b. What was under way before is done too.
-template <class T, int TILES>
+// acc = a b for the next 64 columns of b. What was under way before is done too.
+template <Major B, class T, int TILES>
 __device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&acc)[32], const Fragments<T, TILES>& a) {
     int stages[TILES];
 #pragma unroll
     for (int i = 0; i < TILES; i++) stages[i] = next_stage(p);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < TILES; i++) start_products<K_MAJOR, T, 1>(&acc, a.of[i], stage_at(p, stages[i]), i > 0);
+    for (int i = 0; i < TILES; i++) start_products<B, T, 1>(&acc, a.of[i], stage_at(p, stages[i]), i > 0);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -99,11 +119,10 @@ __device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&a
 template <bool ROWS_ALONG_N, class T, int TILES, class Out>
 __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Fragments<T, TILES>& a, const T*, int64_t,
                                          int n, int, Out out, Prefetch<T> = {}) {
-    static_assert(!ROWS_ALONG_N, "a forward's weights are [n][k]");
     float acc[32];
 #pragma unroll 1
     for (int n0 = 0; n0 < n; n0 += int(SUBTILE_SIDE)) {
-        project_64(p, acc, a);
+        project_64<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR>(p, acc, a);
         hand_out(p, acc, p.band_begin(), n0, n, out);
     }
 }
@@ -117,30 +136,31 @@ __device__ __forceinline__ void add_bias(InRegisters<T, S>& x, const float* bias
     });
 }
 
-// A chunk of heads' o, in work. Here scale is the operand's: its numbers are rounded once more.
-template <class T, class S>
+// a: of a chunk of heads; forward o, backward dq, dk and dv. Here scale is the operand's: its numbers are rounded once more.
+template <bool ROWS_ALONG_N, class T, class S>
 __device__ __forceinline__ void add_product(InRegisters<T, S>& x, Rows<T> a, Prefetch<T>, float scale,
                                             const float* bias, Prefetch<T>) {
+    constexpr int K = ROWS_ALONG_N ? InRegisters<T, S>::QKV_COLUMNS : InRegisters<T, S>::O_COLUMNS;
     const Program<Sm90a, T>& p = x.p;
     if (bias) add_bias(x, bias, scale);
     p.sync_band();
-    const T* o = a.at + p.band_begin() * a.ld;
+    const T* rows = a.at + p.band_begin() * a.ld;
     const bool any = x.ROWS > MOST_ROWS - 16 || p.band_begin() < x.ROWS;  // of the warp's rows exist
 #pragma unroll
     for (int i = 0; i < x.TILES; i++)
 #pragma unroll
-        for (int k0 = 0; k0 < x.O_COLUMNS; k0 += int(TILE_K)) {
+        for (int k0 = 0; k0 < K; k0 += int(TILE_K)) {
             uint32_t fa[4][4] = {};
 #pragma unroll
             for (int kk = 0; kk < 4; kk++)
-                if (k0 + 16 * kk < x.O_COLUMNS && any) load_a(fa[kk], o + k0 + 16 * kk, a.ld, p.rows_from(p.band_begin()));
+                if (k0 + 16 * kk < K && any) load_a(fa[kk], rows + k0 + 16 * kk, a.ld, p.rows_from(p.band_begin()));
 #pragma unroll
             for (int j = 0; scale != 1.0f && j < 16; j++) {
                 const float2 v = unpack<T>(fa[j / 4][j % 4]);
                 fa[j / 4][j % 4] = pack<T>(scale * v.x, scale * v.y);
             }
             const int stage = next_stage(p);
-            add_products<K_MAJOR, T, 1>(x.of + i, fa, stage_at(p, stage), true);
+            add_products<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR, T, 1>(x.of + i, fa, stage_at(p, stage), true);
             give_back(p, stage);
         }
 }
@@ -151,7 +171,8 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
                                     const Weights<T>& w, float scale, Prefetch<T>) {
     constexpr int SIDE = int(SUBTILE_SIDE);
     const Program<Sm90a, T>& p = x.p;
-    const int ff = int(p.p().ff_pad), parts = int(hidden_parts(p.c()));
+    constexpr int parts = InRegisters<T, S>::PARTS;
+    const int ff = int(p.p().ff_pad);
     const int64_t f = p.c().activation;
     add_bias(x, w.down_bias(), scale);
     Fragments<T, 1> hidden;
@@ -162,7 +183,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
         const int n = parts * smaller(SIDE, ff - first);
 #pragma unroll
         for (int part = 0; part < parts; part++) {
-            if (SIDE * part < n) project_64(p, acc, xn);
+            if (SIDE * part < n) project_64<K_MAJOR>(p, acc, xn);
             if (part == 0 && first > 0)
 #pragma unroll
                 for (int i = 0; i < x.TILES; i++) give_back(p, down[i]);

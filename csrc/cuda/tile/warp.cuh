@@ -40,11 +40,12 @@ __device__ __forceinline__ uint32_t vote(bool yes) {
 #endif
 }
 
-// Sum and maximum over WIDTH lanes that differ in their lowest bits (4: those that share an mma's rows).
-template <int WIDTH = 32>
+// Sum and maximum over lanes that differ in their lowest bits, WIDTH of them (4: those that share an mma's rows), or all
+// STEP apart (4: those that share its columns).
+template <int WIDTH = 32, int STEP = 1>
 __device__ __forceinline__ float sum_over_lanes(float x) {
 #pragma unroll
-    for (int bits = WIDTH / 2; bits > 0; bits /= 2) x += shuffle_xor(x, bits);
+    for (int bits = WIDTH / 2; bits >= STEP; bits /= 2) x += shuffle_xor(x, bits);
     return x;
 }
 
