@@ -23,7 +23,7 @@ SHAPES = {
         (128, True, 1, 1),
     ),
     "120 rows, a ring, two share": (
-        (130 * KB, 8, 20, {"d_model": 128, "n_layers": 2, "d_ff": 176, "activation": "swiglu"}),
+        (130 * KB, 8, 20, {"d_model": 128, "n_layers": 2, "d_ff": 144, "activation": "swiglu"}),
         [{}],
         (120, False, 1, 2),
     ),
@@ -41,13 +41,13 @@ SHAPES = {
     "sandwich, chunks of heads": (
         (
             80 * KB,
-            4,
+            8,
             30,
             {"d_model": 128, "n_kv_heads": 2, "norm": "rmsnorm", "norm_placement": "sandwich"}
             | {"position": "rope", "bias": False, "d_ff": 32, "residual_scale": 0.7},
         ),
-        [{"seq_lens": torch.tensor([30, 5, 1, 22])}],
-        (120, False, 2, 1),
+        [{"seq_lens": torch.tensor([30, 5, 1, 22, 30, 30, 0, 9])}],
+        (120, False, 2, 2),
     ),
     "no norm, no MLP": (
         (227 * KB, 3, 33, {"norm": "none", "d_ff": 0, "activation": "relu"}),
@@ -116,7 +116,7 @@ def test_a_sample_that_is_not_finite_reaches_no_other(monkeypatch, tmp_path):
 
 GRADIENTS = {
     "layernorm, swiglu, own loops": (
-        (227 * KB, 3, 70, {"activation": "swiglu", "d_ff": 176, "n_layers": 2, "loop_norm": True}),
+        (227 * KB, 3, 70, {"activation": "swiglu", "d_ff": 144, "n_layers": 2, "loop_norm": True}),
         [{"n_loops": torch.tensor([2, 0, 1]), "n_grad_loops": 1}],
         (70, False, 1, 1),
     ),

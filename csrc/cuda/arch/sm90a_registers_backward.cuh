@@ -8,15 +8,14 @@
 
 namespace shift_cuda {
 
-// Rows of d_model columns that this thread has put; 0 where there is none. Without a branch, in which ptxas would have
-// to make ready for wgmma (C7520).
+// Rows of d_model columns, as this thread has put them; the last that exists stands for those that do not, whose results
+// go nowhere. So there is no branch, in which ptxas would have to make ready for wgmma (C7520).
 template <class T, class S>
 __device__ __forceinline__ Fragments<T, InRegisters<T, S>::TILES> loaded(const InRegisters<T, S>& x, Rows<T> rows) {
     Fragments<T, InRegisters<T, S>::TILES> a;
     x.each([&](At at) {
         const int row = smaller(at.row, x.p.inside - 1);
-        const uint32_t word = load<uint32_t>(rows.at + int64_t(row) * rows.ld + at.column);
-        a.word(at.index) = at.row == row ? word : 0;
+        a.word(at.index) = load<uint32_t>(rows.at + int64_t(row) * rows.ld + at.column);
     });
     return a;
 }
