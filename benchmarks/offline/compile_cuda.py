@@ -177,7 +177,7 @@ def _short(demangled: str) -> str:
 
 
 def plans(library: Any) -> Iterator[dict[str, Any]]:
-    """The planner's answer for every timed block, forward and backward; and for the kernel of its shape, if another."""
+    """The planner's answer for every timed block, either way; and for the kernel of its shape, if another."""
     for sm, case, backward in itertools.product(N_SMS, BLOCKS, (False, True)):
         call = cuda_backend.sizes(
             BlockSpec(**case.options),

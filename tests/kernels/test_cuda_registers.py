@@ -1,4 +1,4 @@
-"""Kernels for one shape, emulated, whose warps have the residual stream in registers (arch/sm90a_registers.cuh).
+"""Kernels for one shape that have the residual stream in registers (arch/sm90a_registers.cuh), emulated.
 
 Every access is watched. Plans of such kernels are in test_cuda_sm90a_plan.py.
 """

@@ -197,13 +197,13 @@ __device__ inline void add_products(float (*acc)[32], const uint32_t (&a)[4][4],
     wgmma_wait<0>();
 }
 
-// What is done goes out, 16 columns at a time: 16 rows from `row`, and columns from `column` to `end`, 64 HALVES at most.
-template <int HALVES, class T, class Out>
-__device__ inline void hand_out(const Program<Sm90a, T>& p, const float (*acc)[32], int row, int column, int end, Out out) {
+// What is done goes out, 16 columns at a time: 16 rows from `row`, and of n columns those from `column` on, at most 64.
+template <class T, class Out>
+__device__ inline void hand_out(const Program<Sm90a, T>& p, const float (&acc)[32], int row, int column, int n, Out out) {
 #pragma unroll
-    for (int j = 0; j < 4 * HALVES; j++)
-        if (column + 16 * j < end) {
-            const float* x = acc[j / 4] + j % 4 * 8;
+    for (int j = 0; j < 4; j++)
+        if (column + 16 * j < n) {
+            const float* x = acc + 8 * j;
             const int r = row + lane() / 4, col = column + 16 * j + lane() % 4 * 2;
             if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));
             if (p.exists(r + 8)) out(r + 8, col, make_float2(x[2], x[3]), make_float2(x[6], x[7]));
@@ -243,8 +243,8 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, Rows<T> a, 
                 sync_warp();  // before one lane says that all are done with what they have waited for
             give_back(p, s);
         }
-        const int first = n0 + column, width = beside ? 64 : columns;
-        hand_out<2>(p, acc, row, first, smaller(first + width, n), out);
+        hand_out(p, acc[0], row, n0 + column, n, out);
+        if (columns > 64 && !beside) hand_out(p, acc[1], row, n0 + 64, n, out);
     }
 }
 

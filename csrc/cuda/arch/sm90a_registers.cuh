@@ -123,7 +123,7 @@ __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Fragm
 #pragma unroll 1
     for (int n0 = 0; n0 < n; n0 += int(SUBTILE_SIDE)) {
         project_64<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR>(p, acc, a);
-        hand_out<1>(p, &acc, p.band_begin(), n0, n, out);
+        hand_out(p, acc, p.band_begin(), n0, n, out);
     }
 }
 
