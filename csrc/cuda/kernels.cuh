@@ -1,7 +1,8 @@
 // The resident kernels: for sm_80 and newer, and for sm_90a resident_forward.cuh and resident_backward.cuh with another
 // way of multiplying, arch/sm90a.cuh. One for any call, or one for a shape that is constant: S.
 //
-// Block on sm_90a: two warpgroups for up to 64 or 128 rows, and a warp that streams weights. Shared memory: plan.h. The
+// Block on sm_90a: two warpgroups for up to 64 or 128 rows, and a warp that streams weights, of a warpgroup that gives its
+// registers to the two where they hold the residual stream (arch/sm90a_registers.cuh). Shared memory: plan.h. The
 // blocks of a cluster (1, 2 or 4) share the weights' way from L2; and 2 or 4 neighbours in it a sequence that is too
 // large for the shared memory of one: split.cuh.
 #pragma once
@@ -52,7 +53,8 @@ template <class T, class S>
 __global__ void __launch_bounds__(512, 1) resident_backward(const __grid_constant__ Job given) {
     const Job& job = S::job(given);
     Program<Sm80, T> p(job);
-    backward_of_all<InMemory<Sm80, T>>(p);
+    const InMemory<Sm80, T> x{p};
+    backward_of_all(x, p);
 }
 
 // Streams the weights of all programs' loops, loops(program) at most; false for who did that, true for those who own
@@ -99,10 +101,13 @@ __global__ void __launch_bounds__(S::THREADS_SM90A, 1) resident_backward_sm90a(c
         if constexpr (S::IN_REGISTERS) {
             if (beside_the_weights(p, loops, [] { give_registers<40>(); })) {
                 take_registers<232>();
-                backward_of_all<InRegisters<T, S>>(p);
+                Numbers<S> numbers;
+                InRegisters<T, S> x{p, numbers};
+                backward_of_all(x, p);
             }
         } else if (beside_the_weights(p, loops, [] {})) {
-            backward_of_all<InMemory<Sm90a, T>>(p);
+            const InMemory<Sm90a, T> x{p};
+            backward_of_all(x, p);
         }
         sync_cluster();
     } else {

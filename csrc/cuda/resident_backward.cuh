@@ -174,8 +174,7 @@ __device__ __forceinline__ void backward(X& x, const Program<A, T>& p) {
 
 // Of all of the block's programs.
 template <class X, class A, class T>
-__device__ __forceinline__ void backward_of_all(Program<A, T>& p) {
-    X x{p};
+__device__ __forceinline__ void backward_of_all(X& x, Program<A, T>& p) {
     do backward(x, p);
     while (p.next());
 }

@@ -36,18 +36,26 @@ struct KeptFragments : Fragments<T, TILES> {
     }
 };
 
-// S::SHAPE: sizes, options and plan (kernels.cuh). What registers are indexed by must be constant early.
+// A thread's numbers of d_model columns. S::SHAPE: sizes, options and plan (kernels.cuh).
+template <class S>
+struct Numbers {
+    static constexpr int D = int(S::SHAPE.block.d_model), TILES = tiles_along(D, SUBTILE_SIDE);
+    float of[TILES][32] = {};
+};
+
+// It only refers to them: beside an array that is not yet registers the compiler would know `p`, and with it all of a
+// shape's constants, too late.
 template <class T, class S>
 struct InRegisters {
     typedef T Operand;
-    static constexpr int D = int(S::SHAPE.block.d_model), TILES = tiles_along(D, SUBTILE_SIDE);
+    static constexpr int D = Numbers<S>::D, TILES = Numbers<S>::TILES;
     static constexpr int ROWS = int(S::SHAPE.plan.rows);
     static constexpr int PARTS = int(hidden_parts(S::SHAPE.block));
     static constexpr int O_COLUMNS = int(query_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));  // a chunk of heads'
     static constexpr int QKV_COLUMNS = int(head_chunk_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));
     typedef KeptFragments<T, TILES> Kept;
     const Program<Sm90a, T>& p;
-    float of[TILES][32] = {};
+    Numbers<S>& numbers;
     // Pair i is of columns 8 (i / 2) + 2 (lane % 4) and + 1, row lane / 4 + 8 (i % 2) of the warp's.
     template <class F>
     __device__ __forceinline__ void each(F f) const {
@@ -60,11 +68,11 @@ struct InRegisters {
         }
     }
     __device__ float2 get(At at) const {
-        const float* x = of[at.index / 16] + at.index % 16 * 2;
+        const float* x = numbers.of[at.index / 16] + at.index % 16 * 2;
         return make_float2(x[0], x[1]);
     }
     __device__ void put(At at, float2 x) {
-        float* to = of[at.index / 16] + at.index % 16 * 2;
+        float* to = numbers.of[at.index / 16] + at.index % 16 * 2;
         to[0] = x.x, to[1] = x.y;
     }
 };
@@ -160,7 +168,7 @@ __device__ __forceinline__ void add_product(InRegisters<T, S>& x, Rows<T> a, Pre
                 fa[j / 4][j % 4] = pack<T>(scale * v.x, scale * v.y);
             }
             const int stage = next_stage(p);
-            add_products<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR, T, 1>(x.of + i, fa, stage_at(p, stage), true);
+            add_products<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR, T, 1>(x.numbers.of + i, fa, stage_at(p, stage), true);
             give_back(p, stage);
         }
 }
@@ -213,7 +221,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < x.TILES; i++)
-            start_products<K_MAJOR, T, 1>(x.of + i, hidden.of[0], stage_at(p, down[i]), true);
+            start_products<K_MAJOR, T, 1>(x.numbers.of + i, hidden.of[0], stage_at(p, down[i]), true);
         wgmma_commit();
         if (x.TILES > 1) wgmma_wait<0>();
     }
@@ -224,7 +232,8 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
 
 template <class S, class T, class Begins>
 __device__ __forceinline__ void forward_in_registers(const Program<Sm90a, T>& p, Begins begins) {
-    InRegisters<T, S> x{p};
+    Numbers<S> numbers;
+    InRegisters<T, S> x{p, numbers};
     forward(x, ForwardKeep<Sm90a, T, Fragments<T, InRegisters<T, S>::TILES>>{p, p.rows(), {}}, begins);
 }
 

@@ -29,7 +29,8 @@ __device__ __forceinline__ void norm_backward(const InRegisters<T, S>& dx, Scrat
         dx.each([&](At at) { out(at, dy(at)); });
         return;
     }
-    InRegisters<T, S> unit{p}, g{p};
+    Numbers<S> units, gradients;
+    InRegisters<T, S> unit{p, units}, g{p, gradients};
     unit.each([&](At at) {
         unit.put(at, x.get(at.row, at.column));
         g.put(at, dy(at));
@@ -151,7 +152,7 @@ __device__ __forceinline__ void mlp_backward(InRegisters<T, S>& dx, Rows<T> xn_r
 #pragma unroll
         for (int i = 0; i < TILES * PARTS; i++)
             if (i % PARTS < tiles_k)
-                start_products<MN_MAJOR, T, 1>(dx.of + i / PARTS, d_pre.of[i % PARTS],
+                start_products<MN_MAJOR, T, 1>(dx.numbers.of + i / PARTS, d_pre.of[i % PARTS],
                                                stage_at(p, stages[i / PARTS][i % PARTS]), true);
         wgmma_commit();
         wgmma_wait<0>();
