@@ -6,9 +6,9 @@
 //     x +=      is what wgmma does
 //     MLP       64 hidden columns come out of one product and go into the next: also nothing but registers
 //
-// q, k, v and o are in shared memory, as ever. Registers, of 168 a thread: x d / 2, xn d / 4, a product's result 32, and
-// 16 of hidden columns. A product's tiles along k are all under way at once, and x += act W2^T of one chunk with the
-// xn W1^T of the next.
+// q, k, v and o are in shared memory, as ever. Registers, of 232 a thread: x d / 2, xn d / 4, a product's result 32, and
+// 16 of hidden columns. A product's tiles along k are all under way at once; up to 64 columns also x += act W2^T of one
+// chunk with the xn W1^T of the next.
 #pragma once
 #include "../mlp.cuh"
 #include "../norm.cuh"
@@ -223,7 +223,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
         for (int i = 0; i < x.TILES; i++)
             start_products<K_MAJOR, T, 1>(x.numbers.of + i, hidden.of[0], stage_at(p, down[i]), true);
         wgmma_commit();
-        if (x.TILES > 1) wgmma_wait<0>();
+        if (x.TILES > 1) wgmma_wait<0>();  // or ptxas, short of registers, waits for each wgmma (C7512)
     }
     wgmma_wait<0>();
 #pragma unroll
