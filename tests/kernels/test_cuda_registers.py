@@ -74,15 +74,21 @@ def arrangement(block, e, call, backward):
     return plan.rows, plan.stages == plan.tiles, block.spec.n_kv_heads // plan.kv_heads, plan.cluster
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_output_is_right(monkeypatch, tmp_path, name):
-    (shared_bytes, batch, seq_len, options), calls, expected = SHAPES[name]
-    library = on_device(monkeypatch, shared_bytes, 1, watched=True)
-    own_kernels(monkeypatch, tmp_path, watched=True)
+def arranged(monkeypatch, tmp_path, case, backward):
+    """Block, input and call of a case, with the library of its own kernel, whose schedules can be chosen."""
+    (shared_bytes, batch, seq_len, options), calls, expected = case
+    on_device(monkeypatch, shared_bytes, 1, watched=True)
+    own = own_kernels(monkeypatch, tmp_path, watched=True)
     block = block_of(options)
     e = torch.randn(batch, seq_len, block.spec.d_model).to(BF16)
     for call in calls:
-        assert arrangement(block, e, call, backward=False) == expected
+        assert arrangement(block, e, call, backward) == expected
+        yield block, e, call, list(own.values())[-1]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_output_is_right(monkeypatch, tmp_path, name):
+    for block, e, call, library in arranged(monkeypatch, tmp_path, SHAPES[name], backward=False):
         check(library, block, e, range(2), **{"n_loops": 2} | call)
 
 
@@ -152,13 +158,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_are_right(monkeypatch, tmp_path, name):
-    (shared_bytes, batch, seq_len, options), calls, expected = GRADIENTS[name]
-    library = on_device(monkeypatch, shared_bytes, 1, watched=True)
-    own_kernels(monkeypatch, tmp_path, watched=True)
-    block = block_of(options)
-    e = torch.randn(batch, seq_len, block.spec.d_model).to(BF16)
-    for call in calls:
-        assert arrangement(block, e, call, backward=True) == expected
+    for block, e, call, library in arranged(monkeypatch, tmp_path, GRADIENTS[name], backward=True):
         for seed in range(2):
             library.library.shift_emulation_seed(seed)
             check_gradients(block, e, call)

@@ -48,16 +48,15 @@ def on(monkeypatch, tmp_path):
 
 
 def own_kernels(monkeypatch, tmp_path, watched=False):
-    """Each shape has its own kernel from now on; returns the shapes that were asked for."""
-    asked = []
+    """Each shape has its own kernel from now on; returns those asked for, with their libraries."""
+    asked = {}
 
     def kernel(shape):
         listed = tmp_path / f"{len(asked)}.txt"
         listed.write_text(",".join(map(str, shape.words)))
         source = (CSRC / "cuda" / "shape.cu", *cuda_shapes.defined(shape, listed))
-        library = emulated(source, watched=watched).library
-        asked.append(shape)
-        return ctypes.cast(library.shift_cuda_run_shape, ctypes.c_void_p).value
+        asked[shape] = emulated(source, watched=watched)
+        return ctypes.cast(asked[shape].library.shift_cuda_run_shape, ctypes.c_void_p).value
 
     monkeypatch.setattr(cuda_shapes, "kernel", kernel)
     cuda_backend._prepared_on.cache_clear()

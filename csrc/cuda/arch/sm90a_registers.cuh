@@ -144,7 +144,8 @@ __device__ __forceinline__ void add_bias(InRegisters<T, S>& x, const float* bias
     });
 }
 
-// a: of a chunk of heads; forward o, backward dq, dk and dv. Here scale is the operand's: its numbers are rounded once more.
+// a: of a chunk of heads; forward o, backward dq, dk and dv. Here scale is the operand's: its numbers are rounded once
+// more.
 template <bool ROWS_ALONG_N, class T, class S>
 __device__ __forceinline__ void add_product(InRegisters<T, S>& x, Rows<T> a, Prefetch<T>, float scale,
                                             const float* bias, Prefetch<T>) {
