@@ -1,9 +1,10 @@
-"""The polynomial of backends/triton/activation.py: least largest error of Phi(-a) on [0, END].
+"""The polynomial of the kernels' GELU: log2 Phi(-a) on [0, END], so that Phi(-a) is one exponential.
 
     python -m benchmarks.offline.fit_gelu                  # prints its coefficients and its errors in float32
 
-Lawson's method: least squares whose weights grow where the error is large. Weighted by max(a, 1/2), since
-GELU multiplies it by a, while its slope and small a need it as it is.
+Lawson's method: least squares whose weights grow where the error is large. What counts is the error of Phi(-a),
+to which that of its logarithm counts ln 2 Phi(-a) times, and times max(a, 1/2), since GELU multiplies it by a,
+while its slope and small a need it as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 
 import numpy as np
 
-END, TERMS, STEPS = 4.5, 10, 2000
+END, TERMS, STEPS = 5.0, 6, 2000
+"""Beyond END Phi(-a) is nothing, and the polynomial falls, as its highest term is negative."""
 
 
 def tail(a: np.ndarray) -> np.ndarray:
@@ -21,11 +23,11 @@ def tail(a: np.ndarray) -> np.ndarray:
 
 
 def fitted() -> np.ndarray:
-    """Coefficients in s = a - END / 2, lowest power first. Powers of a would cancel in float32."""
-    s = -END / 2 * np.cos(np.linspace(0, np.pi, 4000))
-    basis = np.polynomial.chebyshev.chebvander(2 * s / END, TERMS - 1)
-    goal, scale = tail(s + END / 2), np.maximum(s + END / 2, 0.5)
-    weights, least, best = np.full(len(s), 1 / len(s)), math.inf, np.zeros(TERMS)
+    """Coefficients in a, lowest power first."""
+    a = END / 2 * (1 - np.cos(np.linspace(0, np.pi, 4000)))
+    goal, scale = np.log2(tail(a)), math.log(2) * tail(a) * np.maximum(a, 0.5)
+    basis = a[:, None] ** np.arange(TERMS)
+    weights, least, best = np.full(len(a), 1 / len(a)), math.inf, np.zeros(TERMS)
     for _ in range(STEPS):
         w = np.sqrt(weights) * scale
         found = np.linalg.lstsq(basis * w[:, None], goal * w, rcond=None)[0]
@@ -34,17 +36,16 @@ def fitted() -> np.ndarray:
             least, best = error.max(), found
         weights *= error + 1e-12
         weights /= weights.sum()
-    powers = np.polynomial.chebyshev.Chebyshev(best, domain=[-END / 2, END / 2])
-    return powers.convert(kind=np.polynomial.Polynomial).coef
+    return best
 
 
 def main() -> None:
     coefficients = fitted().astype(np.float32)
-    a = np.linspace(0, END, 400_001, dtype=np.float32)
-    s, q = a - np.float32(END / 2), np.full_like(a, coefficients[-1])
+    a = np.linspace(0, 30, 400_001, dtype=np.float32)
+    log2 = np.full_like(a, coefficients[-1])
     for c in coefficients[-2::-1]:
-        q = q * s + c
-    error = np.abs(q - tail(a))
+        log2 = log2 * a + c
+    error = np.abs(np.exp2(log2) - tail(a))
     print(", ".join(map(repr, map(float, coefficients))))
     print(f"largest error of Phi {error.max():.1e}, of GELU {(error * a).max():.1e}")
 

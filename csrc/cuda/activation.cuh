@@ -1,6 +1,6 @@
 // The MLP's activations and their gradients, fp32: the only place that knows them on this backend. Each is non-finite
-// where PyTorch's is; a maximum would drop a NaN, so relu is a choice. As operands are 16 bits wide, GELU's erf is a
-// polynomial: its error is at most 1.6e-5, that of its slope 3.2e-5.
+// where PyTorch's is; a maximum would drop a NaN, so relu is a choice. As operands are 16 bits wide, GELU's erf is an
+// exponential of a polynomial: its error is at most 1e-6, that of its slope 2e-6.
 #pragma once
 #include "call.h"
 #include "tile/math.cuh"
@@ -23,20 +23,17 @@ struct Gelu {
     float y, tail;  // Phi(-|x|)
 };
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with the coefficients of benchmarks/offline/fit_gelu.py. Non-finite for every x
-// that is: -inf + inf is NaN.
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with the coefficients of benchmarks/offline/fit_gelu.py. The maximum may drop a
+// NaN: the other term has it, too.
 __device__ inline Gelu gelu(float x) {
-    const float a = fminf(fabsf(x), 4.5f), s = a - 2.25f;  // about the middle, so that no terms cancel
-    float q = -1.3151538951206021e-05f * s + 4.486757461563684e-05f;
-    q = q * s + 0.00017128988110926002f;
-    q = q * s - 0.0009948682272806764f;
-    q = q * s + 0.0006458957213908434f;
-    q = q * s + 0.006104551255702972f;
-    q = q * s - 0.021636884659528732f;
-    q = q * s + 0.03573797270655632f;
-    q = q * s - 0.03170836344361305f;
-    q = q * s + 0.01222113985568285f;
-    return {0.5f * (x + fabsf(x)) - a * q, q};
+    const float a = fabsf(x);
+    float log2 = -0.0004925047978758812f * a + 0.007229604292660952f;
+    log2 = log2 * a - 0.052220799028873444f;
+    log2 = log2 * a - 0.459526389837265f;
+    log2 = log2 * a - 1.1510180234909058f;
+    log2 = log2 * a - 1.0000033378601074f;
+    const float tail = tile::exp2_approx(log2);
+    return {fmaxf(x, 0.0f) - a * tail, tail};
 }
 
 // f(x); of swiglu's gate, silu.

@@ -26,13 +26,13 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
 #endif
 }
 
-// 1 / x within one unit of the last place. Section 9.7.3.13 (rcp.approx.f32).
+// 1 / x within one unit of the last place; subnormal numbers count as zero. Section 9.7.3.13 (rcp.approx.ftz.f32).
 __device__ __forceinline__ float reciprocal_approx(float x) {
 #if defined(SHIFT_EMULATE)
     return 1.0f / x;
 #else
     float y;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
 }
