@@ -265,6 +265,8 @@ template <class X, class Xn, class T>
 __device__ __forceinline__ void attention(X& x, const Xn& xn, const Weights<T>& w, float scale, Prefetch<T> after) {
     const auto& p = x.p;
     const int head_chunks = int(p.c().n_kv_heads / p.p().kv_heads), attn = int(p.c().n_heads * p.c().head_dim);
+    const float* const bias = left_of_bias(x, w.out_bias(), scale);
+#pragma unroll 1
     for (int chunk = 0; chunk < head_chunks; chunk++) {
         const HeadChunk of(p, chunk);
         const Prefetch<T> out = {w.out() + of.first_query_column, attn, p.d(), of.queries * of.head_dim};
@@ -280,7 +282,7 @@ __device__ __forceinline__ void attention(X& x, const Xn& xn, const Weights<T>& 
             attend_16(p, of, head, row0, to_work, [](int, float) {});
         });
         // x += scale (o Wo^T + b)
-        add_product<false>(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : w.out_bias(),
+        add_product<false>(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : bias,
                            xn.streamed ? Prefetch<T>{} : chunk + 1 < head_chunks ? prefetch_qkv(p, w, chunk + 1) : after);
         if (p.bands() > 1 || p.split() > 1) sync_sequence(p);  // others have read the keys and values
     }

@@ -68,7 +68,7 @@ struct Plan {
     int64_t ff_chunk;         // hidden columns at a time
     int64_t stages;           // weight tiles in flight
     int64_t tiles;            // weight tiles that a loop reads, if an sm_90a kernel runs; or 0
-    int64_t tile_columns;     // of such a tile: 128, or 64
+    int64_t tile_columns;     // of such a tile: 128, or 64; see tiles_lie_along_k
     int64_t cluster;          // blocks that share each weight tile's way from L2 (sm_90a), or a sequence
     int64_t residual;         // enum Residual: where the fp32 residual stream is
     int64_t shared_bytes;     // dynamic shared memory of a block

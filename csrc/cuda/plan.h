@@ -29,11 +29,13 @@
 //                                                     the block's as the ring leaves room for
 //   backward  remote  remote_rows (2 query columns + 8) 2       the same, or queries and gradients of their output
 //
-// Their kernels for one shape may have the residual stream in registers, with its normalised copy and the MLP's hidden
-// columns: no tile and no xn, work is q, k, v alone, and tiles are of 64 64 2.
+// Their kernels for one shape may have the residual stream in registers, with the MLP's hidden columns and up to 128
+// columns of its normalised copy: no tile, xn of 128 rows without the 8 where there are more columns, work is what
+// attention takes, and a stage is all of d_model, of 64 rows or columns of a weight.
 //
 // They take the first of these that fits:
-//   0. forward of one shape, up to 128 columns: as many whole sequences as fit 128 rows and more than 64, x in registers;
+//   0. one shape, up to 256 columns (a backward 128, with gates 64): as many whole sequences as fit 128 rows and more
+//      than 64, x in registers;
 //   1. whole sequences in up to 128 rows, or else in up to 64, with a stage for every tile of a loop, so that weights
 //      are read once for all loops;
 //   2. as many whole sequences as fit 128 rows, the tile in shared memory;
@@ -88,6 +90,8 @@ constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
     return ff_chunk * (backward && c.activation == SWIGLU ? 3 : 1);
 }
 constexpr bool in_registers(const Plan& p) { return p.residual == IN_REGISTERS; }  // hidden columns too, then
+// xn, then, is operand as it lies in registers, or, of more columns, as wgmma reads it from shared memory.
+constexpr bool operand_in_shared(const Block& b, const Plan& p) { return in_registers(p) && b.d_model > 128; }
 // A row of work has one place for all that either half puts there, so that nobody writes to another's rows.
 constexpr int64_t work_columns(const Call& c, const Plan& p, bool backward) {
     const int64_t mlp = c.d_ff && !in_registers(p) ? mlp_columns(c, p.ff_chunk, backward) : 0;
@@ -123,12 +127,16 @@ constexpr int64_t remote_bytes(const Call& c, const Plan& p, bool backward) {
     return p.remote_rows * (2 * columns + PAD) * OPERAND;
 }
 
+constexpr int64_t xn_bytes(const Call& c, const Plan& p, bool backward) {
+    if (operand_in_shared(c, p)) return MOST_ROWS * ceil_to(c.d_model, SUBTILE_SIDE) * OPERAND;
+    return backward || in_registers(p) ? 0 : p.rows * (c.d_model + PAD) * OPERAND;
+}
+
 constexpr int64_t shared_bytes(const Call& c, const Plan& p, bool backward) {
     int64_t bytes = p.residual == IN_SHARED ? tile_bytes(c, p.rows) : 0;
     bytes += p.rows * 8 + 128 + work_bytes(c, p, backward) + remote_bytes(c, p, backward);
-    bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p);
-    if (backward) return bytes + scores_bytes(c, p) + p.rows * 8;
-    return bytes + (in_registers(p) ? 0 : p.rows * (c.d_model + PAD) * OPERAND);
+    bytes += p.stages * stage_bytes(p, backward) + mbarrier_bytes(p) + xn_bytes(c, p, backward);
+    return bytes + (backward ? scores_bytes(c, p) + p.rows * 8 : 0);
 }
 
 // A part of a layer's weight that an sm_90a kernel multiplies by at once: n rows and k columns from this row (as
@@ -139,7 +147,8 @@ struct Part {
     int64_t n, k, row, column, subtile;
 };
 
-constexpr int64_t subtiles_along(int64_t side) { return ceil_to(side, SUBTILE_SIDE) / SUBTILE_SIDE; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t subtiles_along(int64_t side) { return ceil_div(side, SUBTILE_SIDE); }
 
 // Calls f(to, back) for each chunk of heads, or chunk of hidden columns, of half a layer: weights to the hidden
 // columns, and back. Returns how many subtiles there are up to here.
@@ -188,12 +197,18 @@ constexpr void each_product(const Call& c, const Plan& p, bool backward, F f) {
         });
 }
 
-// How many tiles of tile_columns and 64 k they read.
+// With x in registers a product's tile has all of d_model: along k where xn is the operand, else along n.
+constexpr bool tiles_lie_along_k(const Plan& p, const Part& of, bool transposed) {
+    const bool to_hidden = of.weight == QKV_W || of.weight == UP_W;
+    return in_registers(p) && to_hidden != transposed;
+}
+
+// How many tiles of tile_columns and 64 k they read, or, along k, of 64 columns.
 constexpr int64_t loop_tiles(const Call& c, const Plan& p, bool backward) {
     int64_t tiles = 0;
     each_product(c, p, backward, [&](int64_t, const Part& of, bool transposed) {
         const int64_t n = transposed ? of.k : of.n, k = transposed ? of.n : of.k;
-        tiles += (n + p.tile_columns - 1) / p.tile_columns * subtiles_along(k);
+        tiles += tiles_lie_along_k(p, of, transposed) ? subtiles_along(n) : ceil_div(n, p.tile_columns) * subtiles_along(k);
     });
     return tiles;
 }
@@ -302,9 +317,10 @@ constexpr Plan begin_plan(const Call& c, int64_t sequences, int64_t split, Resid
     return p;
 }
 
-// More rows share each weight that is read, but not at the price of idle multiprocessors.
+// More rows share each weight that is read, but not at the price of idle multiprocessors: where half of them would still
+// all run at once.
 constexpr bool leaves_idle(const Call& c, const Plan& p, int64_t step) {
-    return p.programs < c.n_sms && p.rows > ceil_to(c.seq_len, step);
+    return 2 * p.programs <= c.n_sms && p.rows > ceil_to(c.seq_len, step);
 }
 
 // Whether each of so many blocks has enough of a sequence's rows: of the 64 that wgmma computes more than a quarter.
@@ -336,8 +352,9 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     p = begin_plan(c, sequences, split, residual);
     p.threads = CONSUMERS + (in_registers(p) ? PRODUCERS_OF_REGISTERS : PRODUCERS);
     // Two warpgroups of 64 rows each take all columns of a tile. So where weights are to stay, tiles are of 64: none is
-    // half empty, as 128 columns of 192 or 64 are. And where registers hold more than a product's result.
-    p.tile_columns = in_registers(p) || (least > MOST_STAGES && p.rows > 64) ? SUBTILE_SIDE : TILE_N;
+    // half empty, as 128 columns of 192 or 64 are.
+    p.tile_columns = least > MOST_STAGES && p.rows > 64 ? SUBTILE_SIDE : TILE_N;
+    if (in_registers(p)) p.tile_columns = ceil_to(c.d_model, SUBTILE_SIDE);
     if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
     // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
     const bool stay = p.stages == p.tiles;
@@ -346,16 +363,16 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     return true;
 }
 
-// Registers hold x where each warp has 16 rows of its own, and these few columns; fewer where a backward has gates, too.
-constexpr int64_t MOST_IN_REGISTERS = 128;
+// Registers hold x where each warp has 16 rows of its own, and these few columns; fewer where a backward has xn there,
+// too, and gates.
 constexpr bool may_be_in_registers(const Call& c, bool backward) {
-    return c.own_kernel && c.d_model <= (backward && is_gated(c.activation) ? MOST_IN_REGISTERS / 2 : MOST_IN_REGISTERS);
+    return c.own_kernel && c.d_model <= (!backward ? 256 : is_gated(c.activation) ? 64 : 128);
 }
 
 constexpr Plan plan_sm90a(const Call& c, bool backward) {
     Plan p = {};
     const int64_t most = most_sequences(c);
-    for (int64_t least : {MOST_STAGES + 1, int64_t{4}})  // 4: two products of two tiles are under way at once
+    for (int64_t least : {MOST_STAGES + 1, int64_t{3}})
         for (int64_t n = most; may_be_in_registers(c, backward) && n * c.seq_len > MOST_ROWS / 2; n--)
             if (arrange_sm90a(c, p, n, 1, IN_REGISTERS, least, backward)) return p;
     for (int64_t rows = MOST_ROWS; rows >= larger<int64_t>(c.seq_len, 64); rows -= 64)

@@ -51,13 +51,16 @@ struct Layout {
 constexpr Layout layout(const Call& c, const Plan& p, bool backward) {
     Layout l = {};
     const int64_t d = c.d_model;
-    l.mbarriers = int(p.stages * stage_bytes(p, backward));
+    const int ring = int(p.stages * stage_bytes(p, backward));
+    const bool beside = operand_in_shared(c, p);  // the weights, in subtiles like theirs
+    l.mbarriers = ring + int(beside ? xn_bytes(c, p, backward) : 0);
     l.work = l.mbarriers + int(mbarrier_bytes(p));
     l.remote = l.work + int(work_bytes(c, p, backward));
-    l.xn = l.normaliser = l.remote + int(remote_bytes(c, p, backward));
+    l.normaliser = l.remote + int(remote_bytes(c, p, backward));
+    l.xn = beside ? ring : l.normaliser;
     l.o_do = l.normaliser + int(scores_bytes(c, p) / 2);
     l.moments = l.normaliser + int(scores_bytes(c, p));
-    l.spans = backward ? l.moments + int(p.rows * 8) : l.xn + (in_registers(p) ? 0 : int(p.rows * (d + PAD) * OPERAND));
+    l.spans = backward ? l.moments + int(p.rows * 8) : l.normaliser + int(beside ? 0 : xn_bytes(c, p, backward));
     l.sums = l.spans + int(p.rows * 8);
     l.tile = l.sums + 128;
     l.ld_work = int(work_columns(c, p, backward));

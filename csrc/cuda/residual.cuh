@@ -5,7 +5,7 @@
 //     get(at), put(at, x)
 //
 // and overloads: norm, mlp, their backwards; loaded; add_product: x += scale (a b + bias), b as in matmul.cuh, a columns of
-// work. Backward the same is a branch's input gradient.
+// work; left_of_bias: what of a bias a branch's first product is to add. Backward the same is a branch's input gradient.
 #pragma once
 #include "matmul.cuh"
 
@@ -39,6 +39,11 @@ __device__ __forceinline__ void add_product(const InMemory<A, T>& x, Rows<T> a, 
                                             const float* bias, Prefetch<T> prefetch) {
     const auto add = [&](int r, int j, float2 u, float2 v) { add_to_tile(x.p.tile, r, j, u, v, scale, bias); };
     multiply<ROWS_ALONG_N>(x.p, a, b.b, b.ld, b.n, b.k, add, prefetch);
+}
+
+template <class A, class T>
+__device__ inline const float* left_of_bias(const InMemory<A, T>&, const float* bias, float) {
+    return bias;
 }
 
 // An operand's rows for products: where they are, or in registers.

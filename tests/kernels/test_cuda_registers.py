@@ -23,7 +23,7 @@ SHAPES = {
         (128, True, 1, 1),
     ),
     "120 rows, a ring, two share": (
-        (130 * KB, 8, 20, {"d_model": 128, "n_layers": 2, "d_ff": 144, "activation": "swiglu"}),
+        (146 * KB, 8, 20, {"d_model": 128, "n_layers": 2, "d_ff": 144, "activation": "swiglu"}),
         [{}],
         (120, False, 1, 2),
     ),
@@ -40,7 +40,7 @@ SHAPES = {
     ),
     "sandwich, chunks of heads": (
         (
-            80 * KB,
+            96 * KB,
             8,
             30,
             {"d_model": 128, "n_kv_heads": 2, "norm": "rmsnorm", "norm_placement": "sandwich"}
@@ -48,6 +48,27 @@ SHAPES = {
         ),
         [{"seq_lens": torch.tensor([30, 5, 1, 22, 30, 30, 0, 9])}],
         (120, False, 2, 2),
+    ),
+    "192 columns, its operand in shared memory": (
+        (
+            227 * KB,
+            8,
+            30,
+            {"d_model": 192, "n_heads": 6, "d_ff": 80, "activation": "swiglu", "n_layers": 2},
+        ),
+        [{"seq_lens": torch.tensor([30, 5, 1, 22, 30, 30, 0, 9])}],
+        (120, False, 2, 2),
+    ),
+    "256 columns, sandwich": (
+        (
+            227 * KB,
+            2,
+            64,
+            {"d_model": 256, "norm_placement": "sandwich", "position": "rope", "bias": False, "d_ff": 64}
+            | {"residual_scale": 0.5, "injection": "add"},
+        ),
+        [{}],
+        (128, False, 4, 1),
     ),
     "no norm, no MLP": (
         (227 * KB, 3, 33, {"norm": "none", "d_ff": 0, "activation": "relu"}),

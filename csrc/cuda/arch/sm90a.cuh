@@ -96,17 +96,19 @@ __device__ inline void stream_weights(Program<Sm90a, T> p, Loops loops) {
         const int below = int(subtiles_along(of.k) * SUBTILE), beside = int(SUBTILE);
         const int n = int(transposed ? of.k : of.n), to_next_n = transposed ? beside : below;
         const int k = int(transposed ? of.n : of.k), to_next_k = transposed ? below : beside;
+        const bool along_k = tiles_lie_along_k(p.p(), of, transposed);
+        const int side = int(SUBTILE_SIDE), step_n = along_k ? side : columns, step_k = along_k ? columns : side;
 #pragma unroll 1
-        for (int n0 = 0; n0 < n; n0 += columns)
+        for (int n0 = 0; n0 < n; n0 += step_n)
 #pragma unroll 1
-            for (int k0 = 0; k0 < k; k0 += int(TILE_K)) {
-                const int side = int(SUBTILE_SIDE), some = columns > side && n0 + side < n ? 2 : 1;
+            for (int k0 = 0; k0 < k; k0 += step_k) {
+                const int some = tiles_along(smaller(along_k ? k - k0 : n - n0, columns), side);
                 unsigned char* to = p.ring() + s * stage + offset;
                 const unsigned char* from = subtiles + of.subtile * SUBTILE + offset;
                 from += n0 / side * to_next_n + k0 / side * to_next_k;
                 mbarrier_wait(p.empty() + s, passes % 2 ^ 1);
                 mbarrier_arrive_expect(p.full() + s, some * int(SUBTILE));
-                for (int i = 0; i < some; i++) bring(to + i * SUBTILE, from + i * to_next_n);
+                for (int i = 0; i < some; i++) bring(to + i * SUBTILE, from + i * (along_k ? to_next_k : to_next_n));
                 if (++s == stages) s = 0, passes++;
             }
     };

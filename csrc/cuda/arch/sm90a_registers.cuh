@@ -1,17 +1,19 @@
-// The residual stream in registers, for kernels of one shape with up to 128 columns and 65 to 128 rows (plan.h): a warp
+// The residual stream in registers, for kernels of one shape with up to 256 columns and 65 to 128 rows (plan.h): a warp
 // has its 16 rows of x as wgmma's accumulators, so
 //
 //     norm      needs the four lanes of a row alone
-//     xn        packed, is the left operand of the next products as it is
+//     xn        packed, is the left operand of the next products as it is; of more than 128 columns it lies in shared
+//               memory, as wgmma reads it there
 //     x +=      is what wgmma does
 //     MLP       64 hidden columns come out of one product and go into the next: also nothing but registers
 //
-// q, k, v and o are in shared memory, as ever. Registers, of 232 a thread: x d / 2, xn d / 4, a product's result 32, and
-// 16 of hidden columns. A product's tiles along k are all under way at once; up to 64 columns also x += act W2^T of one
+// q, k, v and o are in shared memory, as ever. Registers, of 232 a thread: x d / 2, xn d / 4 or none, a product's result
+// 32, and 16 of hidden columns. A product's tiles along k are all under way at once; up to 64 columns also x += act W2^T of one
 // chunk with the xn W1^T of the next.
 #pragma once
 #include "../mlp.cuh"
 #include "../norm.cuh"
+#include "../tile/registers.cuh"
 #include "sm90a.cuh"
 
 namespace shift_cuda {
@@ -23,6 +25,26 @@ struct Fragments {
     uint32_t of[TILES][4][4] = {};
     __device__ uint32_t& word(int i) { return of[i / 16][i % 16 / 4][i % 4]; }
     __device__ void put(At at, float2 x) { word(at.index) = pack<T>(x.x, x.y); }
+};
+
+// The same as 64 columns of the 64 rows of a warpgroup, one piece after the other, in shared memory: what one warp has put
+// the others read, too.
+template <class T, int TILES>
+struct SharedOperand {
+    static constexpr bool streamed = false;
+    int at, first;  // bytes of shared memory: where the warpgroup's begins, and where the thread's first pair is
+    __device__ SharedOperand(const Program<Sm90a, T>& p) : at(p.job.at.xn + warp() / 4 * TILES * int(SUBTILE)) {
+        first = at + swizzled(warp() % 4 * 16 + lane() / 4, lane() % 4 * 4);
+    }
+    // 8 columns on are the next 16 bytes of the line, 8 rows on the next 1024 bytes.
+    __device__ void put(At to, float2 x) const {
+        const int j = to.index / 2, second = to.index % 2;
+        unsigned char* const line = shared_memory() + (forgotten(first) ^ j % 8 * 16);
+        store(line + j / 8 * int(SUBTILE) + second * 1024, pack<T>(x.x, x.y));
+    }
+    __device__ uint64_t descriptor(int tile) const {
+        return forgotten(wgmma_descriptor(shared_memory() + at + tile * int(SUBTILE)));
+    }
 };
 
 // The same of rows that are in device memory too.
@@ -40,7 +62,7 @@ struct KeptFragments : Fragments<T, TILES> {
 template <class S>
 struct Numbers {
     static constexpr int D = int(S::SHAPE.block.d_model), TILES = tiles_along(D, SUBTILE_SIDE);
-    float of[TILES][32] = {};
+    float of[32 * TILES] = {};
 };
 
 // It only refers to them: beside an array that is not yet registers the compiler would know `p`, and with it all of a
@@ -59,20 +81,20 @@ struct InRegisters {
     // Pair i is of columns 8 (i / 2) + 2 (lane % 4) and + 1, row lane / 4 + 8 (i % 2) of the warp's.
     template <class F>
     __device__ __forceinline__ void each(F f) const {
+        const int row = p.band_begin() + lane() / 4;
 #pragma unroll
-        for (int second = 0; second < 2; second++) {
-            const int row = p.band_begin() + lane() / 4 + 8 * second;
-            if (ROWS < MOST_ROWS && row >= ROWS) continue;
+        for (int j = 0; 8 * j < D; j++)  // both rows' at once, or what f loads for a column is kept for d_model of them
 #pragma unroll
-            for (int j = 0; 8 * j < D; j++) f(At{row, 8 * j + lane() % 4 * 2, 2 * j + second});
-        }
+            for (int second = 0; second < 2; second++)
+                if (ROWS == MOST_ROWS || row + 8 * second < ROWS)
+                    f(At{row + 8 * second, 8 * j + lane() % 4 * 2, 2 * j + second});
     }
     __device__ float2 get(At at) const {
-        const float* x = numbers.of[at.index / 16] + at.index % 16 * 2;
+        const float* x = numbers.of + 2 * at.index;
         return make_float2(x[0], x[1]);
     }
     __device__ void put(At at, float2 x) {
-        float* to = numbers.of[at.index / 16] + at.index % 16 * 2;
+        float* to = numbers.of + 2 * at.index;
         to[0] = x.x, to[1] = x.y;
     }
 };
@@ -95,6 +117,8 @@ __device__ __forceinline__ void moments(const InRegisters<T, S>& x, Moments (&m)
     }
     const float2 squares = add_up([](float v, Moments of) { return (v - of.mean) * (v - of.mean); });
     m[0].inverse = rsqrt_approx(squares.x + float(c.eps)), m[1].inverse = rsqrt_approx(squares.y + float(c.eps));
+    // Or the compiler would keep each x - mean for the caller, d / 2 registers.
+    m[0].mean = shuffle(m[0].mean, lane()), m[1].mean = shuffle(m[1].mean, lane());
 }
 
 template <class T, class S, class Out>
@@ -108,26 +132,66 @@ __device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* we
     });
 }
 
-// acc = a b for the next 64 columns of b. What was under way before is done too.
+// Before products by an operand that the warp has put, and before the next is put.
+template <class T, int TILES>
+__device__ __forceinline__ void is_put(const Fragments<T, TILES>&) {}
+template <class T, int TILES>
+__device__ __forceinline__ void is_put(const SharedOperand<T, TILES>&) {
+    fence_async_proxy();
+    sync_threads(2 + warp() / 4, 128);
+}
+template <class T, int TILES>
+__device__ __forceinline__ void is_read(const Fragments<T, TILES>&) {}
+template <class T, int TILES>
+__device__ __forceinline__ void is_read(const SharedOperand<T, TILES>&) {
+    sync_threads(2 + warp() / 4, 128);
+}
+
+// acc (+)= a b for 64 k, a's i-th and b's: subtiles of 64 columns.
 template <Major B, class T, int TILES>
-__device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&acc)[32], const Fragments<T, TILES>& a) {
-    int stages[TILES];
+__device__ __forceinline__ void start_product(float (&acc)[32], const Fragments<T, TILES>& a, int i,
+                                              const unsigned char* b) {
+    start_products<B, T, 1>(&acc, a.of[i], b, i > 0);
+}
+template <Major B, class T, int TILES>
+__device__ __forceinline__ void start_product(float (&acc)[32], const SharedOperand<T, TILES>& a, int i,
+                                              const unsigned char* b) {
+    static_assert(B == K_MAJOR, "a forward's operand");
+    const uint64_t first_a = a.descriptor(i), first_b = wgmma_descriptor(b);
 #pragma unroll
-    for (int i = 0; i < TILES; i++) stages[i] = next_stage(p);
+    for (int kk = 0; kk < 4; kk++)
+        wgmma<T, 64>(acc, wgmma_moved(first_a, 32 * kk), wgmma_moved(first_b, 32 * kk), i > 0 || kk > 0);
+}
+
+// acc = a b for the next 64 columns of b. What was under way before is done too.
+template <Major B, class T, int TILES, template <class, int> class Operand>
+__device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&acc)[32], const Operand<T, TILES>& a) {
+    const int stage = next_stage(p);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < TILES; i++) start_products<B, T, 1>(&acc, a.of[i], stage_at(p, stages[i]), i > 0);
+    for (int i = 0; i < TILES; i++) start_product<B>(acc, a, i, stage_at(p, stage) + i * int(SUBTILE));
     wgmma_commit();
     wgmma_wait<0>();
+    give_back(p, stage);
+}
+
+// x += a b for 64 k of b, all columns at once.
+template <Major B, class T, int COLUMNS_PER_THREAD>
+__device__ __forceinline__ void start_sum(float (&x)[COLUMNS_PER_THREAD], const uint32_t (&a)[4][4],
+                                          const unsigned char* b) {
+    constexpr int NEXT_8 = 8 * 128, NEXT_16_K = B == K_MAJOR ? 32 : 2 * NEXT_8;
+    const uint64_t first = wgmma_descriptor(b, NEXT_8, B == K_MAJOR ? 16 : int(SUBTILE));
 #pragma unroll
-    for (int i = 0; i < TILES; i++) give_back(p, stages[i]);
+    for (int kk = 0; kk < 4; kk++)
+        wgmma<T, 2 * COLUMNS_PER_THREAD, B>(x, a[kk], wgmma_moved(first, kk * NEXT_16_K), true);
 }
 
 // As the other multiply.
-template <bool ROWS_ALONG_N, class T, int TILES, class Out>
-__device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Fragments<T, TILES>& a, const T*, int64_t,
+template <bool ROWS_ALONG_N, class T, int TILES, template <class, int> class Operand, class Out>
+__device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Operand<T, TILES>& a, const T*, int64_t,
                                          int n, int, Out out, Prefetch<T> = {}) {
     float acc[32];
+    is_put(a);
 #pragma unroll 1
     for (int n0 = 0; n0 < n; n0 += int(SUBTILE_SIDE)) {
         project_64<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR>(p, acc, a);
@@ -144,58 +208,72 @@ __device__ __forceinline__ void add_bias(InRegisters<T, S>& x, const float* bias
     });
 }
 
+template <class T, class S>
+__device__ __forceinline__ const float* left_of_bias(InRegisters<T, S>& x, const float* bias, float scale) {
+    add_bias(x, bias, scale);
+    return nullptr;
+}
+
 // a: of a chunk of heads; forward o, backward dq, dk and dv. Here scale is the operand's: its numbers are rounded once
 // more.
 template <bool ROWS_ALONG_N, class T, class S>
 __device__ __forceinline__ void add_product(InRegisters<T, S>& x, Rows<T> a, Prefetch<T>, float scale,
-                                            const float* bias, Prefetch<T>) {
+                                            const float*, Prefetch<T>) {
     constexpr int K = ROWS_ALONG_N ? InRegisters<T, S>::QKV_COLUMNS : InRegisters<T, S>::O_COLUMNS;
     const Program<Sm90a, T>& p = x.p;
-    if (bias) add_bias(x, bias, scale);
     p.sync_band();
     const T* rows = a.at + p.band_begin() * a.ld;
     const bool any = x.ROWS > MOST_ROWS - 16 || p.band_begin() < x.ROWS;  // of the warp's rows exist
+    uint32_t both[2][4][4] = {};  // the operand of the product under way, and the next one's
+    int before = 0;               // the stage of that product
 #pragma unroll
-    for (int i = 0; i < x.TILES; i++)
+    for (int k0 = 0; k0 < K; k0 += int(TILE_K)) {
+        uint32_t(&fa)[4][4] = both[k0 / int(TILE_K) % 2];
 #pragma unroll
-        for (int k0 = 0; k0 < K; k0 += int(TILE_K)) {
-            uint32_t fa[4][4] = {};
+        for (int kk = 0; kk < 4; kk++)
+            if (k0 + 16 * kk < K && any)
+                load_a(fa[kk], rows + k0 + 16 * kk, a.ld, p.rows_from(p.band_begin()));
+            else
+                fa[kk][0] = fa[kk][1] = fa[kk][2] = fa[kk][3] = 0;
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++)
-                if (k0 + 16 * kk < K && any) load_a(fa[kk], rows + k0 + 16 * kk, a.ld, p.rows_from(p.band_begin()));
-#pragma unroll
-            for (int j = 0; scale != 1.0f && j < 16; j++) {
-                const float2 v = unpack<T>(fa[j / 4][j % 4]);
-                fa[j / 4][j % 4] = pack<T>(scale * v.x, scale * v.y);
-            }
-            const int stage = next_stage(p);
-            add_products<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR, T, 1>(x.numbers.of + i, fa, stage_at(p, stage), true);
-            give_back(p, stage);
+        for (int j = 0; scale != 1.0f && j < 16; j++) {
+            const float2 v = unpack<T>(fa[j / 4][j % 4]);
+            fa[j / 4][j % 4] = pack<T>(scale * v.x, scale * v.y);
         }
+        const int stage = next_stage(p);
+        if (k0 > 0) {
+            wgmma_wait<0>();
+            give_back(p, before);
+        }
+        wgmma_fence();
+        start_sum<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR, T>(x.numbers.of, fa, stage_at(p, stage));
+        wgmma_commit();
+        before = stage;
+    }
+    wgmma_wait<0>();
+    give_back(p, before);
 }
 
 // Chunks of 64 hidden columns (plan.h).
-template <class T, class S>
-__device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InRegisters<T, S>::TILES>& xn,
-                                    const Weights<T>& w, float scale, Prefetch<T>) {
+template <class T, class S, int TILES, template <class, int> class Operand>
+__device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Operand<T, TILES>& xn, const Weights<T>& w, float scale,
+                                    Prefetch<T>) {
     constexpr int SIDE = int(SUBTILE_SIDE);
     const Program<Sm90a, T>& p = x.p;
     constexpr int parts = InRegisters<T, S>::PARTS;
     const int ff = int(p.p().ff_pad);
     const int64_t f = p.c().activation;
-    add_bias(x, w.down_bias(), scale);
+    is_put(xn);
     Fragments<T, 1> hidden;
     float acc[32];
-    int down[InRegisters<T, S>::TILES];  // stages of the W2 under way
+    int down = 0;  // the stage of the W2 under way
 #pragma unroll 1
     for (int first = 0; first < ff; first += SIDE) {
         const int n = parts * smaller(SIDE, ff - first);
 #pragma unroll
         for (int part = 0; part < parts; part++) {
             if (SIDE * part < n) project_64<K_MAJOR>(p, acc, xn);
-            if (part == 0 && first > 0)
-#pragma unroll
-                for (int i = 0; i < x.TILES; i++) give_back(p, down[i]);
+            if (part == 0 && first > 0) give_back(p, down);
             // Of 16 columns the thread's pairs: hidden columns; or 8 gates and their values.
             const float* bias = w.up_bias() + parts * first + SIDE * part + lane() % 4 * 2;
 #pragma unroll
@@ -217,25 +295,26 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Fragments<T, InR
                 }
             }
         }
-#pragma unroll
-        for (int i = 0; i < x.TILES; i++) down[i] = next_stage(p);
+        down = next_stage(p);
         wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < x.TILES; i++)
-            start_products<K_MAJOR, T, 1>(x.numbers.of + i, hidden.of[0], stage_at(p, down[i]), true);
+        start_sum<K_MAJOR, T>(x.numbers.of, hidden.of[0], stage_at(p, down));
         wgmma_commit();
-        if (x.TILES > 1) wgmma_wait<0>();  // or ptxas, short of registers, waits for each wgmma (C7512)
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < x.TILES; i++) give_back(p, down[i]);
+    give_back(p, down);
+    is_read(xn);
+    add_bias(x, w.down_bias(), scale);  // ahead of the loop it makes ptxas spill (C7512)
 }
 
 template <class S, class T, class Begins>
 __device__ __forceinline__ void forward_in_registers(const Program<Sm90a, T>& p, Begins begins) {
     Numbers<S> numbers;
     InRegisters<T, S> x{p, numbers};
-    forward(x, ForwardKeep<Sm90a, T, Fragments<T, InRegisters<T, S>::TILES>>{p, p.rows(), {}}, begins);
+    constexpr int TILES = InRegisters<T, S>::TILES;
+    if constexpr (operand_in_shared(S::SHAPE.block, S::SHAPE.plan))
+        forward(x, ForwardKeep<Sm90a, T, SharedOperand<T, TILES>>{p, p.rows(), {p}}, begins);
+    else
+        forward(x, ForwardKeep<Sm90a, T, Fragments<T, TILES>>{p, p.rows(), {}}, begins);
 }
 
 }  // namespace shift_cuda

@@ -87,7 +87,7 @@ __device__ __forceinline__ void norm_backward(const InRegisters<T, S>& dx, Scrat
 template <class T, class S>
 __device__ __forceinline__ void mlp_backward(InRegisters<T, S>& dx, Rows<T> xn_rows, Rows<T> dy_rows,
                                              const Weights<T>& w, Rows<T> act, Rows<T> dpre) {
-    constexpr int SIDE = int(SUBTILE_SIDE), PARTS = InRegisters<T, S>::PARTS, TILES = InRegisters<T, S>::TILES;
+    constexpr int SIDE = int(SUBTILE_SIDE), PARTS = InRegisters<T, S>::PARTS;
     const Program<Sm90a, T>& p = dx.p;
     const int ff = int(p.p().ff_pad);
     const int64_t f = p.c().activation;
@@ -143,22 +143,19 @@ __device__ __forceinline__ void mlp_backward(InRegisters<T, S>& dx, Rows<T> xn_r
                 }
             }
         }
-        int stages[TILES][PARTS];
-        const int tiles_k = tiles_along(n, SIDE);
+        int stages[PARTS];
 #pragma unroll
-        for (int i = 0; i < TILES * PARTS; i++)
-            if (i % PARTS < tiles_k) stages[i / PARTS][i % PARTS] = next_stage(p);
+        for (int i = 0; i < PARTS; i++)
+            if (SIDE * i < n) stages[i] = next_stage(p);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < TILES * PARTS; i++)
-            if (i % PARTS < tiles_k)
-                start_products<MN_MAJOR, T, 1>(dx.numbers.of + i / PARTS, d_pre.of[i % PARTS],
-                                               stage_at(p, stages[i / PARTS][i % PARTS]), true);
+        for (int i = 0; i < PARTS; i++)
+            if (SIDE * i < n) start_sum<MN_MAJOR, T>(dx.numbers.of, d_pre.of[i], stage_at(p, stages[i]));
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int i = 0; i < TILES * PARTS; i++)
-            if (i % PARTS < tiles_k) give_back(p, stages[i / PARTS][i % PARTS]);
+        for (int i = 0; i < PARTS; i++)
+            if (SIDE * i < n) give_back(p, stages[i]);
     }
 }
 

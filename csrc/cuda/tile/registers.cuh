@@ -1,3 +1,5 @@
+// What a thread keeps in registers.
+//
 // setmaxnreg: a warpgroup gives registers back, or waits for and takes some that others gave (sm_90a). All its 128
 // threads take part. COUNT: registers a thread from then on, 24 .. 256, a multiple of 8. Section 9.7.19.5, PTX 8.0.
 #pragma once
@@ -19,6 +21,22 @@ __device__ __forceinline__ void take_registers() {
 #if !defined(SHIFT_EMULATE)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
+}
+
+// x, of which the compiler does not know what it is: so it keeps nothing that follows from x from one place for another,
+// nor computes that ahead of a loop, where registers are scarce.
+__device__ __forceinline__ int forgotten(int x) {
+#if !defined(SHIFT_EMULATE)
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ uint64_t forgotten(uint64_t x) {
+#if !defined(SHIFT_EMULATE)
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
 }
 
 }  // namespace tile
