@@ -2,9 +2,9 @@
 
     python -m benchmarks.offline.fit_gelu                  # prints its coefficients and its errors in float32
 
-Lawson's method: least squares whose weights grow where the error is large. What counts is the error of Phi(-a),
-to which that of its logarithm counts ln 2 Phi(-a) times, and times max(a, 1/2), since GELU multiplies it by a,
-while its slope and small a need it as it is.
+Lawson's method: least squares whose weights grow where the error is large. What counts is the error of
+Phi(-a), to which that of its logarithm counts ln 2 Phi(-a) times, and times max(a, 1/2), since GELU
+multiplies it by a, while its slope and small a need it as it is.
 """
 
 from __future__ import annotations

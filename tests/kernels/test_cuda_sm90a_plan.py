@@ -89,7 +89,7 @@ class Arrangement:
         return [(parts * n, n) for n in some]
 
     def tiles(self):
-        """Weight tiles of a loop: of 64 k and tile_columns, or, in a kernel with x in registers, all of d_model."""
+        """Weight tiles of a loop: of 64 k and tile_columns, or, with x in registers, of all of d_model."""
         spec, d = self.spec, self.spec.d_model
 
         def tiles(n, k):
