@@ -4,8 +4,8 @@
 //     o = softmax(q k^T / sqrt(hd)) v      over each row's span of keys, to work in place of q
 //     x += scale (o Wo^T + b)
 //
-// Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time, with a running maximum. Where the
-// sequence is split the block goes over the other blocks' keys too, 16 at a time (split.cuh).
+// Scores and probabilities live in registers, a warp 16 rows x 16 keys at a time (X::KEYS), with a running maximum. Where
+// the sequence is split the block goes over the other blocks' keys too, 16 at a time (split.cuh).
 #pragma once
 #include "residual.cuh"
 #include "split.cuh"
@@ -111,20 +111,20 @@ __device__ inline Keys<T> remote_keys(const Program<A, T>& p, const HeadChunk& o
     return {k, k + of.kv_heads * of.head_dim, ld, smaller(last - key, 16)};
 }
 
-// Calls f(key, its Keys) for each 16 keys of the sequence with any from begin to end. They are counted from where the
+// Calls f(key, its Keys) for each KEYS keys of the sequence with any from begin to end. They are counted from where the
 // first row's sequence begins.
-template <class A, class T, class F>
-__device__ inline void each_16_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int begin, int end, F f) {
+template <int KEYS, class A, class T, class F>
+__device__ inline void each_keys(const Program<A, T>& p, const HeadChunk& of, int kv_head, int begin, int end, F f) {
     const int parts = p.c().causal ? p.part() + 1 : p.split();
 #pragma unroll 1
     for (int part = 0; part < parts; part++) {
         const bool own = part == p.part();
         const int first = part * p.rows(), last = own ? smaller(end - first, p.rows()) : rows_of(p, part);
 #pragma unroll 1
-        for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += 16) {
+        for (int row = own ? larger(begin - first, 0) / 16 * 16 : 0; row < last; row += KEYS) {
             const Keys<T> keys = own ? local_keys(p, of, kv_head, row)
                                      : remote_keys(p, of, kv_head, part, row, last);
-            if (begin < first + row + 16 && first + row < end) f(first + row, keys);
+            if (begin < first + row + KEYS && first + row < end) f(first + row, keys);
         }
     }
 }
@@ -186,59 +186,82 @@ __device__ inline void mma_16_of_sequences(const Program<A, T>& p, float (&c0)[4
     }
 }
 
-// One query head for 16 rows, by a warp: calls out(row, column in head, x, y) as multiply does, with o; then
-// rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do not
-// exist.
-template <class A, class T, class Out, class Rest>
+// One query head for 16 rows, by a warp, KEYS keys at a time: calls out(row, column in head, x, y) as multiply does, with
+// o; then rest(row, normaliser in base 2). Where the sequence is split all warps call it together, even for rows that do
+// not exist.
+template <int KEYS, class A, class T, class Out, class Rest>
 __device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChunk& of, int head, int row0, Out out,
-                                            Rest rest) {
-    constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16;
+                                          Rest rest) {
+    constexpr int BLOCKS = int(MOST_HEAD_DIM) / 16, KEY_BLOCKS = KEYS / 16;
     const T* q = p.work() + row0 * of.ld + of.q(head);
     const float scale = LOG2_E * rsqrt_approx(float(of.head_dim));
     const int r[2] = {row0 + lane() / 4, row0 + lane() / 4 + 8};
     int low[2], high[2];
     for (int h = 0; h < 2; h++) span_of(p, r[h], low[h], high[h]);
-    float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    float o[BLOCKS][2][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};  // top: before it is scaled
+    uint32_t fq[KEYS > 16 ? BLOCKS : 1][4];  // q, where it is needed more than once
+#pragma unroll
+    for (int b = 0; KEYS > 16 && b < BLOCKS; b++)
+        if (16 * b < of.head_dim) load_a(fq[b], q + 16 * b, of.ld, p.rows_from(row0));
     int begin, end;
     span_of_16(p, row0, begin, end);
-    each_16_keys(p, of, head / of.group, begin, end, [&](int key, const Keys<T>& keys) {
+    each_keys<KEYS>(p, of, head / of.group, begin, end, [&](int key, const Keys<T>& keys) {
         // Scores, and each row's running maximum and sum.
-        float s[2][4], factor[2];
-        scores_16(s, q, keys.k, of.ld, keys.ld, of.head_dim, p.rows_from(row0), keys.rows);
+        const int last = smaller(end, KEYS > 16 ? p.rows() : key + keys.rows);
+        const auto is_there = [&](int i) { return i == 0 || p.c().seq_len % KEYS == 0 || key + 16 * i < last; };
+        float s[KEY_BLOCKS][2][4] = {}, factor[2];
+        if (KEYS == 16) scores_16(s[0], q, keys.k, of.ld, keys.ld, of.head_dim, p.rows_from(row0), keys.rows);
+#pragma unroll
+        for (int i = 0; KEYS > 16 && i < KEY_BLOCKS; i++)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++)
+                if (16 * b < of.head_dim && is_there(i)) {
+                    uint32_t fk[4];
+                    load_b(fk, keys.k + 16 * (i * keys.ld + b), keys.ld, p.rows_from(key + 16 * i));
+                    mma_16<T>(s[i][0], s[i][1], fq[KEYS > 16 ? b : 0], fk);
+                }
+        const bool all_see_all = larger(low[0], low[1]) <= key && key + KEYS <= smaller(high[0], high[1]);
+        if (KEYS == 16 || vote(all_see_all) != 0xffffffffu)
+#pragma unroll
+            for (int i = 0; i < 8 * KEY_BLOCKS; i++) {
+                const int at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2, h = i / 2 % 2;
+                float& x = s[i / 8][i / 4 % 2][i % 4];
+                x = low[h] <= at && at < smaller(high[h], last) ? x : -INFINITY;
+            }
 #pragma unroll
         for (int h = 0; h < 2; h++) {  // the two rows of this thread
             float most = top[h];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = key + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-                float& x = s[i / 2][2 * h + i % 2];
-                x = low[h] <= at && at < smaller(high[h], key + keys.rows) ? x * scale : -INFINITY;
-                most = fmaxf(most, x);  // may miss a NaN; its own term, and so the total, does not
-            }
+            for (int i = 0; i < 4 * KEY_BLOCKS; i++)
+                most = fmaxf(most, s[i / 4][i / 2 % 2][2 * h + i % 2]);  // may miss a NaN; its own term, and so the total, does not
             most = max_over_lanes<4>(most);
-            const float base = most == -INFINITY ? 0.0f : most;
-            factor[h] = exp2_approx(top[h] - base);
+            const float base = most == -INFINITY ? 0.0f : most * scale;
+            factor[h] = exp2_approx(top[h] * scale - base);
             top[h] = most;
             total[h] *= factor[h];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& x = s[i / 2][2 * h + i % 2];
-                x = exp2_approx(x - base);
+            for (int i = 0; i < 4 * KEY_BLOCKS; i++) {
+                float& x = s[i / 4][i / 2 % 2][2 * h + i % 2];
+                x = exp2_approx(x * scale - base);
                 total[h] += x;
             }
         }
         // o = o factor + p v
-        uint32_t fp[4];
-        as_left<T>(fp, s);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-            if (16 * b < of.head_dim) {
+        for (int i = 0; i < KEY_BLOCKS; i++) {
+            uint32_t fp[4];
+            as_left<T>(fp, s[i]);
 #pragma unroll
-                for (int i = 0; i < 8; i++) o[b][i / 4][i % 4] *= factor[i % 4 / 2];
-                uint32_t fv[4];
-                load_b_rows_along_n(fv, keys.v + 16 * b, keys.ld, keys.rows);
-                mma_16_of_sequences(p, o[b][0], o[b][1], fp, fv, row0, key);
-            }
+            for (int b = 0; b < BLOCKS; b++)
+                if (16 * b < of.head_dim && is_there(i)) {
+#pragma unroll
+                    for (int j = 0; i == 0 && j < 8; j++) o[b][j / 4][j % 4] *= factor[j % 4 / 2];
+                    uint32_t fv[4];
+                    load_b_rows_along_n(fv, keys.v + 16 * (i * keys.ld + b), keys.ld,
+                                        KEYS > 16 ? p.rows_from(key + 16 * i) : keys.rows);
+                    mma_16_of_sequences(p, o[b][0], o[b][1], fp, fv, row0, key + 16 * i);
+                }
+        }
     });
     // Divide by the sum.
     sync_warp();  // all lanes have read q, which out may overwrite
@@ -256,7 +279,7 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChun
                 out(r[h], 16 * b + lane() % 4 * 2, make_float2(x[2 * h] * share, x[2 * h + 1] * share),
                     make_float2(y[2 * h] * share, y[2 * h + 1] * share));
             }
-        rest(r[h], sees ? top[h] + log2f(total[h]) : INFINITY);
+        rest(r[h], sees ? top[h] * scale + log2f(total[h]) : INFINITY);
     }
 }
 
@@ -279,7 +302,7 @@ __device__ __forceinline__ void attention(X& x, const Xn& xn, const Weights<T>& 
                 store(p.work() + r * of.ld + of.q(head) + j, pack<T>(u.x, u.y));
                 store(p.work() + r * of.ld + of.q(head) + j + 8, pack<T>(v.x, v.y));
             };
-            attend_16(p, of, head, row0, to_work, [](int, float) {});
+            attend_16<X::KEYS>(p, of, head, row0, to_work, [](int, float) {});
         });
         // x += scale (o Wo^T + b)
         add_product<false>(x, Rows<T>{p.work(), of.ld, false}, out, scale, chunk ? nullptr : bias,

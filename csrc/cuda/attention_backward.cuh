@@ -116,7 +116,7 @@ __device__ __forceinline__ void queries_16(const Program<A, T>& p, const HeadChu
     span_of_16(p, row0, begin, end);
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dq[HELD_COLUMNS / 16][2][4] = {};
-        each_16_keys(p, of, kv, begin, end, [&](int key, const Keys<T>& keys) {
+        each_keys<16>(p, of, kv, begin, end, [&](int key, const Keys<T>& keys) {
             float s[2][4], dp[2][4];
             scores_16(s, q, keys.k, of.ld, keys.ld, hd, p.rows_from(row0), keys.rows);
             scores_16(dp, d_o, keys.v, of.ld, keys.ld, hd, p.rows_from(row0), keys.rows);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void attention_backward(X& dx, Rows<T> xn, Rows<T> dy
                 store(to, pack<T>(x.x, x.y));
                 store(to + 8, pack<T>(y.x, y.y));
             };
-            attend_16(p, of, head, row0, with_do, [&](int r, float normaliser) {
+            attend_16<X::KEYS>(p, of, head, row0, with_do, [&](int r, float normaliser) {
                 o_do = sum_over_lanes<4>(o_do);
                 const int at = head * p.rows() + r;
                 if (lane() % 4 == 0 && p.exists(r)) p.normaliser()[at] = normaliser, p.o_do()[at] = o_do;

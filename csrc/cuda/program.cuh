@@ -186,8 +186,8 @@ struct Program {
     __device__ const Plan& p() const { return job.plan; }
     __device__ int d() const { return int(job.call.d_model); }
     __device__ int rows() const { return int(job.plan.rows); }
-    // How many rows there are from one on, and whether it is one.
-    __device__ int rows_from(int row) const { return A::ROWS_ARE_PADDED ? 16 : rows() - row; }
+    // How many rows there are from one on, a multiple of 16, if there are any, or that it is 16 at least; whether it is one.
+    __device__ int rows_from(int row) const { return A::ROWS_ARE_PADDED || rows() % 16 == 0 ? 16 : rows() - row; }
     __device__ bool exists(int row) const { return A::ROWS_ARE_PADDED || row < rows(); }
     __device__ int split() const { return A::SPLITS ? int(job.plan.split) : 1; }
     __device__ int part() const { return int(blockIdx.x) % split(); }  // which of the split sequence's

@@ -15,6 +15,7 @@ template <class A, class T>
 struct InMemory {
     typedef T Operand;
     typedef Rows<T> Kept;  // an operand that goes to device memory
+    static constexpr int KEYS = 16;  // that attention takes at a time
     const Program<A, T>& p;
     template <class F>
     __device__ void each(F f) const {

@@ -34,9 +34,9 @@ __device__ int place(int mn, int k, int rows) {
 }
 
 template <Major MAJOR>
-__device__ uint64_t descriptor(const unsigned char* matrix, int k, int rows) {
+__device__ WgmmaDescriptor descriptor(const unsigned char* matrix, int k, int rows) {
     return MAJOR == K_MAJOR ? wgmma_descriptor(matrix + k / 64 * rows * 128 + k % 64 * 2)
-                            : wgmma_descriptor(matrix + k / 8 * 1024, 1024, K * 128);
+                            : wgmma_descriptor(matrix + k / 8 * 1024, K * 128);
 }
 
 // c[64, N] = 1 + a[64, K] b[N, K]^T by one warpgroup, in two groups.

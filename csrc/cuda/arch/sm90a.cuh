@@ -158,7 +158,7 @@ __device__ inline void load_a_64(uint32_t (&fa)[4][4], const Program<Sm90a, T>& 
 template <class T>
 __device__ inline int next_stage(const Program<Sm90a, T>& p) {
     const int s = p.next_tile;
-    mbarrier_wait(p.full() + s, reads_weights_once(p) ? 0 : p.ring_passes % 2);
+    mbarrier_wait(p.full() + s, reads_weights_once(p) ? 0 : p.ring_passes & 1);
     if (++p.next_tile == p.p().stages) p.next_tile = 0, p.ring_passes++;
     return s;
 }
@@ -176,25 +176,25 @@ __device__ inline void give_back(const Program<Sm90a, T>& p, int s) {
         for (int rank = 0; rank < p.p().cluster; rank++) mbarrier_arrive_at(p.empty() + s, rank);
 }
 
+template <Major B>
+constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128;  // bytes
+
 // acc[h] = a b for a tile's columns 64 h to 64 h + 63, h < HALVES, whose subtiles begin at b; or with `add` += a b. Beyond
 // k both are zero. What acc was is dropped by wgmma's own scale-d: zeros would be 64 moves a tile, for which ptxas then
 // waits (C7520).
 template <Major B, class T, int HALVES>
-__device__ inline void start_products(float (*acc)[32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
-    constexpr int NEXT_16_K = B == K_MAJOR ? 32 : 16 * 128, NEXT_8 = 8 * 128;
-    constexpr int LEADING = B == K_MAJOR ? 16 : NEXT_8;  // counts for neither: a subtile has 64 columns
-    const uint64_t first = wgmma_descriptor(b, NEXT_8, LEADING);
+__device__ inline void start_products(float (*acc)[32], const uint32_t (&a)[4][4], WgmmaDescriptor b, bool add) {
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int kk = 0; kk < 4; kk++)
-            wgmma<T, 64, B>(acc[half], a[kk], wgmma_moved(first, half * int(SUBTILE) + kk * NEXT_16_K), add || kk > 0);
+            wgmma<T, 64, B>(acc[half], a[kk], b.moved(half * int(SUBTILE) + kk * NEXT_16_K<B>), add || kk > 0);
 }
 
 template <Major B, class T, int HALVES>
 __device__ inline void add_products(float (*acc)[32], const uint32_t (&a)[4][4], const unsigned char* b, bool add) {
     wgmma_fence();
-    start_products<B, T, HALVES>(acc, a, b, add);
+    start_products<B, T, HALVES>(acc, a, wgmma_descriptor(b), add);
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -204,7 +204,7 @@ template <class T, class Out>
 __device__ inline void hand_out(const Program<Sm90a, T>& p, const float (&acc)[32], int row, int column, int n, Out out) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        if (column + 16 * j < n) {
+        if (n % int(SUBTILE_SIDE) ? column + 16 * j < n : column < n) {
             const float* x = acc + 8 * j;
             const int r = row + lane() / 4, col = column + 16 * j + lane() % 4 * 2;
             if (p.exists(r)) out(r, col, make_float2(x[0], x[1]), make_float2(x[4], x[5]));

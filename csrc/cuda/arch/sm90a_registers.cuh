@@ -42,9 +42,7 @@ struct SharedOperand {
         unsigned char* const line = shared_memory() + (forgotten(first) ^ j % 8 * 16);
         store(line + j / 8 * int(SUBTILE) + second * 1024, pack<T>(x.x, x.y));
     }
-    __device__ uint64_t descriptor(int tile) const {
-        return forgotten(wgmma_descriptor(shared_memory() + at + tile * int(SUBTILE)));
-    }
+    __device__ WgmmaDescriptor descriptor() const { return wgmma_descriptor(shared_memory() + forgotten(at)); }
 };
 
 // The same of rows that are in device memory too.
@@ -76,6 +74,7 @@ struct InRegisters {
     static constexpr int O_COLUMNS = int(query_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));  // a chunk of heads'
     static constexpr int QKV_COLUMNS = int(head_chunk_columns(S::SHAPE.block, S::SHAPE.plan.kv_heads));
     typedef KeptFragments<T, TILES> Kept;
+    static constexpr int KEYS = S::SHAPE.seq_len <= 16 ? 16 : 32;  // more would be masked for nothing where it is causal
     const Program<Sm90a, T>& p;
     Numbers<S>& numbers;
     // Pair i is of columns 8 (i / 2) + 2 (lane % 4) and + 1, row lane / 4 + 8 (i % 2) of the warp's.
@@ -147,20 +146,21 @@ __device__ __forceinline__ void is_read(const SharedOperand<T, TILES>&) {
     sync_threads(2 + warp() / 4, 128);
 }
 
-// acc (+)= a b for 64 k, a's i-th and b's: subtiles of 64 columns.
+// acc = a b for 64 columns of b, subtiles one behind the other along k.
 template <Major B, class T, int TILES>
-__device__ __forceinline__ void start_product(float (&acc)[32], const Fragments<T, TILES>& a, int i,
-                                              const unsigned char* b) {
-    start_products<B, T, 1>(&acc, a.of[i], b, i > 0);
+__device__ __forceinline__ void start_product(float (&acc)[32], const Fragments<T, TILES>& a, WgmmaDescriptor b) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++) start_products<B, T, 1>(&acc, a.of[i], b.moved(i * int(SUBTILE)), i > 0);
 }
 template <Major B, class T, int TILES>
-__device__ __forceinline__ void start_product(float (&acc)[32], const SharedOperand<T, TILES>& a, int i,
-                                              const unsigned char* b) {
+__device__ __forceinline__ void start_product(float (&acc)[32], const SharedOperand<T, TILES>& a, WgmmaDescriptor b) {
     static_assert(B == K_MAJOR, "a forward's operand");
-    const uint64_t first_a = a.descriptor(i), first_b = wgmma_descriptor(b);
+    const WgmmaDescriptor first = a.descriptor();
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++)
-        wgmma<T, 64>(acc, wgmma_moved(first_a, 32 * kk), wgmma_moved(first_b, 32 * kk), i > 0 || kk > 0);
+    for (int i = 0; i < 4 * TILES; i++) {
+        const int at = i / 4 * int(SUBTILE) + i % 4 * NEXT_16_K<B>;
+        wgmma<T, 64>(acc, first.moved(at), b.moved(at), i > 0);
+    }
 }
 
 // acc = a b for the next 64 columns of b. What was under way before is done too.
@@ -168,8 +168,7 @@ template <Major B, class T, int TILES, template <class, int> class Operand>
 __device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&acc)[32], const Operand<T, TILES>& a) {
     const int stage = next_stage(p);
     wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < TILES; i++) start_product<B>(acc, a, i, stage_at(p, stage) + i * int(SUBTILE));
+    start_product<B>(acc, a, wgmma_descriptor(stage_at(p, stage)));
     wgmma_commit();
     wgmma_wait<0>();
     give_back(p, stage);
@@ -179,11 +178,10 @@ __device__ __forceinline__ void project_64(const Program<Sm90a, T>& p, float (&a
 template <Major B, class T, int COLUMNS_PER_THREAD>
 __device__ __forceinline__ void start_sum(float (&x)[COLUMNS_PER_THREAD], const uint32_t (&a)[4][4],
                                           const unsigned char* b) {
-    constexpr int NEXT_8 = 8 * 128, NEXT_16_K = B == K_MAJOR ? 32 : 2 * NEXT_8;
-    const uint64_t first = wgmma_descriptor(b, NEXT_8, B == K_MAJOR ? 16 : int(SUBTILE));
+    const WgmmaDescriptor first = wgmma_descriptor(b, int(SUBTILE));
 #pragma unroll
     for (int kk = 0; kk < 4; kk++)
-        wgmma<T, 2 * COLUMNS_PER_THREAD, B>(x, a[kk], wgmma_moved(first, kk * NEXT_16_K), true);
+        wgmma<T, 2 * COLUMNS_PER_THREAD, B>(x, a[kk], first.moved(kk * NEXT_16_K<B>), true);
 }
 
 // As the other multiply.
@@ -269,7 +267,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Operand<T, TILES
     int down = 0;  // the stage of the W2 under way
 #pragma unroll 1
     for (int first = 0; first < ff; first += SIDE) {
-        const int n = parts * smaller(SIDE, ff - first);
+        const int n = parts * (ff % SIDE ? smaller(SIDE, ff - first) : SIDE);
 #pragma unroll
         for (int part = 0; part < parts; part++) {
             if (SIDE * part < n) project_64<K_MAJOR>(p, acc, xn);

@@ -95,7 +95,7 @@ __device__ __forceinline__ void mlp_backward(InRegisters<T, S>& dx, Rows<T> xn_r
     float acc[32];
 #pragma unroll 1
     for (int first = 0; first < ff; first += SIDE) {
-        const int n = PARTS * smaller(SIDE, ff - first);
+        const int n = PARTS * (ff % SIDE ? smaller(SIDE, ff - first) : SIDE);
         project_64<MN_MAJOR>(p, acc, dy);
         Fragments<T, 1> da;  // for their room, and as in other kernels
 #pragma unroll

@@ -12,15 +12,16 @@
 //
 // Shared memory, 9.7.15.5.1.2, in the one arrangement that we use, the 128-byte swizzle: atoms of 8 lines of 128
 // bytes, each at a multiple of 1024 bytes; the 16-byte pieces of line r are exchanged by piece ^ r (swizzled()).
-//   K_MAJOR   a line is 64 numbers along k of one row of a (column of b). `stride`: bytes to the next 8 rows.
+//   K_MAJOR   a line is 64 numbers along k of one row of a (column of b). The next 8 rows: 1024 bytes on.
 //             The next 16 numbers along k: a descriptor 32 bytes on.
-//   MN_MAJOR  a line is 64 rows of a (columns of b) at one k. `stride`: bytes to the next 8 k; `leading`: bytes to
-//             the next 64 rows (columns). The next 16 along k: a descriptor 2 `stride` on.
+//   MN_MAJOR  a line is 64 rows of a (columns of b) at one k. The next 8 k: 1024 bytes on; `leading`: bytes to
+//             the next 64 rows (columns). The next 16 along k: a descriptor 2048 bytes on.
 #pragma once
 #include <type_traits>
 
 #include "memory.cuh"
 #include "types.cuh"
+#include "warp.cuh"
 
 namespace tile {
 
@@ -29,19 +30,26 @@ enum Major { K_MAJOR, MN_MAJOR };
 // Where byte `byte` (0 .. 127) of line `line` is, from the start of the first atom, atoms one after the other.
 __device__ __forceinline__ constexpr int swizzled(int line, int byte) { return line * 128 + (byte ^ (line % 8) * 16); }
 
-// Section 9.7.15.5.1.2.2: address, leading and stride in units of 16 bytes at bits 0, 16, 32; swizzle at bit 62.
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int stride = 1024, int leading = 16) {
-#if defined(SHIFT_EMULATE)
-    const uint64_t address = emulation::shared_offset(shared);
-#else
-    const uint64_t address = shared_address(shared);
-#endif
-    return (address & 0x3ffff) >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t{1} << 62;
-}
+// Where a matrix lies in shared memory. Section 9.7.15.5.1.2.2: address, leading and stride in units of 16 bytes at bits 0,
+// 16, 32; swizzle at bit 62. The upper half is a constant.
+struct WgmmaDescriptor {
+    uint32_t low;
+    // The same some bytes on, a multiple of 16. Shared memory ends before the address's 14 bits do: there is no carry.
+    __device__ __forceinline__ WgmmaDescriptor moved(int bytes) const { return {low + uint32_t(bytes >> 4)}; }
+    __device__ __forceinline__ uint64_t whole() const {
+        constexpr int STRIDE = 8 * 128;
+        return uint64_t{STRIDE >> 4 | 1 << 30} << 32 | low;
+    }
+};
 
-// The same some bytes on, a multiple of 16. Shared memory ends before the address's 14 bits do: there is no carry.
-__device__ __forceinline__ uint64_t wgmma_moved(uint64_t descriptor, int bytes) {
-    return descriptor + uint64_t(bytes >> 4);
+// The same for all lanes, which the shuffle tells the compiler: so what it adds to it costs no thread an instruction.
+__device__ __forceinline__ WgmmaDescriptor wgmma_descriptor(const void* shared, int leading = 1024) {
+#if defined(SHIFT_EMULATE)
+    const uint32_t address = uint32_t(emulation::shared_offset(shared));
+#else
+    const uint32_t address = shared_address(shared);
+#endif
+    return {shuffle((address & 0x3ffff) >> 4 | uint32_t(leading >> 4) << 16, 0)};
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -113,14 +121,14 @@ __device__ __forceinline__ void wgmma_wait() {
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" SHIFT_NAMES_##N "}, " \
                      "%" #X ", %" #Y ", p, 1, 1, %" #U ", %" #V "; }"                                           \
                      : SHIFT_OPERANDS_##N                                                                       \
-                     : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)))
+                     : "l"(a.whole()), "l"(b.whole()), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)))
 #define SHIFT_WGMMA_REGISTERS(N, NAME, X, Y, Z, U, V, W, P)                                                     \
     if constexpr (COLUMNS == N)                                                                                 \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #W ", 0;\n"                                             \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" SHIFT_NAMES_##N "}, " \
                      "{%" #X ", %" #Y ", %" #Z ", %" #U "}, %" #V ", p, 1, 1, %" #P "; }"                       \
                      : SHIFT_OPERANDS_##N                                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(B)))
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.whole()), "r"(int(accumulate)), "n"(int(B)))
 #define SHIFT_WGMMA_SHARED_EACH(NAME) \
     SHIFT_WGMMA_SHARED(16, NAME, 8, 9, 10, 11, 12); \
     SHIFT_WGMMA_SHARED(32, NAME, 16, 17, 18, 19, 20); \
@@ -146,11 +154,11 @@ constexpr bool wgmma_takes = COLUMNS == 16 || COLUMNS == 32 || COLUMNS == 64 || 
 
 // T: bf16 or fp16. A, B: how a and b lie in shared memory. accumulate: whether d counts, or is only written.
 template <class T, int COLUMNS, Major A = K_MAJOR, Major B = K_MAJOR>
-__device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], WgmmaDescriptor a, WgmmaDescriptor b, bool accumulate) {
     static_assert(wgmma_takes<COLUMNS>, "add this number of columns to wgmma.cuh");
 #if defined(SHIFT_EMULATE)
     constexpr auto TYPE = std::is_same<T, bf16>::value ? emulation::Number::BF16 : emulation::Number::FP16;
-    emulation::wgmma(d, COLUMNS, nullptr, a, A, b, B, accumulate, TYPE);
+    emulation::wgmma(d, COLUMNS, nullptr, a.whole(), A, b.whole(), B, accumulate, TYPE);
 #else
     if constexpr (std::is_same<T, bf16>::value) {
         SHIFT_WGMMA_SHARED_EACH("bf16");
@@ -162,11 +170,12 @@ __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], uint64_t a, uint6
 
 // The same with a in registers.
 template <class T, int COLUMNS, Major B = K_MAJOR>
-__device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], WgmmaDescriptor b,
+                                      bool accumulate) {
     static_assert(wgmma_takes<COLUMNS>, "add this number of columns to wgmma.cuh");
 #if defined(SHIFT_EMULATE)
     constexpr auto TYPE = std::is_same<T, bf16>::value ? emulation::Number::BF16 : emulation::Number::FP16;
-    emulation::wgmma(d, COLUMNS, a, 0, K_MAJOR, b, B, accumulate, TYPE);
+    emulation::wgmma(d, COLUMNS, a, 0, K_MAJOR, b.whole(), B, accumulate, TYPE);
 #else
     if constexpr (std::is_same<T, bf16>::value) {
         SHIFT_WGMMA_REGISTERS_EACH("bf16");
