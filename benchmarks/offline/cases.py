@@ -30,6 +30,14 @@ PACKED = (
 )
 HEAD_DIMS = (4, 16, 32, 64, 128)
 WIDTHS = (64, 2048)  # d_model of the streamed layer's kernels
+LAYERS = (
+    dict(position="rope", injection="add"),
+    dict(norm_placement="sandwich", activation="swiglu"),
+    dict(norm="rmsnorm", bias=False),
+    dict(norm="rmsnorm", norm_placement="sandwich"),
+    dict(norm_placement="post", bias=False),
+)
+"""Streamed blocks: between them every row kernel, with norms that have a bias and norms that have none."""
 
 
 def spec_of(d_model: int, **options: Any) -> BlockSpec:
@@ -110,13 +118,10 @@ def attention(head_dim: int, dtype: torch.dtype, *, ragged: bool = False) -> Non
 
 
 def layer(d_model: int, dtype: torch.dtype) -> None:
-    """One loop of the streamed layer, forward and backward, with every row kernel."""
+    """One loop of every streamed block, forward and backward."""
     from shift_kernels.backends.triton import streamed
 
-    for options in (
-        dict(position="rope", injection="add"),
-        dict(norm_placement="sandwich", activation="swiglu"),
-    ):
+    for options in LAYERS:
         spec = spec_of(d_model, **options)
         weights = {name: w.detach() for name, w in LoopedBlock(spec, dtype=dtype).weights().items()}
         e = torch.zeros(1, 16, d_model, dtype=dtype)

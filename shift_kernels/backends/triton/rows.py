@@ -96,7 +96,8 @@ def _scaled(x, norm, cols, T: tl.constexpr):
 
 
 @triton.jit
-def _add_norm(io, n_rows, scale, eps, T: tl.constexpr):
+def _add_norm(io, n_rows, scale, eps, T: tl.constexpr, BRANCH_NORM: tl.constexpr, NORM: tl.constexpr):
+    # Whether there is a norm is a constant of its own: a compiled kernel cannot compare a tuple with None.
     rows = (tl.program_id(0) * T.rows + tl.arange(0, T.rows))[:, None].to(tl.int64)
     cols = tl.arange(0, T.block_d)[None, :]
     at, mask = rows * T.d + cols, (rows < n_rows) & (cols < T.d)
@@ -105,7 +106,7 @@ def _add_norm(io, n_rows, scale, eps, T: tl.constexpr):
         z = tl.load(io.z + at, mask=mask, other=0.0).to(tl.float32)
         if io.bias is not None:
             z += tl.load(io.bias + cols, mask=cols < T.d, other=0.0).to(tl.float32)
-        if io.branch_norm is not None:
+        if BRANCH_NORM:
             z, _ = _normalise(z, cols, eps, T)
             z = _scaled(z, io.branch_norm, cols, T)
         u += scale * z
@@ -115,7 +116,7 @@ def _add_norm(io, n_rows, scale, eps, T: tl.constexpr):
         tl.store(io.u + at, u, mask=mask)
         u = u.to(tl.float32)
     if io.y is not None:
-        if io.norm is not None:
+        if NORM:
             u, _ = _normalise(u, cols, eps, T)
             u = _scaled(u, io.norm, cols, T)
         tl.store(io.y + at, u.to(io.y.dtype.element_ty), mask=mask)
@@ -125,7 +126,9 @@ def add_norm(io: AddNorm, scale: float, kind: str, eps: float) -> None:
     """Fill u and y; kind: of both norms."""
     n_rows, d = io.x.shape
     tile = RowTile(d, kind == "layernorm")
-    _add_norm[(triton.cdiv(n_rows, tile.rows),)](io, n_rows, scale, eps, tile, num_warps=tile.warps)
+    _add_norm[(triton.cdiv(n_rows, tile.rows),)](
+        io, n_rows, scale, eps, tile, io.branch_norm is not None, io.norm is not None, num_warps=tile.warps
+    )
 
 
 @triton.jit
