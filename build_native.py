@@ -1,10 +1,12 @@
 """Compiles csrc by ninja: g++ once for each instruction set of the CPU, and nvcc where there is one.
 
 Each library has a build.ninja of its own in the folder of its objects. Ninja compiles again only what has
-changed: a command, a source, or a header that it includes.
+changed: a command, a source, or a header that it includes. Beside a library is the hash of its sources, or
+the reason why there is none.
 """
 
 import functools
+import hashlib
 import itertools
 import os
 import platform
@@ -79,6 +81,37 @@ def cuda_objects(archs):
     return found
 
 
+def build(name, target):
+    """Build one of :data:`LIBRARIES` into ``target``; returns the reason where that cannot be, else None."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for note in notes(target):
+        note.unlink(missing_ok=True)
+    reason, sources = notes(target)
+    try:
+        LIBRARIES[name](target)
+    except RuntimeError as error:
+        target.unlink(missing_ok=True)  # of an earlier build, from other sources
+        reason.write_text(f"{error}\n")
+        return str(error)
+    sources.write_text(f"{sources_hash()}\n")
+    return None
+
+
+def notes(library):
+    """Beside a library: why it was not built, for shift_kernels/compiled.py; the hash of its sources."""
+    stem = library.name.partition(".")[0]
+    return library.with_name(f"{stem}.reason.txt"), library.with_name(f"{stem}.sources.txt")
+
+
+def sources_hash():
+    """Of all that the libraries are compiled from, and how: not of their bytes, which differ by machine."""
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    digest = hashlib.sha256()
+    for path in sorted([*sources, ROOT / "build_native.py"]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build_cpu_library(target, scratch=SCRATCH / "cpu", extra=()):
     """Compile csrc/cpu and its module into ``target``, for the Python that runs this.
 
@@ -103,6 +136,10 @@ def build_cuda_library(target, scratch=SCRATCH / "cuda", archs=None):
         RuntimeError: no architecture is asked for, no nvcc, or it failed; the message is what it said.
     """
     ninja(target, scratch, *cuda_library(archs))
+
+
+LIBRARIES = {"_native": build_cpu_library, "_native_cuda": build_cuda_library}
+"""By the name of their module in shift_kernels."""
 
 
 def cpu_library(extra=()):

@@ -13,17 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file with another folder first
 
-from build_native import ROOT, build_cpu_library, build_cuda_library
-
-MODULES = {
-    "shift_kernels._native": build_cpu_library,
-    "shift_kernels._native_cuda": build_cuda_library,
-}
-
-
-def reason_file(module):
-    """Where it is kept why a module was not built: as shift_kernels/compiled.py reads it."""
-    return module.with_name(module.name.partition(".")[0] + ".reason.txt")
+from build_native import LIBRARIES, ROOT, build, notes
 
 
 def copy_cuda_sources(folder):
@@ -37,37 +27,31 @@ class BuildModules(build_ext):
 
     def finalize_options(self):
         super().finalize_options()
-        self.parallel = self.parallel or len(MODULES)
+        self.parallel = self.parallel or len(LIBRARIES)
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        reason = reason_file(target)
-        reason.unlink(missing_ok=True)
-        try:
-            MODULES[ext.name](target)
-        except RuntimeError as error:
-            target.unlink(missing_ok=True)  # of an earlier build, from other sources
-            reason.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(f"{error}\n")
-            print(f"shift-kernels: installing without {ext.name}: {error}", file=sys.stderr)
-        else:
-            if "cuda" in ext.name and not self.inplace:
-                copy_cuda_sources(target.parent / "csrc")
+        if reason := build(ext.name.rpartition(".")[2], target):
+            print(f"shift-kernels: installing without {ext.name}: {reason}", file=sys.stderr)
+        elif "cuda" in ext.name and not self.inplace:
+            copy_cuda_sources(target.parent / "csrc")
 
     def copy_extensions_to_source(self):
-        """An editable install: the reasons, too."""
+        """An editable install: what stands beside the modules, too."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
             name = self.get_ext_filename(self.get_ext_fullname(ext.name))
             built, here = Path(self.build_lib, name), Path(__file__).parent / name
-            reason_file(here).unlink(missing_ok=True)
-            if reason_file(built).exists():
+            if not built.exists():
                 here.unlink(missing_ok=True)
-                shutil.copy(reason_file(built), reason_file(here))
+            for note, own in zip(notes(built), notes(here), strict=True):
+                own.unlink(missing_ok=True)
+                if note.exists():
+                    shutil.copy(note, own)
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension(name, [], optional=True) for name in MODULES],
+        ext_modules=[Extension(f"shift_kernels.{name}", [], optional=True) for name in LIBRARIES],
         cmdclass={"build_ext": BuildModules},
     )

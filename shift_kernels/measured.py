@@ -218,11 +218,15 @@ def identity(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of all that decides what a backend computes: the Python sources and the compiled libraries."""
+    """Of all that decides what a backend computes: the sources, of compiled libraries as they were built.
+
+    The same wherever the package was built or installed from the same sources.
+    """
     digest = hashlib.sha256()
-    files = [*HERE.rglob("*.py"), *HERE.rglob("*.so"), *HERE.rglob("tuned.json")]
-    for path in sorted(files):
-        digest.update(str(path.relative_to(HERE)).encode() + b"\0" + path.read_bytes())
+    for path in sorted([*HERE.rglob("*.py"), *HERE.rglob("tuned.json")]):
+        digest.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes())
+    for compiled in sorted({note.read_text() for note in HERE.glob("*.sources.txt")}):  # by build_native.py
+        digest.update(compiled.encode())
     return digest.hexdigest()[:16]
 
 

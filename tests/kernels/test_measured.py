@@ -44,6 +44,7 @@ def fakes(monkeypatch, tmp_path):
     yield
     fake_backends.forget_them()
     dispatch.forget()
+    measured.kernels_hash.cache_clear()
 
 
 def test_without_a_row_nothing_unverified_is_taken():
@@ -95,6 +96,36 @@ def test_a_table_of_another_identity_is_not_used(fact, monkeypatch):
     monkeypatch.setattr(measured, "identity", lambda device: other)
     dispatch.forget()
     assert dispatch.plan(problem()).backend != "fake_fast"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """What an install has of shift_kernels: its sources, a library, and the note beside that."""
+    (tmp_path / "tuned.json").write_text("{}")
+    (tmp_path / "kernel.py").write_text("x = 1")
+    (tmp_path / "_native.sources.txt").write_text("some sources")
+    (tmp_path / "_native.so").write_text("bytes of one machine's build")
+    monkeypatch.setattr(measured, "HERE", tmp_path)
+    return tmp_path
+
+
+def own_hash():
+    measured.kernels_hash.cache_clear()
+    return measured.kernels_hash()
+
+
+@pytest.mark.parametrize("changed", ["tuned.json", "kernel.py", "_native.sources.txt"])
+def test_other_sources_are_other_kernels(package, changed):
+    before = own_hash()
+    (package / changed).write_text("changed")
+    assert own_hash() != before
+
+
+def test_another_build_of_the_same_sources_is_the_same_kernels(package):
+    before = own_hash()
+    (package / "_native.so").write_text("bytes of another machine's build")
+    (package / "_native_cuda.sources.txt").write_text("some sources")  # there was an nvcc
+    assert own_hash() == before
 
 
 def test_a_measured_backend_that_is_gone_is_passed_over():

@@ -1,6 +1,7 @@
 """The build of the compiled modules: what is compiled again, and what an install does without."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,9 +67,10 @@ def test_an_install_goes_on_without_what_cannot_be_built_and_keeps_the_reason(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     build = {"cpu": build_native.build_cpu_library, "cuda": build_native.build_cuda_library}[name]
-    monkeypatch.setattr(setup, "MODULES", {name: lambda target: build(target, tmp_path / "objects")})
+    monkeypatch.setitem(build_native.LIBRARIES, name, lambda target: build(target, tmp_path / "objects"))
     target = tmp_path / f"_{name}.so"
     target.write_text("of an earlier build")
+    (tmp_path / f"_{name}.sources.txt").write_text("of an earlier build")
     command = setup.BuildModules(Distribution())
     command.get_ext_fullpath = lambda _: str(target)
     command.build_extension(SimpleNamespace(name=name))
@@ -77,3 +79,23 @@ def test_an_install_goes_on_without_what_cannot_be_built_and_keeps_the_reason(
     assert reason in said
     assert reason in (tmp_path / f"_{name}.reason.txt").read_text()
     assert not target.exists()
+    assert not (tmp_path / f"_{name}.sources.txt").exists()
+
+
+def test_a_library_is_known_by_its_sources_wherever_they_lie_and_not_by_its_bytes(tmp_path, monkeypatch):
+    def build(at):
+        monkeypatch.setattr(build_native, "ROOT", at)
+        monkeypatch.setitem(build_native.LIBRARIES, "own", lambda target: target.write_bytes(os.urandom(8)))
+        assert build_native.build("own", tmp_path / "own.cpython-311.so") is None
+        return (tmp_path / "own.sources.txt").read_text()
+
+    for folder in ("here", "there"):
+        shutil.copytree(ROOT / "csrc", tmp_path / folder / "csrc")
+        shutil.copy(ROOT / "build_native.py", tmp_path / folder)
+    here = build(tmp_path / "here")
+    assert build(tmp_path / "there") == here
+    for changed in ("csrc/cuda/norm.cuh", "build_native.py"):
+        with (tmp_path / "there" / changed).open("a") as file:
+            file.write("\n")
+        assert build(tmp_path / "there") != here
+        shutil.copy(ROOT / changed, tmp_path / "there" / changed)
