@@ -1,11 +1,13 @@
 """The tests with marker ``gpu``, shared out among eight processes, which compile the kernels side by side.
 
-A row a test. After a failure the rest of a share goes on in a fresh process.
+A row a test, or one for a file of them that cannot be imported here. After a failure the rest of a share goes
+on in a fresh process.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,31 +31,46 @@ REHEARSED = (
 
 def groups() -> list[Group]:
     """The tests, dealt out one by one."""
-    cases = [Case("contract", name, LIMIT_S) for name in tests()]
+    found, broken = tests()
+    cases = [Case("contract", name, LIMIT_S) for name in found]
+    cases += [Case("contract", file, LIMIT_S, dict(error=error)) for file, error in broken.items()]
     n = 2 if rehearsing() else WORKERS
     return [Group([share for i in range(n) if (share := cases[i::n])], workers=n)]
 
 
-def tests() -> list[str]:
-    """Ids of the tests. A file that cannot be imported here is left out, and named on stdout."""
+def tests() -> tuple[list[str], dict[str, str]]:
+    """Ids of the tests; files that cannot be imported here, with the error."""
     files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
     command = [sys.executable, "-m", "pytest", "--collect-only", *OPTIONS, *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    print("\n".join(line for line in lines if line.startswith("ERROR")))
-    found = [line for line in lines if "::" in line and not line.startswith("ERROR")]
+    listed, *sections = re.split(r"^_+ ERROR collecting (.+?) _+$", done.stdout, flags=re.MULTILINE)
+    found = [line for line in listed.splitlines() if "::" in line]
+    broken = {
+        file: (re.findall(r"^E +(\w+(?:Error|Exception).*)", words, re.MULTILINE) or ["cannot be imported"])[
+            -1
+        ]
+        for file, words in zip(sections[::2], sections[1::2], strict=True)
+    }
     if rehearsing():
         found = [name for name in found if any(part in name for part in REHEARSED)]
-    if not found:
+    if not found and not broken:
         raise RuntimeError(
             f"pytest found no test with marker gpu:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
-    return found
+    return found, broken
 
 
 def run_batch(cases: Sequence[Case], report: Report) -> None:
     """Run the tests; leaves the process after the first that fails."""
-    by_name = {case.name: case for case in cases}
+    for case in cases:
+        if error := case.arguments.get("error"):
+            report.begin(case)
+            report.end(
+                case, Finding(SKIPPED if error.startswith("ModuleNotFoundError") else FAILED, error[:160])
+            )
+    by_name = {case.name: case for case in cases if "error" not in case.arguments}
+    if not by_name:
+        return
     pytest.main([*OPTIONS, *by_name], plugins=[_Reporter(by_name, report)])
     for case in by_name.values():  # still there: pytest did not get to it
         report.begin(case)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.fan import train as train_for_a_while
-from benchmarks.gpu.work import SKIPPED, UNFINISHED, Case, Finding, Group, rehearsing, work_folder
+from benchmarks.gpu.work import SKIPPED, UNFINISHED, Case, Finding, Group, lacking, rehearsing, work_folder
 from benchmarks.lm import run as lm
 from benchmarks.lm.suite import Suite, load_suite
 from benchmarks.lm.text import make_shards
@@ -105,7 +105,7 @@ def run(case: Case) -> Finding:
     except TimeIsUp:
         return Finding(UNFINISHED, "goes on in the next call")
     except ModuleNotFoundError as missing:
-        return Finding(SKIPPED, f"needs {missing.name}: pip install '.[train,plots,data]'")
+        return lacking(missing)
     return Finding(data={"report": str(report.relative_to(work_folder()))})
 
 

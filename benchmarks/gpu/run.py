@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.gpu import build, isolate
 from benchmarks.gpu.results import ARCHIVE, ROOT, Results, unpack
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.work import FAILED, WORK, Case, Finding, Group, a_line, rehearsing
+from benchmarks.gpu.work import FAILED, WORK, Case, Finding, Group, a_line, lacking, rehearsing
 
 SECONDS = 460.0
 WORK_LEFT, FAULTY = 75, 1
@@ -90,6 +90,9 @@ def run_stage(name: str, results: Results, clock: isolate.Clock, args: argparse.
         module = importlib.import_module(STAGES[name].module)
         pattern = args.only if name != "build" else ""  # the others need it
         groups = [_chosen(group, pattern) for group in module.groups()]
+    except ModuleNotFoundError as missing:
+        results.add(plan, lacking(missing), 0.0)
+        return 0
     except Exception as error:  # a stage that cannot even begin is a row; the others go on
         traceback.print_exc()
         results.add(plan, Finding(FAILED, a_line(error)), 0.0)

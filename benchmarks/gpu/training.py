@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import device
-from benchmarks.gpu.work import SKIPPED, UNFINISHED, Case, Finding, Group, refused, rehearsing, work_folder
+from benchmarks.gpu.work import UNFINISHED, Case, Finding, Group, lacking, refused, rehearsing, work_folder
 from shift.model import LoopedTransformer
 from shift_kernels import BlockSpec, ShiftInputError
 
@@ -41,7 +41,7 @@ def run(case: Case) -> Finding:
     try:
         return do(**arguments)
     except ModuleNotFoundError as missing:
-        return Finding(SKIPPED, f"needs {missing.name}: pip install '.[train]'")
+        return lacking(missing)
     except ShiftInputError as refusal:
         return refused(refusal)
 

@@ -88,6 +88,11 @@ def refused(error: BaseException) -> Finding:
     return Finding(REFUSED, words.rpartition("what it serves: ")[2].partition(". Use ")[0][:160])
 
 
+def lacking(missing: ModuleNotFoundError) -> Finding:
+    """A module that is not on this machine: no fault."""
+    return Finding(SKIPPED, f"needs {missing.name}: pip install '.[train,plots,data]'")
+
+
 def a_line(error: BaseException) -> str:
     """An error's type and first line, shortened."""
     first = (str(error).strip().splitlines() or [""])[0]

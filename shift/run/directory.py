@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from shift.config import TrainConfig, differing_key
 from shift.reading import is_count
 from shift.run import checkpoint
@@ -270,6 +268,8 @@ class RunDirectory:
         replace_atomically(self.path / CONFIG, self._config())
 
     def _config(self) -> bytes:
+        import tomli_w  # here, so that without the extra 'train' all that writes no run can be imported
+
         return tomli_w.dumps(self.config.to_dict()).encode()
 
     def _open_timing(self, length: int) -> RowFile:

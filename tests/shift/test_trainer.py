@@ -355,6 +355,7 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_the_run(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_step_waits_for_the_gpu(tmp_path):
+    pytest.importorskip("tomli_w", reason="a run directory needs tomli_w")
     criterion = ScheduleConfig("shift", {"interval": 100})
     config = tiny(device="cuda", schedule=criterion, eval_every=0, log_every=100, checkpoint_every=0)
     trainer = Trainer(config, tmp_path)

@@ -1,5 +1,6 @@
 """The GPU run, as far as it can be tested without a GPU: isolation, results, report, a rehearsal."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import collect, isolate, results, run, smoke, table, tune
+from benchmarks.gpu import collect, contract, isolate, results, run, smoke, table, tune
 from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, CASES, KINDS, Attention, Block, goal
-from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.work import (
     CRASHED,
     FAILED,
     OK,
+    SKIPPED,
     TIMEOUT,
     UNFINISHED,
     WRONG,
@@ -256,6 +258,44 @@ def test_the_fastest_configuration_replaces_its_own_class_alone():
     )
     assert after["sm_90"]["other"] == {"warps": 1}
     assert after["sm_80"] == {"forward 64x64 16-bit": {"warps": 2}}
+
+
+def test_a_file_of_tests_that_cannot_be_imported_has_a_row(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    for name, text in {
+        "fine": "import pytest\n@pytest.mark.gpu\ndef test_it(): pass",
+        "lacking": "import a_module_that_is_not_here  # for its pytest.mark.gpu",
+        "broken": "1 / 0  # before its pytest.mark.gpu",
+    }.items():
+        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "-q"\nmarkers = ["gpu"]')
+    monkeypatch.setattr(contract, "ROOT", tmp_path)
+    (group,) = contract.groups()
+    cases = {case.name: case for batch in group.batches for case in batch}
+    assert list(cases) == [f"tests/test_{name}" for name in ("fine.py::test_it", "broken.py", "lacking.py")]
+    found = {}
+
+    class Report:
+        begin = staticmethod(lambda case: None)
+        end = staticmethod(lambda case, finding: found.update({case.name: finding}))
+
+    contract.run_batch([case for case in cases.values() if "::" not in case.name], Report())
+    assert [(finding.outcome, finding.why) for finding in found.values()] == [
+        (FAILED, "ZeroDivisionError: division by zero"),
+        (SKIPPED, "ModuleNotFoundError: No module named 'a_module_that_is_not_here'"),
+    ]
+
+
+def test_a_stage_whose_module_lacks_another_is_skipped_in_a_line(tmp_path, monkeypatch):
+    found = results.Results(tmp_path, tmp_path / "out", MACHINE)
+    (tmp_path / "lacking_stage.py").write_text("import a_module_that_is_not_here")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(STAGES, "lacking", Stage("lacking_stage", "needs what is not here"))
+    clock = isolate.Clock(time.monotonic() + 60)
+    assert run.run_stage("lacking", found, clock, argparse.Namespace(only="")) == 0
+    (row,) = found.of("lacking")
+    assert row["outcome"] == SKIPPED
+    assert row["why"].startswith("needs a_module_that_is_not_here: pip install")
 
 
 # The commands.
