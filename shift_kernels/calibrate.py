@@ -114,6 +114,7 @@ def _in_child(problem: Problem, backend: str, limit_s: float) -> Verdict:
             "module": type(LOOPED_BLOCK.get(backend)).__module__,
             "threads": torch.get_num_threads(),
             "answer": str(answer),
+            "parent": os.getpid(),
         }
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         environment.pop("SHIFT_KERNELS_CALIBRATE", None)

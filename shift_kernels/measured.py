@@ -29,7 +29,9 @@ from shift_kernels.machine import device_name, version_of
 from shift_kernels.torch_internals import constant_for_dynamo
 
 VERIFIED, WRONG, CRASHED, TIMED_OUT = "verified", "wrong", "crashed", "timed out"
-OUTCOMES = (VERIFIED, WRONG, CRASHED, TIMED_OUT)
+UNCHECKED = "unchecked"
+"""It ran, but there is no memory for the references that it is held against."""
+OUTCOMES = (VERIFIED, WRONG, CRASHED, TIMED_OUT, UNCHECKED)
 SHIPPED = Path(__file__).with_name("measured")
 HERE = Path(__file__).parent
 

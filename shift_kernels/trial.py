@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -22,24 +24,29 @@ from torch import Tensor
 from shift_kernels.accuracy import ALLOWED, error_ratio
 from shift_kernels.api import looped_block
 from shift_kernels.call import Problem
-from shift_kernels.measured import VERIFIED, WRONG, Verdict
+from shift_kernels.measured import UNCHECKED, VERIFIED, WRONG, Verdict
 from shift_kernels.spec import spec_from_key
 
 BUDGET_S, FEWEST, MOST = 1.0, 5, 50
 """Seconds to repeat calls for, and the bounds of their number."""
+PR_SET_PDEATHSIG = 1
+"""Of <linux/prctl.h>."""
 
 
 def trial(problem: Problem, backend: str) -> Verdict:
     """Verify and time one backend on one problem, in this process.
 
     Returns:
-        "verified" with figures, or "wrong" with the tensor that is.
+        "verified" with figures, "wrong" with the tensor that is, or "unchecked".
     """
     worst = 1.0  # PyTorch's own, to which the others are held
     for case in () if backend == "torch" else (_plain, _ragged):
         ours = _runner(problem, backend, case, problem.dtype)()
-        plain = _runner(problem, "torch", case, problem.dtype)()
-        truth = _runner(problem, "torch", case, torch.float64)()
+        try:
+            plain = _runner(problem, "torch", case, problem.dtype)()
+            truth = _runner(problem, "torch", case, torch.float64)()
+        except torch.OutOfMemoryError:
+            return Verdict(UNCHECKED, "no memory for PyTorch in float64, which it would be held against")
         ratios = {name: error_ratio(ours[name], plain[name], truth[name]) for name in truth}
         name = max(ratios, key=ratios.__getitem__)
         if ratios[name] > ALLOWED:
@@ -139,9 +146,21 @@ def _seconds(run: Callable[[], dict[str, Tensor]]) -> float:
     return time.perf_counter() - start
 
 
+def _end_with(parent: int) -> None:
+    """Have Linux kill this process as soon as its parent has ended, in whatever way.
+
+    It has a session of its own, so that nothing else would: it would keep the device busy.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it had ended before
+            sys.exit("the process that asked for this trial has ended")
+
+
 def _child() -> None:
     """A trial asked for on stdin as JSON, answered in the file that it names."""
     request = json.load(sys.stdin)
+    _end_with(request["parent"])
     importlib.import_module(request["module"])  # a backend of a third party is registered by its import
     torch.set_num_threads(request["threads"])
     verdict = trial(_from_json(request["problem"]), request["backend"])

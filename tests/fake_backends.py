@@ -5,6 +5,7 @@ Importing this module registers them, in whichever process; :func:`forget_them` 
 
 import os
 import time
+from pathlib import Path
 
 from shift_kernels.backends.base import LOOPED_BLOCK, UNVERIFIED
 from shift_kernels.backends.torch import TorchBackend
@@ -38,6 +39,8 @@ def crash(h):
 
 
 def hang(h):
+    if "FAKE_HANGS_IN" in os.environ:  # a file to say in that it does, and which process
+        Path(os.environ["FAKE_HANGS_IN"]).write_text(str(os.getpid()))
     time.sleep(3600)
 
 

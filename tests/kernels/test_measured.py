@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import fake_backends
 import pytest
@@ -13,10 +16,11 @@ import torch
 from fake_backends import FAKES
 
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, dispatch, explain, measured
+from shift_kernels.api import looped_block
 from shift_kernels.backends.base import LOOPED_BLOCK
 from shift_kernels.calibrate import calibrate
 from shift_kernels.call import Problem
-from shift_kernels.measured import CRASHED, TIMED_OUT, VERIFIED, WRONG, Verdict
+from shift_kernels.measured import CRASHED, TIMED_OUT, UNCHECKED, VERIFIED, WRONG, Verdict
 from shift_kernels.trial import trial
 
 fake_backends.forget_them()  # until a test wants them
@@ -237,6 +241,42 @@ def test_ctrl_c_ends_the_candidate_too(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate([problem()], say=[].append)
     assert [child.returncode for child in children] == [-signal.SIGKILL]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent")
+def test_a_candidate_ends_with_a_calibration_that_is_killed(tmp_path):
+    script = (
+        "import test_measured as t; from shift_kernels import dispatch\n"
+        "t.LOOPED_BLOCK.register(t.FAKES[-1]); dispatch.candidates = lambda _: ['fake_hanging']\n"
+        "t.calibrate([t.problem()])"
+    )
+    here, note = Path(__file__), tmp_path / "hangs"
+    path = os.pathsep.join([str(here.parent), str(here.parents[1]), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "FAKE_HANGS_IN": str(note)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True) as parent:
+        wait_until(lambda: note.exists() and note.read_text())
+        os.killpg(parent.pid, signal.SIGKILL)
+    candidate = Path("/proc", note.read_text(), "stat")
+    wait_until(lambda: not candidate.exists() or candidate.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_without_memory_for_the_truth_a_backend_is_not_said_to_have_crashed(monkeypatch):
+    run = looped_block
+
+    def without_memory_for_float64(e, *arguments, **options):
+        if e.dtype == torch.float64:
+            raise torch.OutOfMemoryError
+        return run(e, *arguments, **options)
+
+    monkeypatch.setattr("shift_kernels.trial.looped_block", without_memory_for_float64)
+    assert trial(problem(), "fake_fast").outcome == UNCHECKED
 
 
 def test_first_use_measures_once_and_then_runs_what_won(monkeypatch):
