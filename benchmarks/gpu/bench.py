@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from benchmarks.gpu.cases import (
     SLOPES,
     Attention,
     Block,
+    serves,
 )
 from benchmarks.gpu.work import Case, Finding, Group, refused, rehearsing
 from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, attention
@@ -52,7 +54,7 @@ Call = Callable[[], Tensor]
 def groups() -> list[Group]:
     """Compiling; the device's own ceilings; a process a runner; time against the number of loops."""
     pairs = [(case, runner) for runner in BLOCK_RUNNERS for case in BLOCKS]
-    pairs += [(case, runner) for runner in ATTENTION_RUNNERS for case in ATTENTIONS]
+    pairs += [(case, runner) for runner in ATTENTION_RUNNERS for case in ATTENTIONS if serves(runner, case)]
     pairs.sort(key=lambda pair: BLOCK_RUNNERS.index(_as_block_runner(pair[1])))  # stable: cases keep theirs
     compiled = [[_case("compile", *pair)] for pair in pairs if pair[1] in COMPILED]
     timed = [
@@ -76,9 +78,11 @@ def _case(do: str, case: Block | Attention, runner: str, **more: Any) -> Case:
 
 def run(case: Case) -> Finding:
     """What the plan says: ceilings, compile, time or slope."""
+    arguments = dict(case.arguments)
+    if arguments["do"] == "compile":  # eight processes do: each with a pool for the whole machine is too many
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # read when Inductor is imported, by what follows
     device.here().release()
     torch._dynamo.reset()  # or a runner would be recompiled for shape after shape, up to a limit
-    arguments = dict(case.arguments)
     do = {"ceilings": ceilings, "compile": compile_only, "time": timed, "slope": slope}[arguments.pop("do")]
     try:
         return do(**arguments)

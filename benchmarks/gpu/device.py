@@ -119,8 +119,11 @@ def machine() -> dict[str, Any]:
         facts["triton"] = "none"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if shutil.which(query[0]):
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
-        facts["driver"] = (done.stdout.splitlines() or ["unknown"])[0]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+            facts["driver"] = (done.stdout.splitlines() or ["unknown"])[0]
+        except subprocess.TimeoutExpired:
+            facts["driver"] = "unknown: nvidia-smi hangs"
     return facts
 
 

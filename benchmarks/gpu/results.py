@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -143,13 +144,15 @@ def pack(folder: Path, archive: Path) -> None:
     new = archive.with_name(archive.name + ".new")
     with tarfile.open(new, "w:gz") as tar:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in KEPT):
-            size = path.stat().st_size
-            info = tar.gettarinfo(path, str(path.relative_to(folder)))
-            with path.open("rb") as file:
-                if path.suffix == ".log" and size > LOG_BYTES:
-                    file.seek(size - LOG_BYTES)
-                    info.size = LOG_BYTES
-                tar.addfile(info, file)
+            try:
+                info = tar.gettarinfo(path, str(path.relative_to(folder)))
+                content = path.read_bytes()
+            except OSError:  # of a case that runs meanwhile, and has taken its file away
+                continue
+            if path.suffix == ".log":
+                content = content[-LOG_BYTES:]
+            info.size = len(content)  # what was read: such a case's log grows, or begins anew
+            tar.addfile(info, io.BytesIO(content))
     os.replace(new, archive)
 
 

@@ -5,8 +5,8 @@
     streamed    samples in a chunk
     calibrate   every backend, verified and timed
 
-Eight processes compile all configurations side by side, then each is timed alone. :func:`finish` writes
-``tuned.json`` from what was found, also into the results.
+Eight processes compile all configurations side by side, then each is timed alone. :func:`finish` writes what
+was found as a ``tuned.json`` into the results. The kernels' own stays: of it is what this run has measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +26,7 @@ import torch
 from benchmarks.gpu import bench, device
 from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, CASES, Attention, Block
 from benchmarks.gpu.results import write_atomically
-from benchmarks.gpu.work import OK, Case, Finding, Group, rehearsing, work_folder
+from benchmarks.gpu.work import OK, REFUSED, Case, Finding, Group, a_line, rehearsing, work_folder
 from shift_kernels import BlockSpec
 
 LIMIT_S = 90.0
@@ -129,7 +128,18 @@ def run(case: Case) -> Finding:
 
 
 def trial(kind: str, case: str, kernel: str, config: Config, compile_only: bool) -> Finding:
-    """Run a case with a configuration in the place of that in use."""
+    """Run a case with a configuration in the place of that in use; refused: it does not fit on chip."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return _trial(kind, case, kernel, config, compile_only)
+    except OutOfResources as too_much:
+        if config is None:  # what is in use must fit
+            raise
+        return Finding(REFUSED, a_line(too_much))
+
+
+def _trial(kind: str, case: str, kernel: str, config: Config, compile_only: bool) -> Finding:
     here = device.here()
     asked: dict[str, Any] = {}
     patched = {"resident": _patch_resident, "attention": _patch_tiles, "streamed": _patch_chunk}[kind]
@@ -246,8 +256,7 @@ def finish(rows: Sequence[Mapping[str, Any]]) -> None:
         json.loads(tuned.TABLE.read_text()), [row["data"] for row in rows], device.here().name
     )
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
-    for path in (work_folder() / "tuned.json", *(() if rehearsing() else (tuned.TABLE,))):
-        write_atomically(Path(path), text)
+    write_atomically(work_folder() / "tuned.json", text)
 
 
 def with_fastest(table: dict[str, Any], found: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import collect, contract, isolate, results, run, smoke, table, tune
+from benchmarks.gpu import bench, collect, contract, isolate, results, run, smoke, table, tune
 from benchmarks.gpu.cases import ATTENTIONS, BLOCKS, CASES, KINDS, Attention, Block, goal
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.work import (
     CRASHED,
     FAILED,
     OK,
+    REFUSED,
     SKIPPED,
     TIMEOUT,
     UNFINISHED,
@@ -148,6 +149,27 @@ def test_an_archive_is_filed_under_its_device_and_few_files_leave_the_machine(tm
     assert (tmp_path / "unpacked" / "logs" / "long.log").read_text().endswith("xthe end")
 
 
+def test_an_archive_is_whole_though_a_file_of_a_running_case_vanishes_or_grows(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("gone", "grown", "still"):
+        (folder / f"{name}.log").write_text(name)
+    read = Path.read_bytes
+
+    def meanwhile(path):
+        if path.stem == "gone":
+            path.unlink()
+        if path.stem == "grown":
+            path.write_text("grown by now")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    results.pack(folder, tmp_path / "a.tar.gz")
+    results.unpack(tmp_path / "a.tar.gz", tmp_path / "unpacked")
+    found = {path.name: path.read_text() for path in (tmp_path / "unpacked").iterdir()}
+    assert found == {"grown.log": "grown by now", "still.log": "still"}
+
+
 def test_what_is_no_archive_of_ours_is_refused(tmp_path):
     results.pack(tmp_path, tmp_path / "empty.tar.gz")
     assert collect.main([str(tmp_path / "empty.tar.gz"), "--results", str(tmp_path)]) == 1
@@ -244,6 +266,31 @@ def test_tuning_tries_no_tile_longer_than_the_sequence_and_every_chunk_once():
     assert {own for own, *_ in tune.tiles(20)} == {32}
     assert all(own * walk <= 128 * 128 for own, walk, *_ in tune.tiles(4096))
     assert tune.chunks(8) == [8, 4, 2, 1]
+
+
+def test_flex_attention_is_not_asked_for_what_it_refuses_on_cuda():
+    timed = {(case.arguments.get("case"), case.arguments.get("runner")) for case in cases_of(bench)}
+    names = {head_dim: f"attention-b256-h{n}-n64-hd{head_dim}" for n, head_dim in ((64, 4), (8, 32))}
+    assert (names[4], "flex") not in timed
+    assert {(names[32], "flex"), (names[4], "triton")} <= timed
+
+
+def cases_of(stage):
+    return [case for group in stage.groups() for batch in group.batches for case in batch]
+
+
+def test_a_configuration_that_does_not_fit_is_refused_unless_it_is_the_one_in_use(monkeypatch):
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs Triton")
+
+    def too_large(*_):
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(tune, "_trial", too_large)
+    finding = tune.trial("attention", "a case", "forward", [128, 128, 8, 3], compile_only=False)
+    assert finding.outcome == REFUSED
+    assert "shared memory, Required: 300000" in finding.why
+    with pytest.raises(errors.OutOfResources):
+        tune.trial("attention", "a case", "forward", None, compile_only=False)
 
 
 def test_the_fastest_configuration_replaces_its_own_class_alone():
