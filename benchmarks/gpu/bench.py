@@ -22,6 +22,7 @@ from benchmarks.gpu import device
 from benchmarks.gpu.cases import (
     ATTENTION_RUNNERS,
     ATTENTIONS,
+    AUTOTUNED,
     BLOCK_RUNNERS,
     BLOCKS,
     CASES,
@@ -37,10 +38,10 @@ from shift_kernels.bench.baseline import PLAIN, sdpa
 
 SECONDS = 1.0
 """Of timed calls, for each runner and direction."""
-LIMITS_S = {"max-autotune": 300.0, "compile": 150.0, "flex": 150.0}
+LIMITS_S = {AUTOTUNED: 300.0, "compile": 150.0, "flex": 150.0}
 LIMIT_S = 90.0
 COMPILED = ("triton", "compile", "flex")
-"""Runners whose kernels are compiled beforehand. max-autotune times while it compiles, so it stays alone."""
+"""Runners whose kernels are compiled beforehand."""
 N_LOOPS = (1, 2) if rehearsing() else (1, 2, 4, 8, 16)
 SLOPE_RUNNERS = ("eager", "triton", "cuda")
 OURS = ("cuda", "triton", "torch")
@@ -58,7 +59,7 @@ def groups() -> list[Group]:
     pairs.sort(key=lambda pair: BLOCK_RUNNERS.index(_as_block_runner(pair[1])))  # stable: cases keep theirs
     compiled = [[_case("compile", *pair)] for pair in pairs if pair[1] in COMPILED]
     timed = [
-        [_case("time", *pair, direction=d) for pair in ones for d in DIRECTIONS]
+        [timing(*pair, d) for pair in ones for d in DIRECTIONS]
         for _, ones in itertools.groupby(pairs, key=lambda pair: pair[1])
     ]
     slopes = [_case("slope", case, runner) for runner in SLOPE_RUNNERS for case in SLOPES]
@@ -68,6 +69,11 @@ def groups() -> list[Group]:
 
 def _as_block_runner(runner: str) -> str:
     return {"sdpa": "eager", "flash": "graphed"}.get(runner, runner)
+
+
+def timing(case: Block | Attention, runner: str, direction: str, stage: str = "bench") -> Case:
+    """A case that ends in times of a runner."""
+    return dataclasses.replace(_case("time", case, runner, direction=direction), stage=stage)
 
 
 def _case(do: str, case: Block | Attention, runner: str, **more: Any) -> Case:
@@ -113,7 +119,7 @@ def _mode(runner: str) -> dict[str, Any]:
     """Of torch.compile. A rehearsal traces as the others do, but leaves the C++ compiler out."""
     if rehearsing():
         return dict(backend="aot_eager")
-    return dict(mode="max-autotune-no-cudagraphs" if runner == "max-autotune" else None)
+    return dict(mode="max-autotune-no-cudagraphs" if runner == AUTOTUNED else None)
 
 
 def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Call:
@@ -126,7 +132,7 @@ def block_call(case: Block, runner: str, e: Tensor, block: LoopedBlock) -> Call:
         "graphed": lambda: lambda q, k, v: flash(q, k, v, causal),
     }.get(runner, lambda: sdpa(causal))()
     plain = PLAIN[case.kind](block, attend)
-    if runner in ("compile", "flex", "max-autotune"):
+    if runner in ("compile", "flex", AUTOTUNED):
         plain.body = torch.compile(plain.body, **_mode(runner))
     return lambda: plain(e, n_loops)
 

@@ -118,7 +118,8 @@ if rehearsing():  # tiny, since an interpreter runs them
 CASES: dict[str, Block | Attention] = {case.name: case for case in (*BLOCKS, *ATTENTIONS)}
 
 # In the order in which they run: what is cheap first, so that a cut-off leaves whole columns.
-BLOCK_RUNNERS = ("eager", "triton", "cuda", "graphed", "compile", "torch", "flex", "max-autotune")
+BLOCK_RUNNERS = ("eager", "triton", "cuda", "graphed", "compile", "torch", "flex")
+AUTOTUNED = "max-autotune"  # a runner, too, but of a stage of its own
 ATTENTION_RUNNERS = ("sdpa", "triton", "flash", "flex")
 DIRECTIONS = ("forward", "both")  # both: forward and backward
 

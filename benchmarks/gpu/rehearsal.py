@@ -1,7 +1,17 @@
 """A device that is none, for ``rehearse.sh``: Triton's interpreter, emulated CUDA, the CPU's clock.
 
-What tells real from fake is here and in the sizes of cases.py: every stage runs the same code, so that
-nothing in it meets hardware untried.
+It tries the scripts: stages, processes, rows, the report. What others stand in for meets hardware untried:
+
+    nvcc and what it builds          the emulated library of tests/cuda_emulation
+    Triton's compiler, its launcher  its interpreter; tests/kernels/test_triton_offline.py has these two
+    events, graphs, memory           the CPU's clock, the call itself, no bytes
+    Inductor                         torch.compile's backend aot_eager
+    flex attention's backward        that of PyTorch's attention
+    compute-sanitizer                a script that runs what it is given
+    a process for each batch         a forked one for all of a stage
+    sizes, lists of cases            tiny ones; two of the tests with marker gpu
+
+Each place asks ``work.rehearsing()``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every stage of run.sh end to end without a GPU: Triton's interpreter, the emulated CUDA library, tiny
-# shapes, the CPU's clock. Then files the archive. No figure of it means anything.
+# shapes, the CPU's clock. What that leaves untried: rehearsal.py. Then files the archive. No figure of it means anything.
 #   benchmarks/gpu/rehearse.sh [FOLDER]       default: a new one under /tmp
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"

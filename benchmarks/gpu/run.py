@@ -26,6 +26,7 @@ WORK_LEFT, FAULTY = 75, 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    default = [name for name, stage in STAGES.items() if rehearsing() or not stage.by_name]
     parser = argparse.ArgumentParser(
         "benchmarks/gpu/run.sh",
         description="Build, verify, time, tune and train on this machine's GPU, and report. Call it until "
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Stages: " + "; ".join(f"{name}: {stage.what}" for name, stage in STAGES.items()) + ".",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the report")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"default: {', '.join(default)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which it ends (%(default)g)")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "gpu", help="what is kept between calls"
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.forget([build.CASE])
     left = 0
     try:
-        for name in dict.fromkeys(["build", *(args.stages or STAGES)]):
+        for name in dict.fromkeys(["build", *(args.stages or default)]):
             left += run_stage(name, results, clock, args)
     finally:
         report = results.publish()

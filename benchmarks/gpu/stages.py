@@ -17,10 +17,12 @@ class Stage:
     Args:
         module: where it is.
         what: in a line.
+        by_name: it takes too long for what it says to be run unasked.
     """
 
     module: str
     what: str
+    by_name: bool = False
 
 
 STAGES = {
@@ -29,9 +31,12 @@ STAGES = {
     ),
     "smoke": Stage("benchmarks.gpu.smoke", "every backend and shape once, held against float64"),
     "contract": Stage("benchmarks.gpu.contract", "the tests with marker gpu"),
-    "sanitize": Stage("benchmarks.gpu.sanitize", "compute-sanitizer over few small cases"),
     "bench": Stage("benchmarks.gpu.bench", "times, beside eager, compiled, graphed and flex"),
     "tune": Stage("benchmarks.gpu.tune", "fastest configurations; the table that auto chooses by"),
+    "sanitize": Stage("benchmarks.gpu.sanitize", "compute-sanitizer over few small cases"),
     "training": Stage("benchmarks.gpu.training", "a language model's sizes, the demo, Fan's tasks"),
     "lm": Stage("benchmarks.gpu.lm", "language models: loops held against each other, by compute and time"),
+    "autotune": Stage(
+        "benchmarks.gpu.autotune", "times of torch.compile's max-autotune; where asked for", by_name=True
+    ),
 }

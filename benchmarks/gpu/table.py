@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.cases import CASES, goal
+from benchmarks.gpu.cases import AUTOTUNED, CASES, goal
 from benchmarks.gpu.work import CRASHED, FAILED, FAULTS, OK, REFUSED, SKIPPED, TIMEOUT, UNFINISHED, WRONG
 
 Row = Mapping[str, Any]
 
 OUTCOMES = (OK, WRONG, FAILED, CRASHED, TIMEOUT, REFUSED, SKIPPED, UNFINISHED)
 OURS = ("cuda", "triton")
-RIVALS = ("eager", "graphed", "torch", "compile", "flex", "max-autotune", "sdpa", "flash")
+RIVALS = ("eager", "graphed", "torch", "compile", "flex", AUTOTUNED, "sdpa", "flash")
 MOST_FAULTS = 60
 """Lines of faults in the report; the summary has all."""
 
@@ -149,18 +149,18 @@ def training_table(rows: Sequence[Row]) -> str:
     return markdown(["case", "figure", "value"], lines)
 
 
-def _where(stage: str, key: str) -> Callable[[Sequence[Row]], list[Row]]:
-    return lambda rows: [row for row in rows if row["stage"] == stage and key in row["data"]]
+def _where(key: str, *stages: str) -> Callable[[Sequence[Row]], list[Row]]:
+    return lambda rows: [row for row in rows if row["stage"] in stages and key in row["data"]]
 
 
 SECTIONS: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], Callable[[Sequence[Row]], str]]] = {
     "Error over that of PyTorch in the same dtype (at most 2 is right)": (
-        _where("smoke", "shape"),
+        _where("shape", "smoke"),
         smoke_table,
     ),
-    "Milliseconds": (_where("bench", "times_ms"), bench_table),
-    "Cost of a loop": (_where("bench", "slope_ms"), slope_table),
-    "Tuning": (_where("tune", "ms"), tune_table),
+    "Milliseconds": (_where("times_ms", "bench", "autotune"), bench_table),
+    "Cost of a loop": (_where("slope_ms", "bench"), slope_table),
+    "Tuning": (_where("ms", "tune"), tune_table),
     "Training": (lambda rows: [r for r in rows if r["stage"] == "training" and r["data"]], training_table),
 }
 """By heading: which rows, and how they are shown."""
