@@ -3,7 +3,7 @@
 It tries the scripts: stages, processes, rows, the report. What others stand in for meets hardware untried:
 
     nvcc and what it builds          the emulated library of tests/cuda_emulation
-    Triton's compiler, its launcher  its interpreter; tests/kernels/test_triton_offline.py has these two
+    Triton's compiler, its launcher  its interpreter; tests/kernels/test_triton_launch.py has these two
     events, graphs, memory           the CPU's clock, the call itself, no bytes
     Inductor                         torch.compile's backend aot_eager
     flex attention's backward        that of PyTorch's attention
