@@ -45,12 +45,7 @@ def tests() -> tuple[list[str], dict[str, str]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     listed, *sections = re.split(r"^_+ ERROR collecting (.+?) _+$", done.stdout, flags=re.MULTILINE)
     found = [line for line in listed.splitlines() if "::" in line]
-    broken = {
-        file: (re.findall(r"^E +(\w+(?:Error|Exception).*)", words, re.MULTILINE) or ["cannot be imported"])[
-            -1
-        ]
-        for file, words in zip(sections[::2], sections[1::2], strict=True)
-    }
+    broken = {file: _error(words) for file, words in zip(sections[::2], sections[1::2], strict=True)}
     if rehearsing():
         found = [name for name in found if any(part in name for part in REHEARSED)]
     if not found and not broken:
@@ -60,14 +55,19 @@ def tests() -> tuple[list[str], dict[str, str]]:
     return found, broken
 
 
+def _error(traceback: str) -> str:
+    """The line of pytest's traceback that names the error."""
+    found = re.findall(r"^E +([\w.]+(?:Error|Exception).*)", traceback, re.MULTILINE)
+    return found[-1] if found else "it cannot be imported"
+
+
 def run_batch(cases: Sequence[Case], report: Report) -> None:
     """Run the tests; leaves the process after the first that fails."""
     for case in cases:
         if error := case.arguments.get("error"):
+            outcome = SKIPPED if error.startswith("ModuleNotFoundError") else FAILED
             report.begin(case)
-            report.end(
-                case, Finding(SKIPPED if error.startswith("ModuleNotFoundError") else FAILED, error[:160])
-            )
+            report.end(case, Finding(outcome, error[:160]))
     by_name = {case.name: case for case in cases if "error" not in case.arguments}
     if not by_name:
         return
