@@ -372,7 +372,7 @@ class CudaBackend:
         return "; ".join([f"resident, all loops in one launch, kernels for {kernels}", *parts])
 
     def prepare(self, problem: Problem, say: Callable[[str], object]) -> None:
-        """Compile the kernels of the problem's shape: a sixth of the instructions of those for any shape."""
+        """Compile the kernels of the problem's shape: far fewer instructions than those for any shape."""
         for found, direction in zip(_of_problem(problem), ("forward", "backward"), strict=False):
             start = time.perf_counter()
             try:
