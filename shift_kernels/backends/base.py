@@ -92,7 +92,7 @@ SERVED_BY_ALL: Mapping[str, Collection[object]] = {
     "loop_norm": (bool,),
     "residual_scale": (float,),
 }
-"""Of every field that some backend does not serve in full, the values that all do."""
+"""By field, the values that every backend serves; of a field that is not listed, the default alone."""
 _SIZES = ("d_model", "n_heads", "n_kv_heads", "head_dim", "n_layers", "d_ff")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BlockSpec) if f.init and f.name not in _SIZES}
 
