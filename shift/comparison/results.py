@@ -79,7 +79,7 @@ def collect(
         runs: all runs; the same seeds for every arm.
         labels: the arms' names in words.
         target: accuracy to reach.
-        plan: what was written down before the first run (see :mod:`shift.compare`).
+        plan: what was written down before the first run (see :mod:`shift.comparison.plan`).
 
     Returns:
         The content of ``results.json``.
