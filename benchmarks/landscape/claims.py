@@ -1,4 +1,4 @@
-"""The paper's predictions as claims about one number a seed, and the rule that decides them.
+"""Predictions of Gong et al. (arXiv 2510.10089) as claims about a number a seed, and the rule that decides.
 
 The rule, written down before the runs were surveyed: a claim is a number for each seed, and a side of a
 bound on which it is to lie. With the 95% interval of the mean over seeds (Student's t),
@@ -10,7 +10,7 @@ bound on which it is to lie. With the 95% interval of the mean over seeds (Stude
 A yes-or-no claim holds with yes on every seed, does not with no on every seed, else it is undecided. The
 claims are many and each may err one time in twenty: a single line proves little.
 
-What the paper predicts is told after its abstract and public reviews; its body was not available to us.
+The predictions are told after the abstract and public reviews; the body was not available to us.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ SURVEYS = {
 
 
 def tasks() -> dict[str, TrainConfig]:
-    """The paper's toy on a Markov language, small enough for all eigenvalues; the demo's model on hop."""
-    toy, demo = load_config("paper_toy"), load_config("demo")
+    """A toy on a Markov language, small enough for all eigenvalues; the demo's model on hop."""
+    toy, demo = load_config("markov_toy"), load_config("demo")
     small = dataclasses.replace(toy.model, d_model=16, n_heads=2)
     toy = dataclasses.replace(toy, steps=900, eval_every=20, model=small)
     d12 = TaskConfig("hop", options={"n_nodes": 12, "max_hops": 4})

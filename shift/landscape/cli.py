@@ -5,7 +5,8 @@ Also ``python -m shift.landscape``.
     shift-train --config demo --run-dir runs/shift --landscape.every 50
     shift-landscape runs/shift --out runs/shift-landscape
 
-Quantities are ours, defined in the modules of :mod:`shift.landscape`; the paper's were not available to us.
+Quantities are ours, defined in the modules of :mod:`shift.landscape`; those of Gong et al. (arXiv 2510.10089)
+were not available to us.
 Exit codes: 0 done; 2 unusable input.
 """
 
