@@ -56,9 +56,6 @@ class LoopSchedule(ABC):
         ShiftInputError: a value outside what is allowed, here and in all subclasses.
     """
 
-    switch_step: int | None = None
-    """The switch step so far, as defined at the top of this file."""
-
     keep: float = 1.0
     """:attr:`Decision.keep` of every switch."""
 
@@ -97,7 +94,6 @@ class TimedSchedule(LoopSchedule):
     def step(self, step: int, signals: Signals | None) -> Decision:
         n_loops = self.loops_at(step)
         first = bisect.bisect_left(range(step), n_loops, key=self.loops_at)
-        self.switch_step = first or None
         return Decision(n_loops, switched=0 < first == step)
 
 

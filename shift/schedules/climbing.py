@@ -72,18 +72,17 @@ class Ladder(LoopSchedule):
         if look is None:
             return Decision(self.rungs[self.rung])
         if look.fired:
-            self.rung, self.switch_step = self.rung + 1, step
+            self.rung += 1
             self.criterion = self._fresh_criterion()
         # The run's step; the criterion counts finite steps from the start of the rung.
         look = dataclasses.replace(look, step=step)
         return Decision(self.rungs[self.rung], look.fired, self.keep, (look,))
 
     def state_dict(self) -> dict[str, Any]:
-        criterion = self.criterion.state_dict()
-        return {"rung": self.rung, "switch_step": self.switch_step, "criterion": criterion}
+        return {"rung": self.rung, "criterion": self.criterion.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rung, self.switch_step = state["rung"], state["switch_step"]
+        self.rung = state["rung"]
         self.criterion = self._fresh_criterion()
         self.criterion.load_state_dict(state["criterion"])
 

@@ -46,9 +46,7 @@ def test_constant_is_looped_or_single():
 
 @pytest.mark.parametrize(("at", "step"), [(0.25, 200), (300, 300), (0, 0)])
 def test_fixed_switches_at_its_step(at, step):
-    schedule = make("fixed", at=at)
-    assert loops(schedule, 800) == [1] * step + [4] * (800 - step)
-    assert schedule.switch_step == (step or None)
+    assert loops(make("fixed", at=at), 800) == [1] * step + [4] * (800 - step)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +94,7 @@ def test_shift_switches_once_when_the_criterion_fires():
 
 
 def test_shift_that_never_sees_a_plateau_stays_single():
-    schedule = make("shift")
-    assert set(loops(schedule, 800, flat=800)) == {1}
-    assert schedule.switch_step is None
+    assert set(loops(make("shift"), 800, flat=800)) == {1}
 
 
 def test_a_look_names_the_step_of_the_run_though_skipped_steps_do_not_count():
@@ -110,11 +106,9 @@ def test_a_look_names_the_step_of_the_run_though_skipped_steps_do_not_count():
 
 
 def test_ladder_climbs_rung_by_rung_with_a_fresh_criterion():
-    schedule = make("ladder", max_loops=6)
-    got = loops(schedule, 800)
+    got = loops(make("ladder", max_loops=6), 800)
     assert sorted(set(got)) == [1, 2, 4, 6]
     assert got == sorted(got)
-    assert schedule.switch_step == got.index(6)
     times = [got.count(r) for r in (2, 4)]
     assert min(times) >= 120  # six looks of 20 steps on each rung: the first has nothing to compare with
     assert set(loops(make("ladder", max_loops=6, rungs=[2, 6]), 800)) == {2, 6}
@@ -230,12 +224,11 @@ def test_random_ramp_starts_with_one_loop():
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("cut", [0, 1, 119, 120, 121, 333])
 def test_a_resumed_schedule_goes_on_exactly(kind, cut):
-    undisturbed, first, second = make(kind), make(kind), make(kind)
-    whole = loops(undisturbed, 400)
+    first, second = make(kind), make(kind)
+    whole = loops(make(kind), 400)
     got = loops(first, cut)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + loops(second, 400, start=cut) == whole
-    assert second.switch_step == undisturbed.switch_step
 
 
 # Options under which the criterion fires soon, and a schedule changes its loops more than once.
@@ -247,35 +240,34 @@ SWITCHING = {
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_switch_step_is_the_last_change_of_the_loops_whoever_is_asked(kind):
-    schedule = make(kind, total_steps=400, **SWITCHING.get(kind, {}))
-    got = decisions(schedule, 400, flat=1)
+def test_the_switch_step_is_the_last_switch_of_the_schedule(kind):
+    got = decisions(make(kind, total_steps=400, **SWITCHING.get(kind, {})), 400, flat=1)
     n_loops = [decision.n_loops for decision in got]
     changes = [step for step in range(1, 400) if n_loops[step] != n_loops[step - 1]]
     if SCHEDULES[kind].decided_by == "chance":
         changes = []
     assert [step for step, decision in enumerate(got) if decision.switched] == changes
-    assert schedule.switch_step == switch_step(kind, n_loops) == (changes[-1] if changes else None)
+    assert switch_step(kind, n_loops) == (changes[-1] if changes else None)
     assert bool(changes) == (SCHEDULES[kind].decided_by in ("time", "criterion"))
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_run_records_the_switch_step_that_its_schedule_names(kind, tmp_path):
+def test_a_run_records_the_switch_step_of_its_loops(kind, tmp_path):
     # Looks every 2 steps, of which all are hits: the loops change within 24 steps wherever they can.
     scp = {"interval": 2, "patience": 1, "delta_1": 1e3, "delta_2": 1e3}
     options = scp if SCHEDULES[kind].decided_by == "criterion" else {}
     trainer = Trainer(tiny(steps=24, eval_every=0, schedule=ScheduleConfig(kind, options)), tmp_path)
     recorded = trainer.fit()["switch_step"]
     run = read_run(tmp_path)
-    assert recorded == trainer.schedule.switch_step == seed_facts(run, 0, None)["switch_step"]
+    assert recorded == seed_facts(run, 0, None)["switch_step"]
     assert (recorded is None) == (SCHEDULES[kind].decided_by in ("nothing", "chance"))
     assert bool(run.of_kind("look")) == (SCHEDULES[kind].decided_by == "criterion")
     assert (trainer.schedule.scp is None) == (SCHEDULES[kind].decided_by != "criterion")
 
 
 def test_a_ladder_that_starts_with_two_loops_has_a_switch_step():
-    schedule = make("ladder", rungs=[2, 4])
-    assert loops(schedule, 800).index(4) == schedule.switch_step
+    got = loops(make("ladder", rungs=[2, 4]), 800)
+    assert got.index(4) == switch_step("ladder", got)
 
 
 def test_no_two_arms_share_a_name_a_label_or_a_colour():
