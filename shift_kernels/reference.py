@@ -60,15 +60,13 @@ def looped_block(
         h_T (or all h_t) and the loops used, int64 [batch].
     """
     call = CallOptions(n_loops, **{"compute_dtype": e.dtype, **options})
-    inputs = differentiable(e, weights, call)
-    batch, seq_len, _ = e.shape
-    valid = None
-    h0 = call.h0
+    inputs, seq_len, max_loops = differentiable(e, weights, call), e.shape[1], call.max_loops()
+    valid, h0 = None, call.h0
     if call.seq_lens is not None:
         valid = torch.arange(seq_len, device=e.device) < call.seq_lens.to(e.device)[:, None]
         e = _zero_where_not(valid[..., None], e)
         h0 = None if h0 is None else _zero_where_not(valid[..., None], h0)
-    w = _cast(weights, spec, e.dtype, call.compute_dtype or e.dtype)
+    w = _cast(weights, spec, e.dtype, call.compute_dtype)
     if heads is None:
         heads = explicit_heads(spec, attention_mask(seq_len, spec.causal, valid, e.device, spec.window))
     rotary = None
@@ -77,51 +75,70 @@ def looped_block(
     scale = call.branch_scale(spec)
     if isinstance(scale, Tensor):
         scale = _column(scale.to(e.device))
-
-    # A number is filled in on the device: a copy from the host could be in no CUDA graph.
-    loops = n_loops.to(e.device) if isinstance(n_loops, Tensor) else torch.full((), n_loops, device=e.device)
-    loops = loops.expand(batch).to(torch.int64)
-    per_sample = isinstance(n_loops, Tensor)
-    max_loops = int(loops.max()) if isinstance(n_loops, Tensor) else n_loops
-    min_loops = int(loops.min()) if isinstance(n_loops, Tensor) else n_loops
-    n_grad_loops, halt_threshold = call.n_grad_loops, call.halt_threshold
-    running = torch.ones(batch, dtype=torch.bool, device=e.device)
-    used = torch.zeros(batch, dtype=torch.int64, device=e.device)
     if h0 is None:
         h0 = e if spec.injection == "none" else torch.zeros_like(e)
-    h, history = h0, []
+
+    def next_state(t: int, h: Tensor, active: Tensor | None) -> Tensor:
+        u = inject(h, e, w, spec)
+        if active is not None:  # a finished sample's next state may overflow, and spoil the weights' gradient
+            u = _zero_where_not(_column(active), u)
+        return loop_body(u, w, spec, scale, rotary, functools.partial(heads, t))
+
+    h, used = _repeat(next_state, h0, call, max_loops, valid)
+    if valid is not None:
+        h = _zero_where_not(valid[..., None], h)
+    if max_loops < 1 or call.n_grad_loops is not None or (call.h0 is not None and spec.injection == "none"):
+        # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
+        h = h + torch.cat([x.flatten()[:0] for x in inputs]).sum()
+    return h, used
+
+
+def _repeat(
+    next_state: Callable[[int, Tensor, Tensor | None], Tensor],
+    h: Tensor,
+    call: CallOptions,
+    max_loops: int,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h_T of the initial state h (or all h_t), and the loops used.
+
+    Args:
+        next_state: (t, h_{t-1}, active) -> h_t; active: which samples still run, [batch], None where all do.
+        max_loops: the largest T.
+        valid: which positions are no pads, bool [batch, seq_len]; None: all.
+    """
+    batch, device, n_grad_loops = h.shape[0], h.device, call.n_grad_loops
+    own_loops, threshold = call.sample_loops(device), call.halt_threshold
+    per_sample = own_loops is not None
+    may_stop_early = per_sample or threshold is not None
+    # A number is filled in on the device: a copy from the host could be in no CUDA graph.
+    loops = torch.full((batch,), max_loops, device=device) if own_loops is None else own_loops.expand(batch)
+    min_loops = int(loops.min()) if per_sample else max_loops
+    running = torch.ones(batch, dtype=torch.bool, device=device)
+    used = torch.zeros(batch, dtype=torch.int64, device=device)
+    history = []
     for t in range(1, max_loops + 1):
-        if per_sample or halt_threshold is not None:
-            active = running & (t <= loops)
+        active = running & (t <= loops) if may_stop_early else None
         carries_grad = n_grad_loops is None or t > min_loops - n_grad_loops
         with torch.set_grad_enabled(torch.is_grad_enabled() and carries_grad):
-            u = inject(h, e, w, spec)
-            if per_sample:  # a finished sample's next state may overflow, and spoil the weights' gradient
-                u = _zero_where_not(_column(active), u)
-            u = loop_body(u, w, spec, scale, rotary, functools.partial(heads, t))
+            u = next_state(t, h, active)
         if n_grad_loops is not None and carries_grad and per_sample:
             u = torch.where(_column(t > loops - n_grad_loops), u, u.detach())
-        if per_sample or halt_threshold is not None:
-            used += active
-            if halt_threshold is not None:
-                running = active & ~has_settled(u, h, halt_threshold, valid)
-            u = torch.where(_column(active), u, h)
-        else:
+        if active is None:
             used += 1
+        else:
+            used += active
+            if threshold is not None:
+                running = active & ~has_settled(u, h, threshold, valid)
+            u = torch.where(_column(active), u, h)
         h = u
         if call.return_all_loops:
             history.append(h)
-        if halt_threshold is not None and not running.any():
-            if call.return_all_loops:
-                history += [h] * (max_loops - t)
+        if threshold is not None and not running.any():
+            history += [h] * (max_loops - t if call.return_all_loops else 0)
             break
     if call.return_all_loops:
-        h = torch.stack(history) if history else e.new_empty(0, *e.shape)
-    if valid is not None:
-        h = _zero_where_not(valid[..., None], h)
-    if max_loops < 1 or n_grad_loops is not None or (call.h0 is not None and spec.injection == "none"):
-        # What h does not depend on has a gradient all the same, zeros. And what is done to h never changes e.
-        h = h + torch.cat([x.flatten()[:0] for x in inputs]).sum()
+        h = torch.stack(history) if history else h.new_empty(0, *h.shape)
     return h, used
 
 
