@@ -25,7 +25,7 @@ MATRICES = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.we
 BIASES = ("self_attn.in_proj_bias", None, "linear1.bias", None)
 """Of the same rows; the other two biases are vectors along d_model."""
 SLOTS = ("self_attn.out_proj.bias", "linear2.bias", *NORM_VECTORS, "loop_norm.weight", "loop_norm.bias")
-"""Vectors along d_model, as resident_forward.py numbers them; the loop norm's stand in the first layer."""
+"""Vectors along d_model, in the order of ``Packed.v``; the loop norm's stand in the first layer."""
 
 N_SLOTS = tl.constexpr(len(SLOTS))
 ROWS = tl.constexpr(MIN_SIDE)  # packed rows a program: every part is a multiple

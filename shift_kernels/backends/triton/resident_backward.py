@@ -24,13 +24,13 @@ import triton.language as tl
 
 from shift_kernels.backends.triton.activation import activate_backward
 from shift_kernels.backends.triton.operands import Operands
+from shift_kernels.backends.triton.packing import N_SLOTS
 from shift_kernels.backends.triton.resident_forward import (
     LOOP_NORM,
     MLP_BIAS,
     NORM1,
     NORM2,
     OUT_BIAS,
-    SLOTS,
     angles,
     apart,
     branch,
@@ -333,7 +333,7 @@ def loop_backward(SAVED, io, w, DV, r, batch, tokens, at, n_rows, S: tl.constexp
         tl.debug_barrier()
     for from_last in range(S.n_layers):
         layer = S.n_layers - 1 - from_last
-        own, dv = of_layer(w, layer, S), DV + layer * SLOTS * S.d_pad
+        own, dv = of_layer(w, layer, S), DV + layer * N_SLOTS * S.d_pad
         X, first = SAVED + layer * S.halves * stride, layer * n_rows + at
         n, wide = io.operands.narrow + first * S.d_pad, io.operands.wide + first * S.weight_rows
         part = S.n_layers * n_rows * S.d_pad
@@ -359,7 +359,7 @@ def resident_backward(
     r = place(io.lens, seq_len, batch, 0, S.rows, S)
     tokens = tl.cast(batch, tl.int64) * seq_len
     stride = tokens * S.d_model
-    DV = io.v + tl.program_id(0).to(tl.int64) * S.n_layers * SLOTS * S.d_pad
+    DV = io.v + tl.program_id(0).to(tl.int64) * S.n_layers * N_SLOTS * S.d_pad
     last = own_loops(io.loops, n_loops)
     first = tl.maximum(last - n_grad_loops, 0)  # loops first + 1 .. last carry gradient
     for back in range(high - low):

@@ -22,17 +22,14 @@ import triton
 import triton.language as tl
 
 from shift_kernels.backends.triton.activation import activate
-from shift_kernels.backends.triton.packing import Packed
+from shift_kernels.backends.triton.packing import N_SLOTS, SLOTS, Packed
 
-# Slots of Packed.v, as packing.py orders them. A norm's bias is one behind its weight.
-OUT_BIAS = tl.constexpr(0)
-MLP_BIAS = tl.constexpr(1)
-NORM1 = tl.constexpr(2)
-NORM1_POST = tl.constexpr(4)
-NORM2 = tl.constexpr(6)
-NORM2_POST = tl.constexpr(8)
-LOOP_NORM = tl.constexpr(10)
-SLOTS = tl.constexpr(12)
+# Slots of Packed.v. A norm's bias is one behind its weight.
+OUT_BIAS = tl.constexpr(SLOTS.index("self_attn.out_proj.bias"))
+MLP_BIAS = tl.constexpr(SLOTS.index("linear2.bias"))
+NORM1 = tl.constexpr(SLOTS.index("norm1.weight"))
+NORM2 = tl.constexpr(SLOTS.index("norm2.weight"))
+LOOP_NORM = tl.constexpr(SLOTS.index("loop_norm.weight"))
 
 
 class Rows(NamedTuple):
@@ -121,7 +118,7 @@ def unit(x, w, S: tl.constexpr):
 def of_layer(w, layer, S: tl.constexpr):
     """One layer's packed weights."""
     first = layer * S.weight_rows
-    return Packed(w.w + first * S.d_pad, w.b + first, w.v + layer * SLOTS * S.d_pad, w.rotary)
+    return Packed(w.w + first * S.d_pad, w.b + first, w.v + layer * N_SLOTS * S.d_pad, w.rotary)
 
 
 @triton.jit
