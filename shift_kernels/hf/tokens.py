@@ -132,9 +132,8 @@ def _of_pairs(allowed: Tensor, seen: Seen, batch: int, window: int | None) -> Te
     first = seen.n - seen.hidden
     if n_keys < first + n_new:
         refuse("attention_mask", [n_new, n_keys], f"{first + n_new} keys", REMEDY)
-    real = allowed.diagonal(first, 1, 2)[:, :n_new].expand(
-        batch, n_new
-    )  # a token sees itself, a pad does not
+    # A token sees itself, a pad does not.
+    real = allowed.diagonal(first, 1, 2)[:, :n_new].expand(batch, n_new)
     cached = seen.real if seen.real is not None else real.new_ones(batch, seen.n)
     keys = torch.cat([cached, real], 1)
     rank = keys.cumsum(1)

@@ -182,9 +182,8 @@ def rotary(spec: BlockSpec, seq_len: int, device: torch.device) -> Tensor:
     if spec.position != "rope":
         return torch.empty(0, device=device)
     if capturing(device):
-        return _padded_table(
-            spec, seq_len, device
-        )  # no copy from the host, nothing kept from a graph's memory
+        # No copy from the host, and nothing kept that lies in the graph's memory.
+        return _padded_table(spec, seq_len, device)
     return _kept_table(spec, seq_len, device)
 
 
