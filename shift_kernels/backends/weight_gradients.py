@@ -17,7 +17,7 @@ from torch import Tensor
 from shift_kernels.spec import GATED, BlockSpec
 
 OPERAND_BYTES = 512 * 2**20
-"""Of operands alive at once: bounds the loops in a launch."""
+"""Of operands alive at once: bounds the loops in a launch, and the rows in a matmul."""
 
 
 class WeightGradients:

@@ -14,6 +14,7 @@ if DEVICE != "cpu":
     pytest.skip("runs in Triton's interpreter; tests/gpu is for this machine", allow_module_level=True)
 
 from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels.backends import weight_gradients
 from shift_kernels.backends.torch import TORCH
 from shift_kernels.backends.triton import rows
 from shift_kernels.backends.triton import streamed as layer
@@ -161,7 +162,7 @@ def test_chunks_and_small_operand_memory_change_nothing_but_rounding(monkeypatch
     e, weights = problem(spec)
     whole = run(layer, e, weights, spec, n_loops)
     monkeypatch.setattr(layer, "_chunk_size", lambda *_: 2)
-    monkeypatch.setattr(layer, "OPERAND_BYTES", 1)
+    monkeypatch.setattr(weight_gradients, "OPERAND_BYTES", 1)
     parts = run(layer, e, weights, spec, n_loops)
     for a, b in zip([whole[0], whole[2], *whole[3]], [parts[0], parts[2], *parts[3]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from shift_kernels.backends import weight_gradients
 from shift_kernels.backends.device import refuse_in_capture
 from shift_kernels.backends.triton import rows as row_kernels
 from shift_kernels.backends.triton.attention import attention_backward, attention_forward, needs_exact
@@ -32,7 +33,6 @@ from shift_kernels.halting import has_settled
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import BlockSpec
 
-OPERAND_BYTES = 2**30
 # Intermediates of one loop body, in numbers a token and d_model: what a chunk keeps in L2.
 _LIVE = 40
 
@@ -273,7 +273,7 @@ class _Gradients:
         self.w, self.compute = body.w, body.compute
         linear = {name: w for name, w in body.w.items() if w.ndim == 2}
         row_bytes = sum(sum(w.shape) for w in linear.values()) * body.compute.itemsize
-        self.capacity = min(max(most_rows, OPERAND_BYTES // row_bytes), all_rows)
+        self.capacity = min(max(most_rows, weight_gradients.OPERAND_BYTES // row_bytes), all_rows)
         device = next(iter(body.w.values())).device
 
         def empty(width: int) -> Tensor:
