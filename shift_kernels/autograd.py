@@ -9,7 +9,7 @@ millisecond a step in Python, where a small block's whole step takes five.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ from shift_kernels.torch_internals import (
     outside_of_dynamo,
     without_autocast_key,
 )
+
+
+def _refuse_second_derivative(backend: str) -> NoReturn:
+    raise input_error(
+        "shift_kernels.looped_block",
+        "backend",
+        backend,
+        "backend='torch' outside torch.compile for second derivatives",
+        "Call looped_block(..., backend='torch').",
+    )
 
 
 class EagerLoopedBlock(torch.autograd.Function):
@@ -48,13 +58,7 @@ class EagerLoopedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise input_error(
-                "shift_kernels.looped_block",
-                "backend",
-                ctx.backend.name,
-                "backend='torch' outside torch.compile for second derivatives",
-                "Call looped_block(..., backend='torch').",
-            )
+            _refuse_second_derivative(ctx.backend.name)
         tensors = ctx.saved_tensors  # once: a checkpoint computes them when asked
         inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]
         e, weights, call = named_again(inputs, ctx.spec, ctx.options)
@@ -191,13 +195,7 @@ torch.library.register_autograd(
 
 
 def _no_second_derivative(ctx, *grads):
-    raise input_error(
-        "shift_kernels.looped_block",
-        "backend",
-        ctx.backend,
-        "backend='torch' outside torch.compile for second derivatives",
-        "Call looped_block(..., backend='torch').",
-    )
+    _refuse_second_derivative(ctx.backend)
 
 
 def _remember_backend(ctx, inputs, output):
