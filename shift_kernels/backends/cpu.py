@@ -29,6 +29,7 @@ from shift_kernels.spec import (
     BlockSpec,
     spec_from_key,
 )
+from shift_kernels.torch_internals import constant_for_dynamo
 
 MOST_KEPT_BYTES = 256 * 2**20
 """Activations of one loop up to this are kept for the backward (as a rule a seventh of what autograd keeps);
@@ -106,13 +107,10 @@ def _kept_floats(spec: BlockSpec, compute_dtype: torch.dtype) -> int:
     return _ask_kept_floats(spec.key, compute_dtype == torch.bfloat16)
 
 
+@constant_for_dynamo
 def _ask_kept_floats(spec_key: str, bf16: bool) -> int:
     """Asks the library, which torch.compile cannot trace."""
     return _NATIVE.kept_floats(compiled.block(_NATIVE, spec_from_key(spec_key)), bf16=bf16)
-
-
-# What torch.compiler.assume_constant_result does, which takes seconds to import.
-_ask_kept_floats._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _call(
@@ -320,7 +318,6 @@ class CpuBackend:
         spec: BlockSpec,
         options: CallOptions,
         step: Step,
-        isa: str | None = None,
     ) -> Tensor:
         """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
         before, cache = step.before.contiguous(), step.cache
@@ -336,7 +333,7 @@ class CpuBackend:
             cache.keep_loops,
         )
         call.before, call.positions = before.data_ptr(), positions.data_ptr()
-        _NATIVE.run(call, backward=False, isa=isa)
+        _NATIVE.run(call, backward=False)
         del keep
         return out.to(e.dtype)
 
