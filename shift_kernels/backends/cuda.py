@@ -20,7 +20,7 @@ from torch import Tensor
 from shift_kernels import compiled
 from shift_kernels.backends import cuda_shapes
 from shift_kernels.backends.base import SERVED_BY_ALL, Served, WhyNot
-from shift_kernels.backends.device import DTYPES, no_device, on_device_of, why_not
+from shift_kernels.backends.device import DTYPES, capturing, no_device, on_device_of, why_not
 from shift_kernels.backends.weight_gradients import (
     NORM_VECTORS,
     ResidentGradients,
@@ -143,7 +143,7 @@ def sizes(
     seq_len: int,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    limits: Limits | tuple[int, int],
+    limits: Limits,
     library: Any = None,
 ) -> Any:
     """A call as far as the planner reads it, for another library than the installed one if it is given."""
@@ -154,7 +154,7 @@ def sizes(
         seq_len=seq_len,
         dtype=_name(dtype),
         compute_dtype=_name(compute_dtype),
-        **Limits(*limits)._asdict(),
+        **limits._asdict(),
     )
 
 
@@ -221,7 +221,7 @@ def prepared(
 @functools.lru_cache(maxsize=4096)
 def _prepared_on(
     device: torch.device,
-    no_device: Limits,
+    limits: Limits,
     library: ModuleType,
     spec: BlockSpec,
     sizes: tuple[int, ...],
@@ -230,14 +230,13 @@ def _prepared_on(
     halting: bool,
     backward: bool,
 ) -> _Prepared:
-    """The same on a device, whose limits are ``no_device`` where there is none: one look for every such call.
+    """The same on a device of these limits: one look for every such call.
 
     Args:
         sizes: those of e.
     """
-    limits, arch = Limits(*_limits(device)), _arch(device)
     ways = dict(own_loops=own_loops, halting=halting, backward=backward)
-    return prepared(library, spec, (sizes[0], sizes[1]), dtypes, limits, arch, **ways)
+    return prepared(library, spec, (sizes[0], sizes[1]), dtypes, limits, _arch(device), **ways)
 
 
 class _Launch:
@@ -252,8 +251,9 @@ class _Launch:
     ) -> None:
         own_loops, halting = isinstance(options.n_loops, Tensor), options.halt_threshold is not None
         dtypes = e.dtype, options.compute_dtype
+        limits = _limits_of(e.device) if e.is_cuda else HOPPER
         self.prepared = found = _prepared_on(
-            e.device, HOPPER, _LIBRARY, spec, e.shape, dtypes, own_loops, halting, backward
+            e.device, limits, _LIBRARY, spec, e.shape, dtypes, own_loops, halting, backward
         )
         self.e, self.plan, self.backward = aligned(e), found.plan, backward
         loops, lengths = options.sample_loops(e.device), seq_lens_on(e, options)
@@ -300,7 +300,7 @@ def _arch(device: torch.device) -> str:
 
 def _rotary(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
     """cos and sin, float32. Kept, unless made while a graph is captured: that memory is the graph's."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return _rotary_table.__wrapped__(seq_len, spec, device)
     return _rotary_table(seq_len, spec, device)
 
@@ -308,7 +308,7 @@ def _rotary(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
 @functools.cache
 def _rotary_table(seq_len: int, spec: BlockSpec, device: torch.device) -> Tensor:
     table = rotary_table(seq_len, spec, device).to(torch.float32).contiguous()
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not capturing(device):
         torch.cuda.current_stream(device).synchronize()  # calls on other streams may read it
     return table
 
@@ -339,8 +339,9 @@ def _address(x: Tensor | None) -> int | None:
 def _of_problem(p: Problem) -> list[_Prepared]:
     """Of the forward, and of the backward where there is one; all samples have the same number of loops."""
     sizes, dtypes = (p.batch, p.seq_len, p.spec.d_model), (p.dtype, p.compute_dtype)
+    limits = _limits(p.device)
     return [
-        _prepared_on(p.device, HOPPER, _LIBRARY, p.spec, sizes, dtypes, False, p.halting, backward)
+        _prepared_on(p.device, limits, _LIBRARY, p.spec, sizes, dtypes, False, p.halting, backward)
         for backward in (False, True)[: 1 + p.grad]
     ]
 

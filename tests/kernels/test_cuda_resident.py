@@ -136,7 +136,7 @@ def test_sequence_lengths_around_the_tile_sizes(gpu, seq_len, causal):
 @pytest.mark.parametrize("sms", [1, 2])
 def test_tiles_of_many_sequences(gpu, sms, monkeypatch):
     # On a GPU of few multiprocessors several sequences fill a tile; here 128 rows hold 18.
-    monkeypatch.setattr(cuda_backend, "HOPPER", (H100, sms))
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(H100, sms))
     check(*make(20, 7, injection="add"), {"n_loops": 2})
 
 
@@ -157,7 +157,7 @@ def test_samples_that_share_a_tile_keep_what_is_not_finite_to_themselves(gpu, ba
 @pytest.mark.parametrize("library", ["gpu", "watched"])
 def test_a_block_goes_from_program_to_program(request, library, monkeypatch):
     request.getfixturevalue(library)
-    monkeypatch.setattr(cuda_backend, "HOPPER", (GEFORCE, 1))
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(GEFORCE, 1))
     block, e = make(3, 40, norm_placement="sandwich", loop_norm=True)
     p = plan(block.spec, 3, 40, GEFORCE, True, sms=1, own_loops=True)
     assert (p.programs, p.blocks) == (3, 1)
@@ -166,7 +166,7 @@ def test_a_block_goes_from_program_to_program(request, library, monkeypatch):
 
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_tile_outside_shared_memory(gpu, placement, monkeypatch):
-    monkeypatch.setattr(cuda_backend, "HOPPER", (72 * 1024, 132))
+    monkeypatch.setattr(cuda_backend, "HOPPER", cuda_backend.Limits(72 * 1024, 132))
     block, e = make(2, 17, d_model=256, norm_placement=placement, activation="swiglu")
     for backward in (False, True):
         assert plan(block.spec, 2, 17, 72 * 1024, backward).residual == "workspace"
@@ -272,7 +272,7 @@ def shared_bytes(spec, rows, kv_heads, ff_chunk, stages, in_shared, backward):
 
 
 def plan(spec, batch, seq_len, limit, backward, dtype=torch.bfloat16, sms=132, **more):
-    call = cuda_backend.sizes(spec, batch, seq_len, dtype, dtype, (limit, sms))
+    call = cuda_backend.sizes(spec, batch, seq_len, dtype, dtype, cuda_backend.Limits(limit, sms))
     for name, value in more.items():
         setattr(call, name, value)
     return cuda_backend._LIBRARY.plan(call, backward=backward)

@@ -276,9 +276,9 @@ def test_rows_do_not_give_way_where_weights_cannot_stay(library):
 @pytest.mark.parametrize(("placement", "states"), [("pre", 4), ("post", 4), ("sandwich", 8)])
 def test_what_a_backward_puts_aside_is_bounded_by_the_device(library, placement, states, dtype):
     spec = BlockSpec(d_model=512, n_heads=8, **KINDS["trm"] | {"norm_placement": placement})
-    found = set()
+    limits, found = cuda_backend.Limits(227 * KB, 132, True), set()
     for batch in (256, 4096):
-        call = cuda_backend.sizes(spec, batch, 97, dtype, BF16, (227 * KB, 132, True), library)
+        call = cuda_backend.sizes(spec, batch, 97, dtype, BF16, limits, library)
         plan = library.plan(call, backward=True)
         assert (plan.blocks, plan.rows, plan.residual == "shared") == (132, 49, True)
         found.add(plan.workspace_bytes)
