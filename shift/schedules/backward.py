@@ -11,8 +11,8 @@ class BackwardWarmup(LoopSchedule):
     """``max_loops`` loops at every step, with gradient through the last ``first`` of them, then through more.
 
     With s in [0, 1) the position in the first ``fraction`` of the steps, the gradient passes through
-    first + floor(s (last - first)) loops, and through ``last`` from there on. As HRM-Text trains, whose
-    depth goes from 2 to 5 of 8 over the first fifth.
+    first + floor(s (last - first)) loops, and through ``last`` from there on. So HRM-Text trains
+    (github.com/sapientinc/HRM-Text, ``hrm_nocarry_bp_warmup.py``): from 2 to 5 of 8 over the first fifth.
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.

@@ -40,7 +40,7 @@ class FixedSwitch(TimedSchedule):
 
 
 class Grow(FixedSwitch):
-    """``first`` loops, and ``max_loops`` from ``at`` on, late: as language models grow a tied core.
+    """``first`` loops, and ``max_loops`` from ``at`` on, late: as arXiv 2609.19107 grows a tied core.
 
     Args:
         max_loops, total_steps: see :class:`LoopSchedule`.

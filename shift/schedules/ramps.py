@@ -14,8 +14,8 @@ class Ramp(TimedSchedule):
     """Rises from 1 to ``max_loops`` over the first ``fraction`` of the steps.
 
     With s in [0, 1) the position in the ramp: 1 + floor(s (T - 1)) for ``linear``, so that T itself begins
-    when the ramp is over and the mean within it is about T / 2; the same with sqrt(s) for ``sqrt`` (early
-    loops, as looped language models ramp); ``staged`` doubles: 1, 2, 4, .. below T, for equal times.
+    when the ramp is over and the mean within it is about T / 2; the same with sqrt(s) for ``sqrt``, which has
+    more loops early; ``staged`` doubles: 1, 2, 4, .. below T, for equal times.
     """
 
     def __init__(self, max_loops: int, total_steps: int, shape: str, fraction: float = 0.5) -> None:

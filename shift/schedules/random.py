@@ -18,7 +18,7 @@ class Random(LoopSchedule):
         max_loops, total_steps: see :class:`LoopSchedule`.
         seed: of the draws.
         distribution: ``uniform`` over 1 .. T; or ``poisson_lognormal``, 1 + Poisson(rate) with a log-normal
-            rate of spread 1/2, cut at T (the depth sampling of recurrent-depth language models); or
+            rate of spread 1/2, cut at T (as Huginn draws its depth, arXiv 2502.05171); or
             ``two_point``, 1 or T; or ``inverse_flops``, t loops with a chance in proportion to
             1 / (t + rest), so that every depth gets the same compute.
         mean: of ``two_point``, and of ``poisson_lognormal`` before the cut; default (1 + T) / 2.
