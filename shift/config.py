@@ -156,9 +156,9 @@ class ModelConfig(Checked, table="model."):
         )
 
 
-PARAMETER_KINDS = ("matrices", "head", "embeddings", "vectors")
-"""Of parameters, by what moves and decays them: the matrices of blocks, the read-out, embeddings, and norms
-and biases."""
+DECAYED = {"matrices": 1.0, "head": 1.0, "embeddings": 0.0, "vectors": 0.0}
+"""Kind of a parameter -> its weight decay over the config's, where the config does not say. The kinds are the
+matrices of blocks, the read-out, embeddings, and norms and biases."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,10 @@ class OptimiserConfig(Checked, table="optimiser."):
         for name in ("lr_factors", "decay_factors"):
             for kind, factor in getattr(self, name).items():
                 where = f"{self._table}{name}"
-                if kind not in PARAMETER_KINDS:
+                if kind not in DECAYED:
                     raise input_error(
-                        "OptimiserConfig", where, kind, "the kinds " + ", ".join(PARAMETER_KINDS),
-                        near_miss(kind, PARAMETER_KINDS, "Check the spelling."),
+                        "OptimiserConfig", where, kind, "the kinds " + ", ".join(DECAYED),
+                        near_miss(kind, DECAYED, "Check the spelling."),
                     )  # fmt: skip
                 number = as_plain(float, factor)
                 if number is None or not 0 <= number < math.inf:

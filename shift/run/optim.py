@@ -9,15 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from shift.config import OptimiserConfig
+from shift.config import DECAYED, OptimiserConfig
 from shift.run.flat import FlatAdamW
 from shift.run.muon import FlatMuon
 
 WSD_DECAY = 0.2
 """Share of all steps that warm-up-stable-decay spends decaying."""
-
-DECAYED = {"matrices": 1.0, "head": 1.0, "embeddings": 0.0, "vectors": 0.0}
-"""Kind of a parameter -> its weight decay over the config's, where the config does not say."""
 
 
 class RunOptimizer(Protocol):
@@ -38,7 +35,7 @@ class RunOptimizer(Protocol):
 
 
 def kinds_of(model: nn.Module) -> dict[str, str]:
-    """The kind of each parameter, a key of :data:`DECAYED`, by its name."""
+    """The kind of each parameter, a key of :data:`shift.config.DECAYED`, by its name."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}  # a block has none
 
