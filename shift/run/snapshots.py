@@ -4,9 +4,8 @@ Every ``every`` steps a burst of ``burst`` successive states, and the final one.
 weights, and Adam's second moments (zero before the first step); batches and gradients follow from the step.
 Rows of ``snapshots.bin``, little-endian: int64 step, float32 [n] weights, float32 [n] second moments.
 
-Cheap enough to leave on: ``every=50, burst=9`` added 1.6% to the mean step of a toy of 1,928 weights, the
-median of 40 interleaved pairs of runs, quartiles -5.7% and 9.5% (AMD EPYC, one thread;
-``benchmarks.landscape.overhead``, ``benchmarks/results/landscape/overhead.json``).
+Cheap enough to leave on: ``python -m benchmarks.landscape.overhead`` measures it
+(``benchmarks/results/landscape/overhead.json``).
 """
 
 from __future__ import annotations
