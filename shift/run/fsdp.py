@@ -69,7 +69,7 @@ class Sharded:
             self.optimizer = ShardedAdamW(groups, ranks, **options)
 
     def begin_micro_batch(self, last: bool) -> None:
-        """See :class:`shift.run.parallel.Replicated`."""
+        """See :class:`shift.run.parallel.Parallel`."""
         for module in self._modules():
             module.set_requires_gradient_sync(last, recurse=False)
             module.set_reshard_after_backward(last, recurse=False)
@@ -78,12 +78,12 @@ class Sharded:
         """Nothing is left to do: FSDP has averaged them in the backward."""
 
     def gather(self) -> None:
-        """See :class:`shift.run.parallel.Replicated`."""
+        """See :class:`shift.run.parallel.Parallel`."""
         for module in self._modules():
             module.unshard()
 
     def release(self) -> None:
-        """See :class:`shift.run.parallel.Replicated`."""
+        """See :class:`shift.run.parallel.Parallel`."""
         for module in self._modules():
             module.reshard()
 
@@ -96,13 +96,13 @@ class Sharded:
         state: dict[str, Any],
         keep: int,
     ) -> None:
-        """See :class:`shift.run.parallel.Replicated`."""
+        """See :class:`shift.run.parallel.Parallel`."""
         tensors = tensors_of(model, self.optimizer, average)
         state = state | {"optimizer": self.optimizer.state_dict()}
         checkpoint.save_shards(directory, step, tensors, state, keep, self._ranks)
 
     def digests(self, model: nn.Module) -> dict[str, str]:
-        """See :class:`shift.run.parallel.Replicated`."""
+        """See :class:`shift.run.parallel.Parallel`."""
         names = [name for name, _ in model.named_parameters()]
         whole = self.optimizer.whole([p for _, p in model.named_parameters()])
         weights = dict(zip(names, whole, strict=True)) if whole else {}

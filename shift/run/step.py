@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from shift.config import TrainConfig
@@ -11,12 +9,9 @@ from shift.model import LoopedTransformer
 from shift.run import draws
 from shift.run.evaluate import autocast, loops_of
 from shift.run.optim import lr_factors
-from shift.run.parallel import Replicated
+from shift.run.parallel import Parallel
 from shift.run.ranks import Ranks
 from shift.tasks.base import IGNORE, Batch
-
-if TYPE_CHECKING:
-    from shift.run.fsdp import Sharded
 
 
 class TrainStep:
@@ -30,7 +25,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, config: TrainConfig, model: LoopedTransformer, parallel: Replicated | Sharded, ranks: Ranks
+        self, config: TrainConfig, model: LoopedTransformer, parallel: Parallel, ranks: Ranks
     ) -> None:
         self._config, self._model, self._parallel, self._ranks = config, model, parallel, ranks
         self._optimizer = parallel.optimizer
