@@ -3,8 +3,12 @@
 # make fuzz     install, then thousands of random blocks against plain PyTorch
 # make check    install, then lint, types and tests
 # make matrix   the tests on other versions of Python and torch
+# make lint     install, then formatter and linter
+# make types    install, then types
+# make sanitize the CPU kernels' tests over a build that stops at what is undefined
 # make bench    install, then our kernels beside PyTorch's on this machine
 # make install  only .venv, with what the demo needs
+# make clean    remove .venv and all that was built
 
 PYTHON ?= python3
 VENV   := .venv

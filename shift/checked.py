@@ -67,6 +67,7 @@ def positive(value: float) -> bool:
 
 
 def ruled(default: Any, rule: Rule) -> Any:
+    """A field whose values must obey a rule."""
     return field(default=default, metadata={"rule": rule})
 
 

@@ -140,6 +140,7 @@ def _check_heads(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_initial_state(function: str, h0: Tensor, e: Tensor) -> None:
+    """Refuse an h0 that is not of e's shape, dtype and device."""
     check_floating(function, "h0", h0)
     if h0.dtype != e.dtype:
         raise type_error(function, "h0", h0.dtype, f"e's dtype {e.dtype}", "Cast it: h0.to(e.dtype).")

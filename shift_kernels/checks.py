@@ -37,11 +37,13 @@ def check_int(
 
 
 def check_bool(function: str, name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise type_error(function, name, value, "True or False", "Pass a bool.")
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse what is none of the words."""
     allowed = "one of " + ", ".join(map(repr, choices))
     if not isinstance(value, str):
         raise type_error(function, name, value, allowed, "Pass a string.")
@@ -94,6 +96,7 @@ def check_usable_device(function: str, name: str, value: Any) -> None:
 
 
 def check_dtype(function: str, name: str, value: Any) -> None:
+    """Refuse what is none of :data:`DTYPES`."""
     if not isinstance(value, torch.dtype) or value not in DTYPES:
         allowed = "one of " + ", ".join(map(str, DTYPES))
         raise type_error(function, name, value, allowed, "Pass one of these.")
