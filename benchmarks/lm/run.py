@@ -11,7 +11,6 @@ report is written. The same command again goes on where an interrupted one stopp
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import statistics
@@ -23,25 +22,19 @@ from benchmarks.lm.multiplier import COSTS, Curve, Point
 from benchmarks.lm.report import write_report
 from benchmarks.lm.suite import Suite, arms_of, load_suite, run_config, step_flops, tuning_budget
 from benchmarks.lm.text import make_shards
+from benchmarks.savings.suite import suite_parser
 from benchmarks.savings.tune import WIDEST
 from shift.comparison.pool import train_all
 from shift.comparison.runs import finished
 from shift.config import TrainConfig
 from shift.run.record import read_run
 from shift_kernels.console import command
-from shift_kernels.machine import default_jobs
 
 
 @command("lm", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite", help="quick, full, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=default_jobs())
-    args = parser.parse_args(argv)
+    args = suite_parser(__doc__).parse_args(argv)
     command_line = f"python -m benchmarks.lm.run {shlex.join(sys.argv[1:] if argv is None else argv)}"
     suite = load_suite(args.suite)
     data = make_shards(args.out / "text", suite.text, args.jobs)

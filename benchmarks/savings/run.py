@@ -11,7 +11,6 @@ all tasks. The same command again goes on where an interrupted one stopped.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.savings.report import write_suite_report
-from benchmarks.savings.suite import Case, load_suite
+from benchmarks.savings.suite import Case, load_suite, suite_parser
 from shift.build import build_model, build_task
 from shift.comparison.arms import DERIVED
 from shift.comparison.runs import compare_arms
@@ -27,20 +26,14 @@ from shift.flops import train_step_flops
 from shift.report.rows import read_rows
 from shift.report.words import count
 from shift_kernels.console import command
-from shift_kernels.machine import default_jobs
 
 
 @command("savings", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite", help="quick, full, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = suite_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", default=(), help="these alone")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the suite's")
-    parser.add_argument("--jobs", type=int, default=default_jobs())
     args = parser.parse_args(argv)
     suite = load_suite(args.suite, tuple(args.tasks))
     waves = (tuple(args.seeds),) if args.seeds else suite.waves

@@ -11,6 +11,7 @@ tasks.<name> further changes; set = "tuning" or "held out"; more_arms = [...] fo
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from shift.comparison.arms import DERIVED, Rates, Variants, check_variants, make
 from shift.config import TrainConfig, load_config, merged
 from shift.reading import read_json, read_toml
 from shift_kernels.errors import input_error
+from shift_kernels.machine import default_jobs
 
 SUITES = Path(__file__).parent / "suites"
 SETS = ("tuning", "held out")
@@ -54,6 +56,17 @@ class Suite:
     cases: tuple[Case, ...]
     waves: tuple[tuple[int, ...], ...]
     overtime: bool
+
+
+def suite_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every command that trains a suite asks for."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", help="quick, full, or a TOML file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=default_jobs())
+    return parser
 
 
 def suite_path(name_or_path: str) -> Path:

@@ -11,7 +11,6 @@ every best were tried, and no rates far from it. The rates, and what finding the
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.savings.suite import Case, load_suite, rates_path, suite_path
+from benchmarks.savings.suite import Case, load_suite, rates_path, suite_parser, suite_path
 from shift.comparison.arms import AGAIN, MATCHED, rate_name
 from shift.comparison.plan import LOOPED_SHARE
 from shift.comparison.runs import compare_arms
@@ -29,7 +28,6 @@ from shift.report.document import Cell, Table
 from shift.report.words import flops
 from shift.run.files import json_bytes, replace_atomically
 from shift_kernels.console import command
-from shift_kernels.machine import default_jobs
 
 FACTORS = (1.0, 2.0)
 """Times the learning rate of the suite's config."""
@@ -45,16 +43,11 @@ Found = Mapping[float, Mapping[str, Any]]
 @command("tune", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite", help="quick, full, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = suite_parser(__doc__)
     parser.add_argument(
         "--tasks", nargs="+", default=(), help="these alone; the others keep the rates they have"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=default_jobs())
     args = parser.parse_args(argv)
     path = rates_path(suite_path(args.suite))
     suite = load_suite(args.suite, tuple(args.tasks))
