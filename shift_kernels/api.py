@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from typing_extensions import Unpack  # comes with torch
 from shift_kernels import dispatch, reference
 from shift_kernels.autograd import EagerLoopedBlock, build_of
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
+from shift_kernels.backends.base import ExtendsCache
 from shift_kernels.backends.torch import TORCH
 from shift_kernels.cache import check_step
 from shift_kernels.calibrate import at_first_use
@@ -126,7 +128,7 @@ def looped_block(
         _refuse_transforms(chosen.backend, inputs)
     with torch.autocast(e.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if step is not None:
-            h = LOOPED_BLOCK.get(chosen.backend).extend(e, ordered, spec, options, step)  # type: ignore[attr-defined]
+            h = cast(ExtendsCache, LOOPED_BLOCK.get(chosen.backend)).extend(e, ordered, spec, options, step)
             step.commit(n_loops)
         elif exported:  # operator by operator, so that others can run it
             h, used = reference.looped_block(e, ordered, spec, **options.keywords())

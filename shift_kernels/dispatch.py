@@ -19,7 +19,7 @@ import torch
 
 from shift_kernels import measured
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
-from shift_kernels.backends.base import Backend, Kind, Registry, WhyNot
+from shift_kernels.backends.base import Backend, ExtendsCache, Kind, Registry, WhyNot
 from shift_kernels.cache import LoopedCache
 from shift_kernels.call import OWN_ATTENTION_OPTIONS, AttentionProblem, Problem
 from shift_kernels.checks import check_bool, check_choice, check_device, check_dtype, check_int
@@ -123,12 +123,12 @@ def _choose(registry: Registry[Any], problem: Any, backend: str) -> Plan:
 
 
 def _why_not(backend: Any, problem: Any) -> WhyNot | None:
-    """As a backend says; one without ``extend`` serves no cache."""
+    """As a backend says; one that is no :class:`ExtendsCache` serves no cache."""
     no = backend.why_not(problem)
     if (
         (no is None or no.runs)
         and getattr(problem, "cache_dtype", None) is not None
-        and not hasattr(backend, "extend")
+        and not isinstance(backend, ExtendsCache)
     ):
         return WhyNot(Kind.FOREIGN, "is for calls without a cache")
     return no

@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from shift_kernels.cache import Step
 from shift_kernels.call import AttentionProblem, CallOptions, Problem
 from shift_kernels.errors import type_error
 from shift_kernels.spec import BlockSpec
@@ -141,6 +142,24 @@ class Backend(Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of e and of the weights, in the order of ``weights``; behind them, where the options hold
         an h0, its gradient."""
+
+
+@runtime_checkable
+class ExtendsCache(Protocol):
+    """A backend that serves calls with a cache, too."""
+
+    def extend(
+        self, e: Tensor, weights: dict[str, Tensor], spec: BlockSpec, options: CallOptions, step: Step
+    ) -> Tensor:
+        """h_T (or all h_t) of the tokens e, which see those in the step's cache and are appended to it."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A backend that compiles something for a problem before it is measured."""
+
+    def prepare(self, problem: Problem, say: Callable[[str], object]) -> None:
+        """Get ready to run the problem; ``say`` gets a line of progress."""
 
 
 class AttentionBackend(Protocol):
