@@ -6,8 +6,9 @@ backends, register.
 
 from shift_kernels.api import attention, looped_block
 from shift_kernels.cache import LoopedCache
-from shift_kernels.dispatch import backends, explain, explain_attention, register
+from shift_kernels.dispatch import backends, register
 from shift_kernels.errors import BackendFallbackWarning, ShiftInputError, ShiftTypeError
+from shift_kernels.explained import explain, explain_attention
 from shift_kernels.module import LoopedBlock
 from shift_kernels.spec import BlockSpec
 
