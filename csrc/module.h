@@ -146,7 +146,6 @@ inline void bind_block(py::module_& m) {
         .number("softcap", &Block::softcap)
         .number("attn_scale", &Block::attn_scale)
         .made_from_keywords();
-    m.attr("ACTIVATIONS") = tuple_of(ACTIVATIONS);
     m.attr("LAYER_WEIGHTS") = tuple_of(LAYER_WEIGHTS);
     m.attr("LOOP_WEIGHTS") = tuple_of(LOOP_WEIGHTS);
 }
