@@ -326,8 +326,10 @@ inline vf column_sums(int rows, const Number* x, int64_t ld) {
     return i < rows ? even + odd + load(x + i * ld) : even + odd;
 }
 
-// weight[wide, narrow] += (= unless begun) x^T y of a chunk x[rows, wide], y[rows, narrow], in some columns of x: y in panels stays in
-// a near cache while x's columns pass by once. x_sums, unless null, += the sums of x's columns: a bias's gradient.
+// weight[wide, narrow] += (= unless begun) x^T y of a chunk x[rows, wide], y[rows, narrow], in some columns of x.
+//
+// y in panels stays in a near cache while x's columns pass by once. x_sums, unless null, += the sums of x's columns: a
+// bias's gradient.
 template <class P, class X, class Y>
 inline void weight_grads(int rows, Range columns, int wide, const X* x, float* x_sums, int narrow, const Y* y,
                          float* weight, bool begun, const OperandScratch<P>& scratch) {
