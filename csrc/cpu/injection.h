@@ -6,7 +6,7 @@
 // With concat the input's share is the same in every loop: it is computed once, and stands in the place of e. Its
 // gradient is summed over the loops there too, and goes back through W_e once.
 #pragma once
-#include "layer.h"
+#include "layer_backward.h"
 
 namespace {
 
