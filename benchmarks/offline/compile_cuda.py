@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import build_native
-from benchmarks.gpu.cases import BLOCKS
+from benchmarks.gpu.cases import BLOCKS, Block
+from benchmarks.offline.instructions import Repeated, listing, nested
 from benchmarks.offline.limits import SHARED_LIMIT
 from shift_kernels import BlockSpec, compiled
 from shift_kernels.backends import cuda as cuda_backend
@@ -71,18 +72,54 @@ def shape_kernels(library: Any) -> Iterator[dict[str, Any]]:
     scratch = build_native.SCRATCH / "offline"
     scratch.mkdir(parents=True, exist_ok=True)
     for case, backward in itertools.product(SHAPES, (False, True)):
+        spec, limits = BlockSpec(**case.options), cuda_backend.Limits(SHARED_LIMIT[90], N_SMS[90], sm90a=True)
         prepared = cuda_backend.prepared(
             library,
-            BlockSpec(**case.options),
+            spec,
             (case.batch, case.seq_len),
             (torch.bfloat16, torch.bfloat16),
-            cuda_backend.Limits(SHARED_LIMIT[90], N_SMS[90], sm90a=True),
+            limits,
             "sm_90",
             own_loops=False,
             halting=False,
             backward=backward,
         )
-        yield {"case": case.name} | shape_kernel(prepared.shape, scratch / f"{case.name}.txt")
+        listed = scratch / f"{case.name}.txt"
+        row = {"case": case.name} | shape_kernel(prepared.shape, listed)
+        call = cuda_backend.sizes(
+            spec, case.batch, case.seq_len, torch.bfloat16, torch.bfloat16, limits, library
+        )
+        call.own_kernel = True
+        expected = loops(case, library.plan(call, backward=backward))
+        if expected and not backward:
+            warp = nested(listing(listed.with_suffix(".o").read_bytes()), expected)
+            row["instructions_a_token"] = warp and round(warp / WARP_ROWS)
+        yield row
+
+
+WARP_ROWS = 16  # that a warp has of x in registers
+
+
+def loops(case: Block, plan: Any) -> tuple[Repeated, ...] | None:
+    """The loops within a forward's loop over t, where x is in registers (csrc/cuda/arch/sm90a_registers.cuh)."""
+    if plan.residual != "registers":
+        return None
+    spec = BlockSpec(**case.options)
+    queries = plan.kv_heads * spec.n_heads // spec.n_kv_heads
+    keys = 16 if case.seq_len <= 16 else 32  # InRegisters::KEYS
+    rows = range(0, case.seq_len, WARP_ROWS)
+    seen = [min(row + WARP_ROWS, case.seq_len) if spec.causal else case.seq_len for row in rows]
+    steps = sum(-(-n // keys) for n in seen) / len(seen)
+    columns = (queries + 2 * plan.kv_heads) * spec.head_dim
+    projection = Repeated(-(-columns // 64))
+    chunk = _loop(projection), _loop(Repeated(queries, (Repeated(steps),)))
+    chunks = _loop(Repeated(spec.n_kv_heads // plan.kv_heads, (*chunk[0], *chunk[1])))
+    return (*chunks, *_loop(Repeated(-(-plan.ff_pad // 64))))
+
+
+def _loop(repeated: Repeated) -> tuple[Repeated, ...]:
+    """A loop that is run once is none."""
+    return (repeated,) if repeated.trips > 1 else repeated.inside
 
 
 def shape_kernel(shape: cuda_shapes.Shape, listed: Path) -> dict[str, Any]:

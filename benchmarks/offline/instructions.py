@@ -6,6 +6,7 @@ prologue, once a launch, is left out. A floor of the time, not the time: no inst
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -49,22 +50,67 @@ def listing(cubin: bytes) -> list[tuple[int, str]]:
 
 def weighted(code: list[tuple[int, str]], trips: list[int]) -> int | None:
     """Instructions of the outermost loop, its innermost ones ``trips`` times each, by address."""
-    loops = []
-    for i, (address, text) in enumerate(code):
-        if any("TRYWAIT" in before for _, before in code[max(i - 2, 0) : i]):
-            continue  # waits for the tensor cores, in a block of its own behind the code, and goes back
-        branch = re.search(r"\bBRA(?:\.U !?UP\d,)? (?:`\(\S+\)|)(0x[0-9a-f]+)", text)  # .U: from sm_100 on
-        if branch and int(branch[1], 16) < address:
-            loops.append((int(branch[1], 16), address))
+    loops = loops_of(code)
     if not loops:
         return None
     outer = max(loops, key=lambda loop: sum(loop[0] <= a and b <= loop[1] for a, b in loops))
-    inside = [loop for loop in loops if outer[0] <= loop[0] and loop[1] <= outer[1] and loop != outer]
-    inner = sorted(a for a in inside if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in inside))
+    inside = [loop for loop in loops if _within(loop, outer) and loop != outer]
+    inner = sorted(a for a in inside if not any(b != a and _within(b, a) for b in inside))
     if len(inner) != len(trips):
         return None
+    return _size(code, outer) + sum((n - 1) * _size(code, loop) for loop, n in zip(inner, trips, strict=True))
 
-    def size(loop: tuple[int, int]) -> int:
-        return sum(loop[0] <= address <= loop[1] for address, _ in code)
 
-    return size(outer) + sum((n - 1) * size(loop) for loop, n in zip(inner, trips, strict=True))
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """How often a loop is run whenever it is come to, on average; and the loops in it, in their order."""
+
+    trips: float
+    inside: tuple[Repeated, ...] = ()
+
+
+def nested(code: list[tuple[int, str]], expected: tuple[Repeated, ...]) -> float | None:
+    """Instructions of the smallest loop with all products of matrices, the loops in it as ``expected``.
+
+    None where it has other loops. One without a product counts once.
+    """
+    products = [address for address, text in code if re.search(r"\bH?G?MMA\b", text)]
+    loops = [loop for loop in set(loops_of(code)) if any(loop[0] <= a <= loop[1] for a in products)]
+    whole = [loop for loop in loops if loop[0] <= products[0] and products[-1] <= loop[1]]
+    if not whole:
+        return None
+
+    def count(loop: tuple[int, int], expected: tuple[Repeated, ...]) -> float | None:
+        inside = [a for a in loops if a != loop and _within(a, loop)]
+        outermost = sorted(a for a in inside if not any(b != a and _within(a, b) for b in inside))
+        total: float = _size(code, loop)
+        if len(outermost) != len(expected):
+            return None
+        for a, repeated in zip(outermost, expected, strict=True):
+            once = count(a, repeated.inside)
+            if once is None:
+                return None
+            total += repeated.trips * once - _size(code, a)
+        return total
+
+    return count(min(whole, key=lambda loop: loop[1] - loop[0]), expected)
+
+
+def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """First and last address of each loop."""
+    loops = []
+    for i, (address, text) in enumerate(code):
+        if any("TRYWAIT" in before for _, before in code[max(i - 2, 0) : i]):
+            continue  # waits for the tensor cores or for memory, in a block of its own behind the code, and goes back
+        branch = re.search(r"\bBRA(?:\.U !?UP\d,)? (?:`\(\S+\)|)(0x[0-9a-f]+)", text)  # .U: from sm_100 on
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    return loops
+
+
+def _within(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= loop[0] and loop[1] <= other[1]
+
+
+def _size(code: list[tuple[int, str]], loop: tuple[int, int]) -> int:
+    return sum(loop[0] <= address <= loop[1] for address, _ in code)
