@@ -101,7 +101,7 @@ WARP_ROWS = 16  # that a warp has of x in registers
 
 
 def loops(case: Block, plan: Any) -> tuple[Repeated, ...] | None:
-    """The loops within a forward's loop over t, where x is in registers (csrc/cuda/arch/sm90a_registers.cuh)."""
+    """The loops within a forward's loop over t where x is in registers (arch/sm90a_registers.cuh)."""
     if plan.residual != "registers":
         return None
     spec = BlockSpec(**case.options)

@@ -101,7 +101,7 @@ def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
     loops = []
     for i, (address, text) in enumerate(code):
         if any("TRYWAIT" in before for _, before in code[max(i - 2, 0) : i]):
-            continue  # waits for the tensor cores or for memory, in a block of its own behind the code, and goes back
+            continue  # waits for tensor cores or memory, in a block of its own behind the code, and goes back
         branch = re.search(r"\bBRA(?:\.U !?UP\d,)? (?:`\(\S+\)|)(0x[0-9a-f]+)", text)  # .U: from sm_100 on
         if branch and int(branch[1], 16) < address:
             loops.append((int(branch[1], 16), address))
