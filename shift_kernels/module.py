@@ -198,16 +198,18 @@ class LoopedBlock(nn.Module):
 
         Args:
             layer: ``torch.nn.TransformerEncoderLayer``, or a ``TransformerEncoder``, whose layers are one
-                loop and whose norm, if it has one, ends each; dropout 0, or the layer in eval mode.
+                loop and whose norm, if it has one, ends each; ``batch_first=True``, which is not torch's
+                default; dropout 0, or the layer in eval mode.
             causal: what the layer was called with (``is_causal``, its mask); the layer does not know.
             options: further fields of :class:`BlockSpec`, such as ``injection="add"``, but none for which
                 the layer has no weights.
 
         Raises:
-            ShiftInputError: dropout, an activation that is neither relu nor gelu, layers that are not alike,
-                or such an option.
+            ShiftInputError: ``batch_first=False``, dropout, an activation that is neither relu nor gelu, a
+                ``forward`` that is not torch's, layers that are not alike, or such an option.
         """
         if isinstance(layer, nn.TransformerEncoder):
+            _check_computes_as(layer, nn.TransformerEncoder, ("forward",))
             layers, loop_norm = list(layer.layers), layer.norm
         else:
             layers, loop_norm = [layer], None
@@ -249,6 +251,10 @@ class LoopedBlock(nn.Module):
 
     def to_torch(self) -> nn.TransformerEncoderLayer:
         """The layer that :meth:`from_torch` would give this block for, where there is one.
+
+        It takes [batch, seq_len, d_model], as the block does (``batch_first=True``). A layer does not know
+        whether it is causal: that of a causal block needs a mask in every call, ``layer(e, mask,
+        is_causal=True)`` with ``mask = nn.Transformer.generate_square_subsequent_mask(seq_len)``.
 
         Raises:
             ShiftInputError: the block has an option that ``nn.TransformerEncoderLayer`` lacks.
@@ -294,14 +300,24 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
             "a torch.nn.TransformerEncoderLayer, or a TransformerEncoder of such",
             "Wrap its weights by name.",
         )
-    if layer.training and layer.dropout.p > 0:
-        raise input_error(
-            _FROM_TORCH,
-            "layer",
-            f"dropout={layer.dropout.p} in training mode",
-            "dropout=0",
-            "Call layer.eval() first.",
+    _check_computes_as(layer, nn.TransformerEncoderLayer, ("forward", "_sa_block", "_ff_block"))
+
+    def refuse(value: str, allowed: str, remedy: str) -> NoReturn:
+        raise input_error(_FROM_TORCH, "layer", value, allowed, remedy)
+
+    if not layer.self_attn.batch_first:
+        refuse(
+            "batch_first=False",
+            "batch_first=True, as a block takes [batch, seq_len, d_model]",
+            "Set layer.self_attn.batch_first = True, and transpose what the layer was given.",
         )
+    rates = {name: getattr(layer, name).p for name in ("dropout", "dropout1", "dropout2")}
+    rates["self_attn.dropout"] = layer.self_attn.dropout
+    if layer.training and (given := [f"{name}={rate}" for name, rate in rates.items() if rate]):
+        refuse(f"{', '.join(given)} in training mode", "dropout=0", "Call layer.eval() first.")
+    if layer.norm1.eps != layer.norm2.eps:
+        eps = f"norm1.eps={layer.norm1.eps} and norm2.eps={layer.norm2.eps}"
+        refuse(eps, "norms with one eps, BlockSpec's norm_eps", "Set one of them.")
     return dict(
         d_model=layer.linear1.in_features,
         n_heads=layer.self_attn.num_heads,
@@ -313,6 +329,19 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
         bias=layer.linear1.bias is not None,
         causal=causal,
     )
+
+
+def _check_computes_as(module: nn.Module, base: type[nn.Module], methods: tuple[str, ...]) -> None:
+    """Refuse a module that computes in a way of its own: its weights alone would be taken over."""
+    own = [m for m in methods if getattr(getattr(module, m), "__func__", None) is not getattr(base, m)]
+    if own:
+        raise input_error(
+            _FROM_TORCH,
+            "layer",
+            f"{type(module).__name__}, which has its own {' and '.join(own)}",
+            f"what computes as torch.nn.{base.__name__} does",
+            "Give looped_block its weights by name, if a block computes the same.",
+        )
 
 
 def _check_loop_norm(norm: nn.Module, fields: dict[str, Any]) -> None:

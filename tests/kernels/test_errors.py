@@ -48,7 +48,7 @@ def without(name):
 
 
 def encoder_layer(**options):
-    return nn.TransformerEncoderLayer(8, 2, 16, **options)
+    return nn.TransformerEncoderLayer(8, 2, 16, **{"batch_first": True, "dropout": 0.0, **options})
 
 
 # (what is wrong, the call, the argument that is named, whether it is about a type)
@@ -279,22 +279,27 @@ CASES = [
         "layer",
         True,
     ),
-    ("from_torch with dropout", lambda: LoopedBlock.from_torch(encoder_layer(), causal=True), "layer", False),
+    (
+        "from_torch with dropout",
+        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.1), causal=True),
+        "layer",
+        False,
+    ),
     (
         "from_torch with another activation",
-        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0, activation=torch.tanh), causal=True),
+        lambda: LoopedBlock.from_torch(encoder_layer(activation=torch.tanh), causal=True),
         "layer",
         False,
     ),
     (
         "from_torch with layers that it would have to invent",
-        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0), causal=True, n_layers=2),
+        lambda: LoopedBlock.from_torch(encoder_layer(), causal=True, n_layers=2),
         "options",
         False,
     ),
     (
         "from_torch with what the layer decides",
-        lambda: LoopedBlock.from_torch(encoder_layer(dropout=0.0), causal=True, d_model=9),
+        lambda: LoopedBlock.from_torch(encoder_layer(), causal=True, d_model=9),
         "options",
         False,
     ),

@@ -213,3 +213,46 @@ ENCODERS = {
 def test_an_encoder_that_is_no_block_is_refused(kind):
     with pytest.raises(ShiftInputError, match=r"from_torch: argument 'layer"):
         LoopedBlock.from_torch(ENCODERS[kind](), causal=False)
+
+
+class OwnForward(nn.TransformerEncoderLayer):
+    def forward(self, src, *masks, **keywords):
+        return 2 * super().forward(src, *masks, **keywords)
+
+
+class OwnEncoder(nn.TransformerEncoder):
+    forward = OwnForward.forward
+
+
+def changed(path, value):
+    """An encoder layer, one of whose attributes was set by hand."""
+    made = encoder(1).layers[0]
+    name, _, attribute = path.rpartition(".")
+    setattr(made.get_submodule(name), attribute, value)
+    return made
+
+
+UNLIKE_TORCHS = {
+    "batch_first=False": lambda: nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0),
+    "norm2.eps=0.1": lambda: changed("norm2.eps", 0.1),
+    "dropout=0.1": lambda: changed("dropout.p", 0.1),
+    "dropout1=0.1": lambda: changed("dropout1.p", 0.1),
+    "dropout2=0.1": lambda: changed("dropout2.p", 0.1),
+    "self_attn.dropout=0.1": lambda: changed("self_attn.dropout", 0.1),
+    "OwnForward, which has its own forward": lambda: OwnForward(16, 2, 24, dropout=0.0, batch_first=True),
+    "OwnEncoder, which has its own forward": lambda: OwnEncoder(
+        encoder().layers[0], 2, enable_nested_tensor=False
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNLIKE_TORCHS)
+def test_from_torch_refuses_what_would_be_lost_without_a_word(words):
+    layer = UNLIKE_TORCHS[words]()
+    with pytest.raises(ShiftInputError, match=re.escape(words)):
+        LoopedBlock.from_torch(layer, causal=False)
+
+
+def test_to_torch_takes_a_batch_as_the_block_does():
+    block, e = LoopedBlock(BlockSpec(8, 2, d_ff=16, causal=False)), torch.randn(2, 3, 8)
+    torch.testing.assert_close(block.to_torch()(e), block(e, 1))
