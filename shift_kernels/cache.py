@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shift_kernels.call_checks import check_offsets
 from shift_kernels.checks import check_dtype, check_int, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
@@ -107,9 +109,13 @@ class LoopedCache:
     def memory(self) -> Tensor:
         """Keys and values, :attr:`shape`; allocated when first asked for."""
         if self._memory is None:
-            n = math.prod(self.shape)  # and some numbers that vector loads may touch
-            self._memory = torch.zeros(n + 16, dtype=self.dtype, device=self.device)[:n].view(self.shape)
+            self._memory = self._allocated(self.shape)
         return self._memory
+
+    def _allocated(self, shape: tuple[int, ...]) -> Tensor:
+        n = math.prod(shape)  # and some numbers that vector loads may touch
+        with torch.inference_mode(False):  # or it could not be written outside of the caller's
+            return torch.zeros(n + 16, dtype=self.dtype, device=self.device)[:n].view(shape)
 
     def __repr__(self) -> str:
         return f"LoopedCache({self.describe()})"
@@ -126,35 +132,57 @@ class LoopedCache:
     def grow(self, max_len: int) -> None:
         """Make room for ``max_len`` tokens of each sample; those that are there stay."""
         longer = check_int(f"{_FUNCTION}.grow", "max_len", max_len, self.max_len, MAX_TOKENS)
-        before, self._memory, self.max_len = self._memory, None, longer
-        if before is not None:
-            self.memory[..., : before.shape[-2], :] = before
+        if (before := self._memory) is not None:
+            *outer, _, head_dim = self.shape
+            grown = self._allocated((*outer, longer, head_dim))
+            grown[..., : self.max_len, :] = before
+            self._memory = grown
+        self.max_len = longer
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self.lengths.zero_()
+        self.lengths = torch.zeros_like(self.lengths)
         self.loops = None
 
     def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Forget each sample's tokens from ``lengths`` (one number, or one a sample) on."""
-        wanted = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").expand(self.batch)
-        if wanted.min() < 0:
-            raise input_error(f"{_FUNCTION}.crop", "lengths", int(wanted.min()), "numbers >= 0", "Check it.")
-        self.lengths = torch.minimum(self.lengths, wanted)
+        """Forget each sample's tokens from ``lengths`` (one number, or one a sample) on.
 
-    def reorder(self, index: Tensor) -> None:
-        """Sample i becomes what ``index[i]`` was: int [batch], with repetitions, as beam search needs it."""
-        if tuple(index.shape) != (self.batch,):
-            raise input_error(
-                f"{_FUNCTION}.reorder", "index", list(index.shape), f"[{self.batch}]", "One entry a sample."
-            )
-        host = index.to("cpu", torch.int64)
+        Raises:
+            ShiftInputError: no such numbers; nothing is forgotten then.
+        """
+        if lengths.ndim == 0 if isinstance(lengths, Tensor) else not isinstance(lengths, Sequence):
+            lengths = [lengths] * self.batch  # type: ignore[list-item]
+        self.lengths = torch.minimum(self.lengths, self._numbers("crop", "lengths", lengths, MAX_TOKENS))
+        if not self.lengths.any():
+            self.loops = None  # nothing is left that would bind the next call to them
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Sample i becomes what ``index[i]`` was: int [batch], with repetitions, as beam search needs it.
+
+        Raises:
+            ShiftInputError: no such index; nothing has moved then.
+        """
+        host = self._numbers("reorder", "index", index, self.batch - 1)
+        if self._memory is not None:
+            used = self._memory[..., : int(self.lengths[host].max()), :]
+            used.copy_(used.index_select(3, host.to(self.device)))
         self.lengths = self.lengths[host]
         if self.loops is not None:
             self.loops = self.loops[host]
-        if self._memory is not None:
-            used = self._memory[..., : int(self.lengths.max()), :]
-            used.copy_(used.index_select(3, host.to(self.device)))
+
+    def _numbers(self, method: str, name: str, values: Any, high: int) -> Tensor:
+        """One number from 0 to ``high`` a sample: int64 [batch] on the CPU."""
+        function, allowed = f"{_FUNCTION}.{method}", f"{self.batch} ints from 0 to {high}, one a sample"
+        if isinstance(values, Tensor):
+            check_offsets(function, name, values)
+            shape, numbers = list(values.shape), values.flatten().tolist()
+        elif isinstance(values, Sequence):
+            shape, numbers = [len(values)], values
+        else:
+            raise type_error(function, name, type(values).__name__, allowed, "Pass a tensor.")
+        if shape != [self.batch]:
+            raise input_error(function, name, f"of shape {shape}", allowed, "Give one entry a sample.")
+        return torch.tensor([check_int(function, name, n, 0, high, allowed) for n in numbers])
 
     def slot(self, loop: int) -> Tensor:
         """Keys and values that loop 1, 2, ... reads and writes: :attr:`shape` from its second number on."""

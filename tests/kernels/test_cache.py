@@ -146,6 +146,78 @@ def test_grown_reordered_and_cropped(block):
     torch.testing.assert_close(block(e, 2, cache=cache), block(e, 2), atol=2e-6, rtol=2e-5)
 
 
+def state(cache):
+    return [x.tolist() for x in (cache.lengths, cache.loops, cache.memory)]
+
+
+WRONG_NUMBERS = {
+    "negative": [0, -1, 2],
+    "beyond all": [0, 1, 2**40],
+    "too few": [0, 1],
+    "too many": torch.tensor([0, 1, 2, 0]),
+    "of rank 2": torch.tensor([[0, 1, 2]]),
+    "floats": torch.tensor([0.0, 1.0, 2.0]),
+    "bools": torch.tensor([True, False, True]),
+    "a float of a list": [0, 1.5, 2],
+    "a word": "012",
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("method", ["reorder", "crop"])
+@pytest.mark.parametrize("numbers", WRONG_NUMBERS.values(), ids=list(WRONG_NUMBERS))
+def test_numbers_that_are_refused_leave_the_cache_as_it_was(block, method, numbers):
+    cache = LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    block(torch.randn(BATCH, 4, 16), 2, seq_lens=torch.tensor([4, 2, 3]), cache=cache)
+    before = state(cache)
+    with pytest.raises(ShiftInputError, match=f"LoopedCache.{method}: argument '(index|lengths)'"):
+        getattr(cache, method)(numbers)
+    assert state(cache) == before
+
+
+def test_an_index_beyond_the_batch_is_refused_and_a_list_is_an_index(block):
+    cache = LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    block(torch.randn(BATCH, 4, 16), 2, seq_lens=torch.tensor([4, 2, 3]), cache=cache)
+    with pytest.raises(ShiftInputError, match="3 ints from 0 to 2"):
+        cache.reorder([0, 1, 3])
+    cache.reorder([2, 0, 0])
+    assert cache.lengths.tolist() == [3, 4, 4]
+
+
+def test_a_cache_that_finds_no_memory_to_grow_keeps_its_tokens(block, monkeypatch):
+    cache = LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    block(torch.randn(BATCH, 4, 16), 2, cache=cache)
+    before = state(cache)
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "zeros", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.grow(2 * MAX_LEN)
+    assert (cache.max_len, state(cache)) == (MAX_LEN, before)
+
+
+@pytest.mark.parametrize("empty", [LoopedCache.reset, lambda cache: cache.crop(0)], ids=["reset", "crop"])
+def test_an_empty_cache_takes_another_number_of_loops(block, empty):
+    e, cache = torch.randn(BATCH, 4, 16), LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    block(e, 2, cache=cache)
+    empty(cache)
+    torch.testing.assert_close(block(e, 1, cache=cache), block(e, 1), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_filled_in_inference_mode_is_used_outside(block, backend):
+    e, cache = torch.randn(BATCH, 6, 16), LoopedCache(block.spec, BATCH, MAX_LEN, 2)
+    with torch.inference_mode():
+        block(e[:, :4], 2, cache=cache, backend=backend)
+    cache.reorder(torch.tensor([2, 0, 1]))
+    h = block(e[[2, 0, 1], 4:], 2, cache=cache, backend=backend)
+    torch.testing.assert_close(h, block(e, 2)[[2, 0, 1], 4:], atol=2e-6, rtol=2e-5)
+    cache.reset()
+    torch.testing.assert_close(block(e, 2, cache=cache), block(e, 2), atol=2e-6, rtol=2e-5)
+
+
 def test_explain_tells_the_bytes_before_anything_is_allocated():
     spec = BlockSpec(1024, 16)
     cache = LoopedCache(spec, 1024, 2**20, 8, keep_loops=4)  # more than there is
