@@ -56,6 +56,7 @@ def check_call(
     for name, high in largest.items():
         if (x := given.get(name)) is not None:
             found[name] = own_per_sample(function, name, x, e, 0, high)  # type: ignore[literal-required, arg-type]
+    _check_pads(function, found.get("seq_lens"), found.get("left_pad"))
     if (h0 := given.get("h0")) is not None:
         check_initial_state(function, h0, e)
     if (scale := given.get("residual_scale")) is not None:
@@ -276,6 +277,23 @@ def own_per_sample(function: str, name: str, x: Tensor, e: Tensor, low: int, hig
                 function, name, bad, f"values from {low} to {high}", "Check how it was computed."
             )
     return x
+
+
+def _check_pads(function: str, seq_lens: Tensor | None, left_pad: Tensor | None) -> None:
+    """Refuse pads on the left that go on behind a sample's end, where the host sees both."""
+    if seq_lens is None or left_pad is None or torch.compiler.is_compiling():
+        return
+    if any(x.device.type != "cpu" or has_no_values(x) for x in (seq_lens, left_pad)):
+        return
+    if wrong := (left_pad > seq_lens).nonzero().flatten().tolist():
+        b = wrong[0]
+        raise input_error(
+            function,
+            "left_pad",
+            f"{int(left_pad[b])} of sample {b}",
+            f"at most its seq_lens, {int(seq_lens[b])}",
+            "Both count from the left: seq_lens is where the last token ends.",
+        )
 
 
 def _traced_copy(x: Tensor, dtype: torch.dtype) -> Tensor:

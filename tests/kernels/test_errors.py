@@ -149,6 +149,12 @@ CASES = [
     ("state elsewhere", call(h0=E.to("meta")), "h0", False),
     ("packed state of other shape", call(e=E[0], h0=E[0, :4], cu_seqlens=torch.tensor([0, 5])), "h0", False),
     ("left pads beyond the sequence", call(left_pad=torch.tensor([6, 0, 0])), "left_pad", False),
+    (
+        "left pads beyond the last token",
+        call(left_pad=torch.tensor([0, 4, 0]), seq_lens=torch.tensor([5, 3, 5])),
+        "left_pad",
+        False,
+    ),
     ("left pads a number", call(left_pad=1), "left_pad", True),
     (
         "left pads of packed sequences",
