@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from shift.config import TrainConfig
 from shift.flops import forward_flops
 from shift.model import LoopedTransformer
 from shift.schedules import LoopSchedule, make_schedule
-from shift.tasks import make_task
+from shift.tasks import find_task, make_task
 from shift.tasks.base import Task
 from shift_kernels.errors import input_error
 
@@ -30,6 +32,36 @@ def build_task(config: TrainConfig) -> Task:
     """The task, with its own data seed."""
     _check_names("task", config.task.options, TASK_FIELDS)
     return make_task(config.task.name, seed=config.task.seed, **config.task.options)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config as it holds in any folder: where its task reads files, their paths from the root."""
+    options = config.task.options
+    given = {name: options[name] for name in find_task(config.task.name).paths if options.get(name)}
+    found = {name: os.path.abspath(path) for name, path in given.items() if isinstance(path, str)}
+    return _with_task_options(config, found)
+
+
+def with_data(tool: str, config: TrainConfig, data: Path) -> TrainConfig:
+    """The config of a run whose data has moved.
+
+    Args:
+        tool: who asks, for errors.
+        data: where it lies now.
+
+    Raises:
+        ShiftInputError: its task reads no files.
+    """
+    paths = find_task(config.task.name).paths
+    if not paths:
+        allowed = f"None for a task that reads no files, such as {config.task.name!r}"
+        raise input_error(tool, "data", str(data), allowed, "Leave it out.")
+    return _with_task_options(config, {paths[0]: str(data)})
+
+
+def _with_task_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
+    task = dataclasses.replace(config.task, options={**config.task.options, **options})
+    return dataclasses.replace(config, task=task)
 
 
 def build_model(config: TrainConfig, task: Task) -> LoopedTransformer:

@@ -33,6 +33,8 @@ class Command:
     """Run directories."""
     out: Path = Path("runs/eval")
     """Gets eval.json, eval.md and heat_map.png."""
+    data: Path | None = None
+    """Where the tokens lie that the runs were trained on, if they were moved."""
     sweep: tyro.conf.OmitArgPrefixes[SweepConfig] = dataclasses.field(default_factory=SweepConfig)
     """What to try."""
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = tyro.cli(Command, args=argv, prog="shift-eval")
     names = short_names("shift-eval", flags.runs)
     make_directory(flags.out, "shift-eval", "out")
-    print(write({name: sweep(run, flags.sweep) for name, run in names.items()}, flags.out))
+    print(write({name: sweep(run, flags.sweep, flags.data) for name, run in names.items()}, flags.out))
     return 0
 
 

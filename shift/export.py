@@ -44,6 +44,8 @@ class Command:
     """Run directory."""
     out: Path
     """The folder; must be new or empty."""
+    data: Path | None = None
+    """Where the tokens lie that the run was trained on, if they were moved."""
 
 
 @console.command("shift-export")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require("hf", "shift-export")
     from shift.pretrained import pretrained  # imports transformers, which takes seconds
 
-    run, saved = newest("shift-export", command.run)
+    run, saved = newest("shift-export", command.run, command.data)
     if command.out.exists() and any(command.out.iterdir()):
         raise input_error("shift-export", "out", str(command.out), "a new or empty folder", "Choose another.")
     task = build_task(run)

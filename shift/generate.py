@@ -55,6 +55,8 @@ class Command:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    data: Path | None = None
+    """Where the tokens lie that the run was trained on, if they were moved."""
     how: tyro.conf.OmitArgPrefixes[GenerateConfig] = field(default_factory=GenerateConfig)
     """How to go on."""
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     command = tyro.cli(Command, args=argv, prog="shift-generate")
     how = command.how
-    run, saved = newest("shift-generate", command.run)
+    run, saved = newest("shift-generate", command.run, command.data)
     task = build_task(run)
     words = Words(task)
     prompt = words.encode(how.prompt)

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 
+from shift.build import with_absolute_paths
 from shift.checked import Options
 from shift.config import TrainConfig, load_config
 from shift.reading import tomllib
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str]) -> Command:
         task=dataclasses.replace(given.task, options=task_options),
         schedule=dataclasses.replace(given.schedule, options=schedule_options),
     )
-    return dataclasses.replace(command, train=train)
+    return dataclasses.replace(command, train=with_absolute_paths(train))
 
 
 def _base_config(argv: Sequence[str]) -> TrainConfig:

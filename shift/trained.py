@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shift.build import build_model, build_task, find_device
+from shift.build import build_model, build_task, find_device, with_data
 from shift.config import TrainConfig, load_config
 from shift.model import LoopedTransformer
 from shift.reading import is_count
@@ -16,11 +16,12 @@ from shift.tasks.base import Task
 from shift_kernels.errors import input_error
 
 
-def newest(tool: str, run_dir: Path) -> tuple[TrainConfig, Checkpoint]:
+def newest(tool: str, run_dir: Path, data: Path | None = None) -> tuple[TrainConfig, Checkpoint]:
     """The config of a run and its newest checkpoint.
 
     Args:
         tool: who asks, for errors.
+        data: where the data lies that it was trained on; None: where it lay then.
 
     Raises:
         ShiftInputError: no run there, or none with a checkpoint that is whole.
@@ -28,6 +29,8 @@ def newest(tool: str, run_dir: Path) -> tuple[TrainConfig, Checkpoint]:
     if not (run_dir / "config.toml").is_file():
         raise input_error(tool, "run_dir", str(run_dir), "the directory of a run", "Check the path.")
     run = load_config(run_dir / "config.toml")
+    if data is not None:
+        run = with_data(tool, run, data)
     saved, damaged = checkpoint.newest_valid(run_dir / "checkpoints", trained_loops)
     if saved is None:
         reasons = "; ".join(reason for _, reason in damaged)
@@ -61,9 +64,11 @@ def restored(tool: str, run: TrainConfig, saved: Checkpoint, task: Task | None =
         task: whose sizes the model has; default the run's own.
 
     Raises:
-        ShiftInputError: the weights are not those of this config.
+        ShiftInputError: the weights are not those of this config, or the task's data not the run's.
     """
-    model = build_model(run, task or build_task(run))
+    task = task or build_task(run)
+    saved.check_data(tool, task)
+    model = build_model(run, task)
     try:
         saved.restore_weights(model)
     except checkpoint.DamagedCheckpoint as error:

@@ -56,8 +56,13 @@ class SweepConfig(Checked):
     """Held-out sequences of each length."""
 
 
-def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
+def sweep(run_dir: Path, config: SweepConfig, data: Path | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, on the device that the run names.
+
+    Args:
+        run_dir: of the run.
+        config: what to try.
+        data: where the data lies that it was trained on; None: where it lay then.
 
     Returns:
         Plain JSON values: ``step`` of the checkpoint; ``trained_length`` (None for tasks without lengths);
@@ -70,7 +75,7 @@ def sweep(run_dir: Path, config: SweepConfig) -> dict[str, Any]:
         ShiftInputError: no run or checkpoint there, lengths that the task or the model cannot take, or too
             few loops for what the rules ask.
     """
-    run, saved = newest("sweep", run_dir)
+    run, saved = newest("sweep", run_dir, data)
     loops = trained_loops(saved)
     tasks = _tasks(run, config.lengths)
     batches = {n: _batches(task, config.samples, run.batch_size) for n, task in tasks.items()}

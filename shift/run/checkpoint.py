@@ -38,6 +38,8 @@ from shift.run.average import WeightAverage
 from shift.run.files import remove, set_aside, sync_directory, sync_file, write_synced
 from shift.run.optim import RunOptimizer
 from shift.run.ranks import Ranks
+from shift.tasks.base import Task
+from shift_kernels.errors import input_error
 
 if TYPE_CHECKING:
     from shift.run.sharded import ShardedAdamW
@@ -80,6 +82,20 @@ class Checkpoint:
             if not isinstance(state, dict) or not is_count(state["step"]):
                 raise ValueError("not a table with a step")
         return Checkpoint(path, files, state)
+
+    def check_data(self, function: str, task: Task) -> None:
+        """Refuse a task whose data are not those of the run. (Older runs do not say which they were.)
+
+        Raises:
+            ShiftInputError: they are others.
+        """
+        ours, theirs = task.fingerprint, str(self.state.get("data", task.fingerprint))
+        if ours != theirs:
+            raise input_error(
+                function, "task", f"{task.name!r} with the data {ours[:12]}",
+                f"the data {theirs[:12]}, as in {self.path}",
+                "Bring it back, or name the folder where it lies now.",
+            )  # fmt: skip
 
     def restore_weights(self, model: nn.Module) -> None:
         """Load the weights to be used, averaged ones if there are any, into a model of the same shapes.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shift.config import TrainConfig, differing_key
+from shift.config import RESULT_FREE, TrainConfig, differing_key
 from shift.reading import is_count
 from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint, damage
@@ -29,6 +29,7 @@ from shift.run.optim import learning_rate
 from shift.run.progress import Progress
 from shift.run.row_file import RowFile
 from shift.run.snapshots import SNAPSHOTS
+from shift.tasks import find_task
 from shift_kernels import ShiftInputError
 from shift_kernels.errors import input_error
 
@@ -218,7 +219,10 @@ class RunDirectory:
             theirs = TrainConfig.from_dict(state["config"])
         if self._extend and self.config.steps > theirs.steps:
             theirs = self._extended(theirs, found)
-        difference = differing_key(self.config, theirs.to_dict())
+        # Where data lies is free where the run knows which data it was.
+        moved = find_task(theirs.task.name).paths if state.get("data") else ()
+        free = (*RESULT_FREE, *(f"task.options.{name}" for name in moved))
+        difference = differing_key(self.config, theirs.to_dict(), free)
         if difference is not None:
             key, ours, saved = difference
             raise input_error(

@@ -372,12 +372,7 @@ class Trainer:
         return None if saved is None else (saved.path, saved.files)
 
     def _restore(self, saved: Checkpoint) -> None:
-        ours, theirs = self.task.fingerprint, str(saved.state.get("data", self.task.fingerprint))
-        if ours != theirs:
-            raise input_error(
-                "shift.Trainer", "task", f"{self.task.name!r} with the data {ours[:12]}",
-                f"the data {theirs[:12]}, as in {saved.path}", "Bring it back, or start a new run directory.",
-            )  # fmt: skip
+        saved.check_data("shift.Trainer", self.task)
         saved.restore(self.model, self.optimizer, self.average)
         self._deal(saved.state["world_size"])
         with damage(saved.path / checkpoint.STATE):

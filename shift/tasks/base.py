@@ -102,6 +102,8 @@ class Task(ABC):
     """UTF-8 bytes of held-out text that a token stands for, on average; None where tokens are not text."""
     fingerprint: str = ""
     """Of data that lies in files: a run goes on with the same alone."""
+    paths: tuple[str, ...] = ()
+    """Options that name these files, or their folder: with the same fingerprint they may have moved."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = self.check_int("seed", seed, 0)

@@ -194,5 +194,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _refused(path: Path, error: OSError | ValueError) -> Exception:
     reason = error.strerror if isinstance(error, OSError) else error
     return input_error(
-        "task 'tokens'", "path", str(path), "a folder as shift-data writes it", f"Make it again: {reason}."
-    )
+        "task 'tokens'", "path", str(path), "a folder as shift-data writes it",
+        f"Make it again, or name the folder that it was moved to: {reason}.",
+    )  # fmt: skip

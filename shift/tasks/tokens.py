@@ -39,6 +39,7 @@ class Tokens(Task):
     """
 
     name = "tokens"
+    paths = ("path",)
 
     def __init__(
         self, seed: int = 0, path: str = "", seq_len: int = 256, packed: bool = False, verify: bool = False

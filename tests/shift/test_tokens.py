@@ -11,7 +11,7 @@ import torch
 from tiny_runs import tiny
 from token_data import documents, token_folder
 
-from shift import data
+from shift import data, export, generate, train
 from shift import eval as evaluation
 from shift.build import build_model, build_task
 from shift.config import ModelConfig, TaskConfig, TrainConfig
@@ -400,6 +400,60 @@ def test_a_sweep_over_loops_tells_bits_per_byte_without_the_logits_of_all_loops(
         assert row["bits_per_byte"][n_loops - 1] == pytest.approx(scores["bits_per_byte"])
         assert row["accuracy"][n_loops - 1] == pytest.approx(scores["accuracy"])
     assert "| 3 | " in (tmp_path / "eval/eval.md").read_text()
+
+
+def run_on(folder, run):
+    """A run on a folder of tokens, stopped after eight of its twelve steps."""
+    trainer = Trainer(config_of(folder), run)
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(lambda done, _: trainer.stop() if done == 8 else None)
+
+
+TOOLS = {
+    "generate": lambda run, out: generate.main([str(run), "--prompt", "loop", "--max-new-tokens", "2"]),
+    "eval": lambda run, out: evaluation.main([str(run), "--samples", "8", "--out", str(out)]),
+    "export": lambda run, out: export.main([str(run), "--out", str(out)]),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_other_data_than_the_runs_are_refused(tool, folder, tmp_path, capsys):
+    run_on(folder, tmp_path / "run")
+    shutil.rmtree(folder)
+    (tmp_path / "other").mkdir()
+    token_folder(tmp_path / "other", validation=0.4).rename(folder)
+    if tool == "export":
+        pytest.importorskip("transformers")
+    assert TOOLS[tool](tmp_path / "run", tmp_path / "out") == 2
+    assert "the data " in capsys.readouterr().err
+
+
+def test_data_that_moved_are_named_anew(folder, tmp_path, capsys):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run_on(folder, run)
+    folder.rename(moved)
+    assert TOOLS["generate"](run, None) == 2
+    assert "moved to: No such file" in capsys.readouterr().err
+    now = ["--data", str(moved)]
+    assert generate.main([str(run), "--prompt", "loop", "--max-new-tokens", "2", *now]) == 0
+    assert evaluation.main([str(run), "--samples", "8", "--out", str(tmp_path / "eval"), *now]) == 0
+    result = Trainer(config_of(moved), run, resume=True).fit()
+    assert result["steps"] == 12
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ShiftInputError, match="the data "):
+        Trainer(config_of(token_folder(tmp_path / "other", validation=0.4)), run, resume=True)
+
+
+def test_a_task_that_reads_no_files_takes_no_data(tmp_path, capsys):
+    Trainer(tiny(), tmp_path / "run").fit()
+    assert generate.main([str(tmp_path / "run"), "--prompt", "1", "--data", "x"]) == 2
+    assert "reads no files" in capsys.readouterr().err
+
+
+def test_the_command_keeps_the_path_of_data_from_the_root(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--run-dir", "run", "--task.name", "tokens", "--task.options", "path=tokens"]
+    assert train.parse(words).train.task.options["path"] == str(folder)
 
 
 def test_a_task_without_text_has_no_bits_per_byte():
