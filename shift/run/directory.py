@@ -63,7 +63,7 @@ class RunDirectory:
         extend: let a run that is resumed have more steps than it was begun with.
 
     Raises:
-        ShiftInputError: the directory can't be written to, or another process trains in it.
+        ShiftInputError: the directory, or its checkpoints', can't be written to, or another process trains in it.
     """
 
     def __init__(self, path: Path, config: TrainConfig, world_size: int, extend: bool = False) -> None:
@@ -71,6 +71,8 @@ class RunDirectory:
         self._checkpoints = path / CHECKPOINTS
         self._made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
         make_directory(path, "shift.Trainer", "run_dir")
+        if os.path.lexists(self._checkpoints):  # a file, say: known now, and not when all steps are done
+            make_directory(self._checkpoints, "shift.Trainer", "run_dir")
         self._lock = take_lock(path / LOCK)  # before all else
         if self._lock is None:
             raise input_error(

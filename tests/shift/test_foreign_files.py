@@ -249,3 +249,11 @@ def test_as_many_checkpoints_as_wanted_are_left_after_a_kill_too(run_dir):
     shutil.copytree(folder / "step-00000008", folder / "step-00000004")  # killed before it was deleted
     Trainer(tiny(), run_dir, resume=True)
     assert [step for step, _ in checkpoint.checkpoints(folder)] == [8, 12]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_where_checkpoints_belong_is_refused_before_the_first_step(resume, tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(ShiftInputError, match="checkpoints'"):
+        Trainer(tiny(), tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
