@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from shift.length.report import write
+from shift.length.report import FILES, write
 from shift.length.sweep import SweepConfig, sweep
 from shift.run.directory import short_names
-from shift.run.files import make_directory
+from shift.run.files import make_directory, refuse_to_overwrite
 from shift_kernels.console import command
 
 
@@ -33,6 +33,8 @@ class Command:
     """Run directories."""
     out: Path = Path("runs/eval")
     """Gets eval.json, eval.md and heat_map.png."""
+    force: bool = False
+    """Overwrite what an earlier call wrote into --out."""
     data: Path | None = None
     """Where the tokens lie that the runs were trained on, if they were moved."""
     sweep: tyro.conf.OmitArgPrefixes[SweepConfig] = dataclasses.field(default_factory=SweepConfig)
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     flags = tyro.cli(Command, args=argv, prog="shift-eval")
     names = short_names("shift-eval", flags.runs)
+    if not flags.force:
+        refuse_to_overwrite(flags.out, FILES, "shift-eval")
     make_directory(flags.out, "shift-eval", "out")
     print(write({name: sweep(run, flags.sweep, flags.data) for name, run in names.items()}, flags.out))
     return 0

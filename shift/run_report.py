@@ -30,12 +30,13 @@ from shift.report.document import (
 )
 from shift.report.style import FAINT, INK, WIDTH, save_figures
 from shift.report.words import count, duration, flops, percent
-from shift.run.files import make_directory, replace_atomically
+from shift.run.files import make_directory, refuse_to_overwrite, replace_atomically
 from shift.run.record import Run, read_run
 from shift.schedules.registry import switch_step
 from shift_kernels.console import command
 from shift_kernels.errors import input_error
 
+FILES = ("report.md", "report.html", "figures")
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
@@ -46,13 +47,17 @@ class Command:
     run: tyro.conf.Positional[Path]
     """A run directory."""
     out: Path | None = None
-    """Gets report.md, report.html and figures/; default: the run directory."""
+    """Gets report.md, report.html and figures/; default: the run directory, whose own are renewed."""
+    force: bool = False
+    """Overwrite what an earlier call wrote into --out."""
 
 
 @command("shift-report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     flags = tyro.cli(Command, args=argv, prog="shift-report")
+    if flags.out is not None and not flags.force:
+        refuse_to_overwrite(flags.out, FILES, "shift-report")
     for path in write_report(flags.run, flags.out or flags.run):
         print(path)
     return 0

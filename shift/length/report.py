@@ -12,6 +12,7 @@ from shift.report.document import Block, Cell, Heading, Items, Paragraph, Pictur
 from shift.report.words import count, percent
 from shift.run.files import json_bytes, replace_atomically
 
+FILES = ("eval.json", "eval.md", "heat_map.png")
 WORDS = (
     "Exact match (all read positions of a sequence right) on held-out sequences; in brackets the share of "
     "read positions that are right, and the loops, on average. T(n): the loops that a length needs."

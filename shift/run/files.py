@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ def make_directory(path: Path, function: str, argument: str) -> None:
         raise input_error(
             function, argument, str(path), "a directory that can be written to", f"Choose another ({reason})."
         ) from error
+
+
+def refuse_to_overwrite(out: Path, names: Iterable[str], function: str) -> None:
+    """Refuse a folder in which something of these names lies, of an earlier call perhaps.
+
+    Raises:
+        ShiftInputError: there is such a thing.
+    """
+    if taken := [name for name in names if os.path.lexists(out / name)]:
+        allowed = f"a folder without {' and '.join(taken)}"
+        raise input_error(function, "out", str(out), allowed, "Choose another, or overwrite them: --force.")
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -55,3 +55,12 @@ def test_without_a_run_there_is_no_report(tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert "a run that has trained some steps" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_report_overwrites_no_other_unless_told_to(finished, tmp_path, capsys):
+    (tmp_path / "report.md").write_text("mine")
+    assert main([str(finished), "--out", str(tmp_path)]) == 2
+    assert "a folder without report.md" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text() == "mine"
+    assert main([str(finished), "--out", str(tmp_path), "--force"]) == 0
+    assert (tmp_path / "report.md").read_text().startswith("# Run `a_run`")

@@ -402,6 +402,17 @@ def test_a_sweep_over_loops_tells_bits_per_byte_without_the_logits_of_all_loops(
     assert "| 3 | " in (tmp_path / "eval/eval.md").read_text()
 
 
+def test_an_evaluation_overwrites_no_other_unless_told_to(made, tmp_path, capsys):
+    Trainer(config_of(made), tmp_path / "lm").fit()
+    call = [str(tmp_path / "lm"), "--out", str(tmp_path / "eval"), "--samples"]
+    assert evaluation.main([*call, "8"]) == 0
+    assert evaluation.main([*call, "4"]) == 2
+    assert "a folder without eval.json and eval.md" in capsys.readouterr().err
+    assert '"samples": 8' in (tmp_path / "eval/eval.json").read_text()
+    assert evaluation.main([*call, "4", "--force"]) == 0
+    assert '"samples": 4' in (tmp_path / "eval/eval.json").read_text()
+
+
 def run_on(folder, run):
     """A run on a folder of tokens, stopped after eight of its twelve steps."""
     trainer = Trainer(config_of(folder), run)
