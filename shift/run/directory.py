@@ -63,7 +63,8 @@ class RunDirectory:
         extend: let a run that is resumed have more steps than it was begun with.
 
     Raises:
-        ShiftInputError: the directory, or its checkpoints', can't be written to, or another process trains in it.
+        ShiftInputError: the directory, or that of its checkpoints, can't be written to, or another process
+            trains in it.
     """
 
     def __init__(self, path: Path, config: TrainConfig, world_size: int, extend: bool = False) -> None:
