@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 import warnings
 from typing import Any
@@ -21,6 +20,7 @@ from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.base import Backend, ExtendsCache, Kind, Registry, WhyNot
 from shift_kernels.call import AttentionProblem, Problem
 from shift_kernels.checks import check_choice
+from shift_kernels.environment import word_of
 from shift_kernels.errors import BackendFallbackWarning, input_error
 from shift_kernels.torch_internals import constant_for_dynamo
 
@@ -155,7 +155,7 @@ _SAID: set[str] = set()
 def _say_slow(problem: Problem, chosen: Plan) -> None:
     slow = "; ".join(f"{name}: {no.words}" for name, no in chosen.refused if no.kind is Kind.UNSERVED)
     unverified = [name for name, no in chosen.refused if no.kind is Kind.UNVERIFIED]
-    if slow and os.environ.get("SHIFT_KERNELS_STRICT") == "1":
+    if slow and word_of("SHIFT_KERNELS_STRICT", ("0", "1")) == "1":
         raise input_error(
             LOOPED_BLOCK.function,
             "backend",

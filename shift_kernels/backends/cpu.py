@@ -20,6 +20,7 @@ from shift_kernels import compiled
 from shift_kernels.backends.base import SERVED_BY_ALL, Kind, Served, WhyNot
 from shift_kernels.cache import Step
 from shift_kernels.call import CallOptions, Problem
+from shift_kernels.environment import word_of
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import (
     ACTIVATIONS,
@@ -51,6 +52,8 @@ _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 # Asked once, here, so that torch.compile finds a constant where it traces the choice of a backend.
 _NATIVE: Any
 _NATIVE, _STATUS = compiled.load("_native")
+if _NATIVE is not None:
+    word_of("SHIFT_KERNELS_CPU_ISA", _NATIVE.ISAS)  # the library reads it, and takes another word for none
 _MOST_LAYERS = 0 if _NATIVE is None else _NATIVE.MOST_LAYERS
 
 
@@ -63,14 +66,16 @@ def _foreign(problem: Problem) -> str | None:
     """Why the problem is of a kind that this backend is not for, or None."""
     if problem.device.type != "cpu":
         return f"is for CPU tensors, not {problem.device.type}"
-    if (problem.dtype, problem.compute_dtype) not in DTYPES:
-        products = problem.compute_dtype
-        return f"is for float32 and bfloat16, not {problem.dtype} with matrix products in {products}"
+    if torch.float64 in (problem.dtype, problem.compute_dtype):
+        return "is for float32 and bfloat16, not float64"
     return None
 
 
 def _unserved(problem: Problem) -> str | None:
     """Why this backend does not serve a problem that it is meant for, or None."""
+    if (problem.dtype, problem.compute_dtype) not in DTYPES:
+        products = problem.compute_dtype
+        return f"{problem.dtype} with matrix products in {products} is not served, bfloat16 is"
     if (refusal := CpuBackend.served.refusal(problem)) is not None:
         return refusal
     if problem.cache_dtype not in (None, torch.float32):

@@ -18,7 +18,17 @@ from operator_arguments import ops_arguments
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
-from shift_kernels import BlockSpec, LoopedBlock, ShiftInputError, backends, compiled, explain, reference
+from shift_kernels import (
+    BackendFallbackWarning,
+    BlockSpec,
+    LoopedBlock,
+    ShiftInputError,
+    backends,
+    compiled,
+    dispatch,
+    explain,
+    reference,
+)
 from shift_kernels.backends import cpu as cpu_backend
 from shift_kernels.call import CallOptions
 from shift_kernels.spec import ACTIVATIONS
@@ -507,8 +517,24 @@ def test_auto_takes_it_for_float32_and_bfloat16_and_leaves_the_rest():
     block, _ = make()
     for dtype in (torch.float32, torch.bfloat16):
         assert "runs on   cpu" in explain(block.spec, 4, 7, dtype=dtype)
-    assert "is for float32" in explain(block.spec, 4, 7, dtype=torch.float16)
+    assert "bfloat16 is" in explain(block.spec, 4, 7, dtype=torch.float16)
     assert "runs on   torch" in explain(block.spec, 4, 7, dtype=torch.float64)
+
+
+@needs_library
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_is_no_silent_slow_path(autocast, monkeypatch):
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.delenv("SHIFT_KERNELS_STRICT", raising=False)
+    block, e = make()
+    if not autocast:
+        block, e = block.half(), e.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        with pytest.warns(BackendFallbackWarning, match="float16 is not served, bfloat16 is"):
+            block(e, 1)
+        monkeypatch.setenv("SHIFT_KERNELS_STRICT", "1")
+        with pytest.raises(ShiftInputError, match="SHIFT_KERNELS_STRICT"):
+            block(e, 1)
 
 
 @needs_library

@@ -1,6 +1,9 @@
 """Who runs a block, and whether users are told."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,6 +20,7 @@ from shift_kernels import (
     register,
 )
 from shift_kernels.backends.base import LOOPED_BLOCK, Kind, WhyNot
+from shift_kernels.backends.cpu import CPU
 from shift_kernels.call import Problem
 
 SPEC = BlockSpec(d_model=8, n_heads=2)
@@ -141,6 +145,22 @@ def test_strict_mode_makes_the_slow_path_an_error(with_toy, monkeypatch):
     monkeypatch.setenv("SHIFT_KERNELS_STRICT", "1")
     with pytest.raises(ShiftInputError, match="SHIFT_KERNELS_STRICT"):
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
+
+
+def test_a_word_that_strict_mode_does_not_know_is_refused(with_toy, monkeypatch):
+    with_toy(Kind.UNSERVED, "d_model > 4")
+    monkeypatch.setenv("SHIFT_KERNELS_STRICT", "yes")
+    with pytest.raises(ShiftInputError, match=r"'SHIFT_KERNELS_STRICT' = 'yes'.*allowed: one of '0', '1'"):
+        LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
+
+
+@pytest.mark.skipif(CPU.why_not(None) is not None, reason="the library reads it")
+def test_an_unknown_instruction_set_is_refused():
+    environment = {**os.environ, "SHIFT_KERNELS_CPU_ISA": "avx9"}
+    code = [sys.executable, "-c", "import shift_kernels"]
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
+    assert "'SHIFT_KERNELS_CPU_ISA' = 'avx9'" in done.stderr
+    assert "'portable', 'avx2', 'avx512', 'avx512bf16'" in done.stderr
 
 
 def test_explain_names_backend_reason_memory_and_refusals(with_toy):

@@ -149,7 +149,7 @@ def test_a_block_saved_as_a_whole_loads(tmp_path):
 
 def test_a_block_changes_its_dtype_as_any_module():
     block, e = make()
-    assert block.half()(e.half(), 1).dtype == torch.float16
+    assert block.half()(e.half(), 1, backend="torch").dtype == torch.float16
     assert block.to(torch.float64)(e.double(), 1).dtype == torch.float64
 
 
