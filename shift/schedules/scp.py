@@ -7,8 +7,9 @@ spike of any size, and then by a bias-corrected exponential average. A look is a
     A  |smoothed loss now - a look ago|           < delta_1    (relative to a look ago,
     B  |smoothed gradient norm now - a look ago|  < delta_2     or absolute)
 
-and the criterion fires after ``patience`` hits in a row. A rise of the loss is no plateau either. Steps with
-a non-finite value do not exist for it: they are not averaged, not counted, and bring no look nearer.
+and the criterion fires after ``patience`` hits in a row. A loss that rises by delta_1
+or more from look to look is no plateau either; one that rises by less is. Steps with a non-finite value do
+not exist for it: they are not averaged, not counted, and bring no look nearer.
 
 The idea is Gong et al.'s (arXiv 2510.10089). This form and its defaults are ours: see ``docs/schedules.md``.
 """
