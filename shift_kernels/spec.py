@@ -215,7 +215,8 @@ class BlockSpec:
         """The specification of which :meth:`to_dict` gave these fields; those left out have their defaults.
 
         Raises:
-            ShiftInputError: a field that there is not, with the nearest one, or a value that is not allowed.
+            ShiftInputError: a field that there is not, with the nearest one, one that is missing, or a value
+                that is not allowed.
         """
         if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
             raise type_error(
@@ -224,6 +225,17 @@ class BlockSpec:
                 fields,
                 "a dict of fields by name",
                 "Pass what to_dict() returned.",
+            )
+        defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+        needed = [name for name, default in defaults.items() if default is dataclasses.MISSING]
+        missing = [name for name in needed if name not in fields]
+        if missing and fields.keys() <= defaults.keys():  # a misspelt one is told of as such
+            raise input_error(
+                "BlockSpec.from_dict",
+                "fields",
+                dict(fields),
+                f"fields with {' and '.join(needed)}",
+                f"Add {' and '.join(missing)}.",
             )
         return cls(**fields)
 

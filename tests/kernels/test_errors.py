@@ -97,6 +97,8 @@ CASES = [
     ("frequencies a number", spec(position="rope", rope_freqs=1.0), "rope_freqs", True),
     ("fields not a dict", lambda: BlockSpec.from_dict([("d_model", 8)]), "fields", True),
     ("a field that is not there", lambda: BlockSpec.from_dict({"d_model": 8, "heads": 2}), "heads", True),
+    ("a field that has no default", lambda: BlockSpec.from_dict({"d_model": 8}), "fields", False),
+    ("no fields", lambda: BlockSpec.from_dict({}), "fields", False),
     ("infinite rope base", spec(rope_theta=float("inf")), "rope_theta", False),
     ("causal not a bool", spec(causal=1), "causal", True),
     ("bias not a bool", spec(bias="yes"), "bias", True),
