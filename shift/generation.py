@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from shift_kernels import LoopedBlock, LoopedCache
 from shift_kernels.cache import dtype_beside
-from shift_kernels.call_checks import own_per_sample
+from shift_kernels.call_checks import check_offsets, own_per_sample
 from shift_kernels.checks import check_int, check_positive
 from shift_kernels.errors import input_error, type_error
+from shift_kernels.torch_internals import has_no_values
 
 FUNCTION = "LoopedTransformer.generate"
 
@@ -61,6 +62,9 @@ class Sampling(NamedTuple):
         if not self.temperature >= 0:
             remedy = "0 takes the likeliest token."
             raise input_error(FUNCTION, "temperature", self.temperature, "a float >= 0", remedy)
+        if not isinstance(self.generator, torch.Generator | None):
+            given = type(self.generator).__name__
+            raise type_error(FUNCTION, "generator", given, "a torch.Generator, or None", "Build one.")
         if self.top_k is not None:
             check_int(FUNCTION, "top_k", self.top_k, 1, None)
         allowed = "a float above 0, at most 1"
@@ -154,7 +158,7 @@ def generate(
 ) -> Tensor:
     """See :meth:`shift.model.LoopedTransformer.generate`; ``lengths``: of the prompts, int64 [batch]."""
     sampling.check()
-    stops = torch.tensor([stop] if isinstance(stop, int) else sorted(stop), device=tokens.device)
+    stops = _checked_stops(stop, model.n_classes, tokens.device)
     batch = len(tokens)
     caches = None
     if halt_threshold is None:
@@ -181,6 +185,31 @@ def generate(
         else:
             unread, n_unread = token[:, None], torch.ones_like(lengths)
     return torch.stack(new, 1) if new else tokens.new_zeros(batch, 0)
+
+
+def _checked_stops(stop: int | Collection[int], vocab_size: int, device: torch.device) -> Tensor:
+    ids = stop if isinstance(stop, Collection) else [stop]
+    found = [check_int(FUNCTION, "stop", token, 0, vocab_size - 1) for token in ids]
+    return torch.tensor(sorted(found), dtype=torch.int64, device=device)
+
+
+def check_tokens(function: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what are no ids [batch, seq_len]; their values where they lie in host memory.
+
+    Raises:
+        ShiftInputError: they are none.
+    """
+    allowed = f"an int tensor [batch, seq_len] of ids from 0 to {vocab_size - 1}"
+    if not isinstance(tokens, Tensor):
+        raise type_error(function, "tokens", type(tokens).__name__, allowed, "Use torch.tensor([[...]]).")
+    check_offsets(function, "tokens", tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise input_error(function, "tokens", list(tokens.shape), allowed, "A row is a sequence.")
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or has_no_values(tokens):
+        return
+    least, most = map(int, tokens.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise input_error(function, "tokens", least if least < 0 else most, allowed, "Check the tokenizer.")
 
 
 def check(model: TokenModel, tokens: Tensor, max_new_tokens: int, seq_lens: Tensor | None) -> Tensor:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shift.generation import Sampling, check, generate
+from shift.generation import Sampling, check, check_tokens, generate
 from shift.readout import logits_of, summed_loss
 from shift.tasks.base import Task
 from shift_kernels import BlockSpec, LoopedBlock
+from shift_kernels.checks import check_int
 from shift_kernels.errors import input_error
+from shift_kernels.spec import MAX_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,8 @@ class LoopedTransformer(nn.Module):
         layout: what stands around the loop.
 
     Raises:
-        ShiftInputError: a tied read-out with n_classes other than vocab_size; an initial state with injection
-            "none", whose loops would then read nothing of the input.
+        ShiftInputError: a size out of range; a tied read-out with n_classes other than vocab_size; an initial
+            state with injection "none", whose loops would then read nothing of the input.
     """
 
     def __init__(
@@ -84,6 +86,10 @@ class LoopedTransformer(nn.Module):
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "n_classes": n_classes, "max_seq_len": max_seq_len}
+        for name, size in sizes.items():
+            check_int("LoopedTransformer", name, size, 1, MAX_TOKENS)
+        check_int("LoopedTransformer", "n_contexts", n_contexts, 0, MAX_TOKENS)
         d = spec.d_model
         self.layout = layout = layout or Layout()
         self.max_seq_len, self.n_classes = max_seq_len, n_classes
@@ -174,6 +180,7 @@ class LoopedTransformer(nn.Module):
 
         ``starts``: position of each sample's first token here, int64 [batch]; None: 0.
         """
+        check_tokens("LoopedTransformer", tokens, self.tokens.num_embeddings)
         seq_len = tokens.shape[1]
         if seq_len > self.max_seq_len:
             raise input_error(
@@ -293,7 +300,7 @@ class LoopedTransformer(nn.Module):
             chunk at a time.
 
         Raises:
-            ShiftInputError: too long a sequence, or a context where the model has none.
+            ShiftInputError: no ids, too long a sequence, or a context where the model has none.
         """
         h = self.states(
             tokens,

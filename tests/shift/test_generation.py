@@ -128,6 +128,10 @@ CALLS = {
     "floats": (lambda: make().generate(PROMPTS.float(), 2, 3), "tokens.*int64"),
     "colder than cold": (lambda: make().generate(PROMPTS, 2, 3, temperature=-1), "temperature"),
     "none to draw": (lambda: make().generate(PROMPTS, 2, 3, temperature=1, top_k=0), "top_k"),
+    "ids beyond the vocabulary": (lambda: make().generate(PROMPTS + 5, 2, 3), "tokens.* = 11 .*0 to 8"),
+    "a stop beyond it": (lambda: make().generate(PROMPTS, 2, 3, stop=[300]), "stop.*from 0 to 8"),
+    "a stop that is no id": (lambda: make().generate(PROMPTS, 2, 3, stop=1.5), "stop"),
+    "nothing that draws": (lambda: make().generate(PROMPTS, 2, 3, temperature=1, generator=3), "generator"),
     "not causal": (lambda: make(spec=dict(causal=False)).generate(PROMPTS, 2, 3), "causal"),
     "other classes": (lambda: make(n_classes=5).generate(PROMPTS, 2, 3), "5 classes.*9"),
 }

@@ -15,7 +15,8 @@ def make(**options):
     torch.manual_seed(0)
     spec = BlockSpec(d_model=16, n_heads=2, injection="add", causal=options.pop("causal", True))
     n_classes = 7 if options.get("layout", Layout()).tied else 5
-    return LoopedTransformer(spec, vocab_size=7, n_classes=n_classes, max_seq_len=6, **options)
+    sizes = {"vocab_size": 7, "n_classes": n_classes, "max_seq_len": 6}
+    return LoopedTransformer(spec, **{**sizes, **options})
 
 
 SPEC = BlockSpec(d_model=16, n_heads=2)
@@ -158,6 +159,15 @@ def test_targets_turn_logits_into_their_summed_loss():
     ("call", "argument"),
     [
         (lambda: make()(torch.zeros(1, 7, dtype=torch.int64), 1), "tokens"),
+        (lambda: make()(TOKENS.float(), 1), "tokens"),
+        (lambda: make()(TOKENS[0], 1), "tokens"),
+        (lambda: make()(TOKENS - 1, 1), "tokens"),
+        (lambda: make()(TOKENS + 7, 1), "tokens"),
+        (lambda: make()(TOKENS.tolist(), 1), "tokens"),
+        (lambda: make(vocab_size=0), "vocab_size"),
+        (lambda: make(n_classes=0), "n_classes"),
+        (lambda: make(max_seq_len=2.5), "max_seq_len"),
+        (lambda: make(n_contexts=-1), "n_contexts"),
         (lambda: make()(TOKENS, 1, context=torch.tensor([0, 1])), "context"),
         (lambda: make(n_contexts=2)(TOKENS, 1), "context"),
         (
