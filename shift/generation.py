@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from shift_kernels import LoopedBlock, LoopedCache
 from shift_kernels.cache import dtype_beside
-from shift_kernels.call_checks import check_offsets, own_per_sample
-from shift_kernels.checks import check_int, check_positive
+from shift_kernels.call_checks import own_per_sample
+from shift_kernels.checks import check_int, check_offsets, check_positive
 from shift_kernels.errors import input_error, type_error
 from shift_kernels.torch_internals import has_no_values
 

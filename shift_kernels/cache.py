@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shift_kernels.call_checks import check_offsets
-from shift_kernels.checks import check_dtype, check_int, check_usable_device
+from shift_kernels.checks import check_dtype, check_int, check_offsets, check_usable_device
 from shift_kernels.errors import input_error, refuses_unknown_keywords, type_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
 
@@ -177,7 +176,7 @@ class LoopedCache:
             check_offsets(function, name, values)
             shape, numbers = list(values.shape), values.flatten().tolist()
         elif isinstance(values, Sequence):
-            shape, numbers = [len(values)], values
+            shape, numbers = [len(values)], list(values)
         else:
             raise type_error(function, name, type(values).__name__, allowed, "Pass a tensor.")
         if shape != [self.batch]:

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from shift_kernels.call import CallKeywords
-from shift_kernels.checks import check_bool, check_floating, check_int, check_positive, is_floating
+from shift_kernels.checks import (
+    check_bool,
+    check_floating,
+    check_int,
+    check_offsets,
+    check_positive,
+    is_floating,
+    refuse_mapped,
+)
 from shift_kernels.errors import input_error, near_miss, type_error
 from shift_kernels.spec import MAX_LOOPS, MAX_TOKENS, BlockSpec
-from shift_kernels.torch_internals import has_no_values, is_exporting, is_mapped
+from shift_kernels.torch_internals import has_no_values, is_exporting
 
 
 def check_call(
@@ -158,7 +166,7 @@ def _check_scale(function: str, scale: float | Tensor, e: Tensor) -> float | Ten
     if not isinstance(scale, Tensor):
         return check_positive(function, "residual_scale", scale, "a finite float > 0, or a tensor of such")
     check_floating(function, "residual_scale", scale)
-    _refuse_mapped(function, "residual_scale", scale)
+    refuse_mapped(function, "residual_scale", scale)
     if scale.requires_grad and torch.is_grad_enabled():
         raise input_error(
             function, "residual_scale", "a tensor that requires a gradient", "a constant",
@@ -301,22 +309,3 @@ def _traced_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     if is_exporting():
         return x.detach().to(dtype)
     return torch.ops.shift_kernels.own_copy(x, dtype)
-
-
-def _refuse_mapped(function: str, name: str, x: Tensor) -> None:
-    """Refuse a tensor whose values torch.vmap hides: they are read before anything is computed."""
-    if is_mapped(x):
-        allowed = "a tensor that torch.vmap does not map over"
-        raise input_error(
-            function, name, "mapped by vmap", allowed, "Make one batch of all: one entry a sample."
-        )
-
-
-def check_offsets(function: str, name: str, x: Tensor) -> None:
-    """Refuse a tensor that does not hold plain int32 or int64 numbers."""
-    if x.dtype not in (torch.int32, torch.int64):
-        raise type_error(function, name, x.dtype, "int32 or int64", f"Cast it: {name}.long().")
-    if x.is_nested or x.layout != torch.strided:
-        given = "a nested tensor" if x.is_nested else x.layout
-        raise type_error(function, name, given, "a dense tensor", "Use torch.tensor(...).")
-    _refuse_mapped(function, name, x)

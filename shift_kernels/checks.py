@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shift_kernels.errors import input_error, near_miss, type_error
+from shift_kernels.torch_internals import is_mapped
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -117,3 +118,22 @@ def check_floating(function: str, name: str, x: Tensor) -> None:
     if x.is_nested or x.layout != torch.strided:
         given = "a nested tensor" if x.is_nested else x.layout
         raise type_error(function, name, given, "a dense tensor", "Pad it, and give its seq_lens.")
+
+
+def refuse_mapped(function: str, name: str, x: Tensor) -> None:
+    """Refuse a tensor whose values torch.vmap hides: they are read before anything is computed."""
+    if is_mapped(x):
+        allowed = "a tensor that torch.vmap does not map over"
+        raise input_error(
+            function, name, "mapped by vmap", allowed, "Make one batch of all: one entry a sample."
+        )
+
+
+def check_offsets(function: str, name: str, x: Tensor) -> None:
+    """Refuse a tensor that does not hold plain int32 or int64 numbers."""
+    if x.dtype not in (torch.int32, torch.int64):
+        raise type_error(function, name, x.dtype, "int32 or int64", f"Cast it: {name}.long().")
+    if x.is_nested or x.layout != torch.strided:
+        given = "a nested tensor" if x.is_nested else x.layout
+        raise type_error(function, name, given, "a dense tensor", "Use torch.tensor(...).")
+    refuse_mapped(function, name, x)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shift_kernels.call_checks import check_offsets
-from shift_kernels.checks import check_floating
+from shift_kernels.checks import check_floating, check_offsets
 from shift_kernels.errors import input_error, type_error
 
 
