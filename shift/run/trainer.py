@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ from shift.run.speed import Pace, matmul_peak, memory_bytes
 from shift.run.step import TrainStep
 from shift.run.summary import summarise
 from shift.schedules import Decision, Signals
-from shift_kernels.errors import ShiftInputError, input_error
+from shift_kernels.errors import ShiftInputError, input_error, type_error
 
 MAX_SKIPS = 5
 """Skipped steps in a row after which a run stops: it will not recover by itself."""
@@ -90,6 +91,11 @@ class Trainer:
         extend: bool = False,
         console: Watcher | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            given, remedy = type(config).__name__, "Build one: TrainConfig.from_dict(...)."
+            raise type_error("shift.Trainer", "config", given, "a TrainConfig", remedy)
+        if not isinstance(run_dir, (str, os.PathLike)):
+            raise type_error("shift.Trainer", "run_dir", run_dir, "a path", "Name a directory.")
         self.ranks = Ranks(config.hang_timeout)
         self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)

@@ -21,6 +21,7 @@ from shift.run.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 from shift.schedules import make_schedule
 from shift.tasks import make_task
 from shift.tasks.base import IGNORE
+from shift_kernels import ShiftInputError
 
 # --- what it writes ---------------------------------------------------------------------------------------
 
@@ -367,6 +368,14 @@ def test_no_step_waits_for_the_gpu(tmp_path):
 
 
 # --- optimiser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "run_dir", "argument"), [({}, "run", "config"), (tiny(), None, "run_dir")]
+)
+def test_what_is_no_config_or_path_is_named(config, run_dir, argument):
+    with pytest.raises(ShiftInputError, match=f"'{argument}'"):
+        Trainer(config, run_dir)
 
 
 def test_norms_biases_and_embeddings_are_not_decayed(tmp_path):
