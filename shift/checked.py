@@ -13,7 +13,7 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,6 +91,18 @@ class Checked:
             value, name = getattr(self, f.name), self._table + f.name
             value = _convert(kind, value, type(self).__name__, name, f.metadata.get("rule"))
             object.__setattr__(self, f.name, value)
+
+
+def refuse_unknown_options(function: str, owner: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse options of something chosen by name that are not among its own.
+
+    Raises:
+        ShiftInputError: there is such a one; the nearest of its own is named.
+    """
+    for name in options:
+        if name not in known:
+            allowed = f"the options of {owner!r}: {', '.join(known) or 'none'}"
+            raise input_error(function, "options", name, allowed, near_miss(name, known, "Leave it out."))
 
 
 def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:

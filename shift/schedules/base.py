@@ -80,8 +80,9 @@ class LoopSchedule(ABC):
         """Plain JSON values; schedules that only count steps have none."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have nothing to load)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave."""
+        check(not state, "state", state, "an empty one: this schedule only counts steps")
 
 
 class TimedSchedule(LoopSchedule):

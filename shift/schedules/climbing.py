@@ -82,16 +82,31 @@ class Ladder(LoopSchedule):
         return {"rung": self.rung, "criterion": self.criterion.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        good = {"rung", "criterion"} <= state.keys() and is_int(state["rung"])
+        good = good and 0 <= state["rung"] < len(self.rungs)
+        allowed = f"what state_dict() of a schedule with the rungs {self.rungs} gave"
+        check(good, "state", state, allowed)
         self.rung = state["rung"]
         self.criterion = self._fresh_criterion()
         self.criterion.load_state_dict(state["criterion"])
 
 
 class ShiftSchedule(Ladder):
-    """SHIFT (arXiv 2510.10089): Stage I with one loop, Stage II with ``max_loops`` once SCP has fired."""
+    """SHIFT (arXiv 2510.10089): Stage I with one loop, Stage II with ``max_loops`` once SCP has fired.
 
-    def __init__(self, max_loops: int, total_steps: int, **scp: Any) -> None:
-        super().__init__(max_loops, total_steps, rungs=(1, max_loops) if max_loops > 1 else (1,), **scp)
+    Args: as those of :class:`Ladder`, but for ``rungs``.
+    """
+
+    def __init__(
+        self,
+        max_loops: int,
+        total_steps: int,
+        shares: list[float] | tuple[float, ...] | None = None,
+        keep: float = 1.0,
+        **scp: Any,
+    ) -> None:
+        rungs = (1, max_loops) if max_loops > 1 else (1,)
+        super().__init__(max_loops, total_steps, rungs, shares, keep, **scp)
 
 
 class Climb(Ladder):

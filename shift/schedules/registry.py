@@ -5,15 +5,19 @@ Arms, results, fairness, reports, pictures, the savings benchmark and the tests 
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from shift.checked import refuse_unknown_options
 from shift.schedules.backward import BACKWARD
-from shift.schedules.base import LoopSchedule, check
+from shift.schedules.base import Declaration, LoopSchedule, check
 from shift.schedules.climbing import CLIMB, LADDER, SHIFT
 from shift.schedules.fixed import CONSTANT, FIXED, GROW
 from shift.schedules.ramps import LINEAR, SQRT, STAGED
 from shift.schedules.random import RANDOM
+from shift.schedules.scp import SCPConfig
 from shift_kernels.errors import input_error
 
 # In the order in which reports list them.
@@ -40,6 +44,7 @@ def make_schedule(
     """
     check(kind in SCHEDULES, "kind", kind, "one of " + ", ".join(map(repr, SCHEDULES)))
     declared = SCHEDULES[kind]
+    refuse_unknown_options("make_schedule", kind, options, _options_of(declared))
     given = {**declared.preset, **({"seed": seed} if declared.decided_by == "chance" else {})}
     try:
         return declared.schedule(max_loops, total_steps, **given, **options)
@@ -47,6 +52,16 @@ def make_schedule(
         raise input_error(
             "make_schedule", "options", options, f"the options of {kind!r} ({error})", "Check their names."
         ) from None
+
+
+def _options_of(declared: Declaration) -> list[str]:
+    """Names of what a config may say to a kind of schedule."""
+    others = {"max_loops", "total_steps", "seed", *declared.preset}
+    own = [name for name in inspect.signature(declared.schedule).parameters if name not in others]
+    if "scp" in own:  # the keywords of its criterion
+        own.remove("scp")
+        own += [f.name for f in dataclasses.fields(SCPConfig) if f.name not in own]
+    return own
 
 
 def switch_step(kind: str, n_loops: Sequence[int]) -> int | None:

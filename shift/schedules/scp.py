@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shift.reading import is_int, is_number
-from shift_kernels.errors import input_error
+from shift_kernels.errors import input_error, type_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Signals:
 
     loss: Tensor
     grad_norm: Tensor
+
+    def __post_init__(self) -> None:
+        for name, x in vars(self).items():
+            if not isinstance(x, Tensor) or x.ndim:
+                given = list(x.shape) if isinstance(x, Tensor) else x
+                raise type_error(
+                    "Signals", name, given, "a tensor without dimensions", "Use torch.tensor(x)."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +144,8 @@ class SCP:
     """
 
     def __init__(self, config: SCPConfig | None = None) -> None:
+        if not isinstance(config, SCPConfig | None):
+            raise type_error("SCP", "config", config, "an SCPConfig, or None", "Build one: SCPConfig(...).")
         self.config = config or SCPConfig()
         self._state = _State()
         # [loss, grad_norm] float32 of each step since the last look; a read drops those that are not finite.
@@ -167,7 +177,13 @@ class SCP:
         Args:
             config: of the criterion.
             losses, grad_norms: of the run's steps; None: not finite.
+
+        Raises:
+            ShiftInputError: not as many of one as of the other.
         """
+        if len(losses) != len(grad_norms):
+            given = f"{len(grad_norms)} of them"
+            raise input_error("SCP.replay", "grad_norms", given, f"{len(losses)}, as losses", "Give both.")
         scp, pending = SCP(config), []
         for step, pair in enumerate(zip(losses, grad_norms, strict=True), start=1):
             finite = [x for x in pair if x is not None and math.isfinite(x)]
@@ -247,7 +263,14 @@ class SCP:
         return {**dataclasses.asdict(self._state), "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises:
+            ShiftInputError: something else.
+        """
+        known = {"pending", *(f.name for f in dataclasses.fields(_State))}
+        if "pending" not in state or not state.keys() <= known:  # older ones hold fewer
+            raise input_error("SCP", "state", state, "what state_dict() gave", "Give that of the same class.")
         state = copy.deepcopy(state)
         self._pending = list(torch.tensor(state.pop("pending"), dtype=torch.float32))
         self._state = _State(**state)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from typing import Any
 
+from shift.checked import refuse_unknown_options
 from shift.tasks.addition import Addition
 from shift.tasks.base import IGNORE, Batch, Task
 from shift.tasks.binary_sum import BinarySum
@@ -69,6 +71,10 @@ def make_task(name: str, *, seed: int = 0, **options: Any) -> Task:
         ShiftInputError: an unknown task or option, or a value outside what is allowed.
     """
     task = find_task(name)
+    parameters = inspect.signature(task).parameters.values()
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):  # one of another package may take any
+        own = [p.name for p in parameters if p.name != "seed"]
+        refuse_unknown_options("make_task", name, options, own)
     try:
         return task(seed=seed, **options)
     except TypeError as error:

@@ -284,6 +284,21 @@ def test_nothing_keeps_the_graph_of_the_loss_alive():
     assert not scp._pending[0].requires_grad
 
 
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: SCP().observe(Signals(1.0, 1.0)), "loss"),
+        (lambda: SCP().observe(Signals(torch.ones(()), torch.ones(2))), "grad_norm"),
+        (lambda: SCP({"patience": 3}), "config"),
+        (lambda: SCP().load_state_dict({}), "state"),
+        (lambda: SCP.replay(SCPConfig(interval=3), [1.0] * 400, [1.0] * 399), "grad_norms"),
+    ],
+)
+def test_bad_input_is_named(call, argument):
+    with pytest.raises(ShiftInputError, match=f"'{argument}'"):
+        call()
+
+
 def as_rank(rank, file, answers):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     losses, grads = any_trace(np.random.default_rng(rank))

@@ -337,6 +337,33 @@ def test_bad_options_are_named(kind, options, named):
         make(kind, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "words"),
+    [
+        ("fixed", "att", "the options of 'fixed': at.*Perhaps 'at'"),
+        ("shift", "patiense", "delta_1, delta_2, patience.*Perhaps 'patience'"),
+        ("constant", "zzz", "the options of 'constant': n_loops"),
+    ],
+)
+def test_a_misspelt_option_is_told_beside_those_that_there_are(kind, option, words):
+    with pytest.raises(ShiftInputError, match=words):
+        make(kind, **{option: 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        ("shift", {}),
+        ("fixed", {"rung": 1}),
+        ("shift", {"rung": 2, "switch_step": 5, "criterion": {"pending": []}}),  # of a ladder with more rungs
+        ("shift", {"rung": 0, "switch_step": None, "criterion": {}}),
+    ],
+)
+def test_a_state_of_another_schedule_is_refused(kind, state):
+    with pytest.raises(ShiftInputError, match="'state'"):
+        make(kind).load_state_dict(state)
+
+
 def test_an_unknown_ramp_is_no_silent_square_root():
     with pytest.raises(ShiftInputError, match="'shape'"):
         Ramp(4, 800, "cosine")

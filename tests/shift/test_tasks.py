@@ -368,3 +368,8 @@ def test_text_is_the_standard_library_and_the_held_out_part_is_never_trained_on(
         for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             assert read([*tokens, targets[-1]]) in part
             assert tokens[1:] == targets[:-1]
+
+
+def test_a_misspelt_option_is_told_beside_those_that_there_are():
+    with pytest.raises(ShiftInputError, match=r"n_nodes, max_hops.*Perhaps 'max_hops'"):
+        make_task("hop", max_hop=3)
