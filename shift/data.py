@@ -27,6 +27,7 @@ from shift_kernels.console import command
 from shift_kernels.errors import input_error
 from shift_kernels.machine import default_jobs
 
+VOCAB_SIZE, BPE_CHARACTERS = 8192, 50_000_000
 SMALLEST_BPE = 257
 """256 bytes and the separator."""
 
@@ -41,14 +42,14 @@ class Command:
     """Folder for the shards."""
     tokenizer: str = "bytes"
     """bytes; bpe, learned from the training documents; or a tokenizer.json of the package tokenizers."""
-    vocab_size: int = 8192
-    """Tokens of a BPE that is learned here."""
-    bpe_characters: int = 50_000_000
-    """Of the training documents, from which a BPE is learned."""
+    vocab_size: int | None = None
+    """Tokens of a BPE that is learned here; default: 8192."""
+    bpe_characters: int | None = None
+    """Of the training documents, from which a BPE is learned; default: 50 million."""
     separator: str | None = None
     """Name of the token between documents; default: the first usual one that the tokenizer has."""
-    field: str = "text"
-    """Field of a JSON line or parquet row that holds the text."""
+    field: str | None = None
+    """Field of a JSON line or parquet row that holds the text; default: text."""
     split_on: str | None = None
     """What stands between the documents of a text file; default: each file is one document."""
     validation: float = 0.01
@@ -79,7 +80,8 @@ def make_shards(flags: Command) -> dict[str, Any]:
         ShiftInputError: unusable input, or an extra that is missing.
     """
     _check(flags)
-    sources = Sources.find(flags.sources, flags.field, flags.split_on)
+    sources = Sources.find(flags.sources, flags.field or "text", flags.split_on)
+    _check_used(flags, sources)
     settings = Settings(flags.validation, flags.shard_tokens, flags.jobs)
     return prepare(sources, _tokenizer(flags, sources, settings), flags.out, settings)
 
@@ -88,17 +90,16 @@ def _tokenizer(flags: Command, sources: Sources, settings: Settings) -> Tokenize
     if flags.tokenizer == "bytes":
         return ByteTokenizer()
     if flags.tokenizer == "bpe":
-        return train_tokenizer(sources, settings, flags.vocab_size, flags.bpe_characters)
+        size, characters = flags.vocab_size or VOCAB_SIZE, flags.bpe_characters or BPE_CHARACTERS
+        return train_tokenizer(sources, settings, size, characters)
     return read_tokenizer(Path(flags.tokenizer), flags.separator)
 
 
 def _check(flags: Command) -> None:
     lowest = dict(vocab_size=SMALLEST_BPE, bpe_characters=1, shard_tokens=1, jobs=1)
     for name, low in lowest.items():
-        if getattr(flags, name) < low:
-            raise input_error(
-                "shift-data", name, getattr(flags, name), f"an int >= {low}", "Use a larger one."
-            )
+        if (value := getattr(flags, name)) is not None and value < low:
+            raise input_error("shift-data", name, value, f"an int >= {low}", "Use a larger one.")
     if not 0 < flags.validation < 1:
         allowed = "a share between 0 and 1"
         raise input_error("shift-data", "validation", flags.validation, allowed, "1% is 0.01.")
@@ -107,6 +108,20 @@ def _check(flags: Command) -> None:
         raise input_error("shift-data", "separator", flags.separator, allowed, "Leave it out.")
     if flags.split_on == "":
         raise input_error("shift-data", "split_on", "", "a text that is not empty", "Leave it out.")
+
+
+def _check_used(flags: Command, sources: Sources) -> None:
+    """Refuse a flag that nothing would read."""
+    idle = {}
+    if flags.tokenizer != "bpe":
+        idle = dict.fromkeys(("vocab_size", "bpe_characters"), "with --tokenizer bpe")
+    if not sources.has_fields:
+        idle["field"] = "with .jsonl or .parquet"
+    if not sources.has_texts:
+        idle["split_on"] = "with files of text"
+    for name, use in idle.items():
+        if (value := getattr(flags, name)) is not None:
+            raise input_error("shift-data", name, value, f"a value only {use}", "Leave it out.")
 
 
 if __name__ == "__main__":

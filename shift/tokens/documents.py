@@ -61,6 +61,16 @@ class Sources:
         return Sources(files, field, split_on)
 
     @property
+    def has_fields(self) -> bool:
+        """Whether a file has fields, of which :attr:`field` is one."""
+        return any(path.suffix.lower() in (LINES, PARQUET) for path in self.files)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether a file is text, which :attr:`split_on` may cut."""
+        return any(path.suffix.lower() not in (LINES, PARQUET) for path in self.files)
+
+    @property
     def n_bytes(self) -> int:
         """Of all files."""
         return sum(path.stat().st_size for path in self.files)

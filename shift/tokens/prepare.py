@@ -25,7 +25,7 @@ from shift.tasks.base import SPLITS
 from shift.tasks.shards import FORMAT, INDEX, NAME, TOKENIZER, Header, dtype_of
 from shift.tokens.documents import Document, Sources
 from shift.tokens.tokenizer import Tokenizer, train_bpe
-from shift_kernels.errors import input_error
+from shift_kernels.errors import ShiftInputError, input_error
 
 UNFINISHED = ".unfinished"
 """Stands in a folder from the beginning to the end of its making, as a lock."""
@@ -70,9 +70,10 @@ def prepare(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Setting
     """Write a folder of shards; returns its index.
 
     Raises:
-        ShiftInputError: unusable sources or folder, or a split that no document fell to.
+        ShiftInputError: unusable sources or folder, or a split that no document fell to; it leaves nothing.
         OSError: the disk refused; the folder has no index then, and can be written again.
     """
+    is_new = not out.exists()
     make_directory(out, "shift-data", "out")
     allowed = "a folder into which no other shift-data writes"
     refusal = input_error("shift-data", "out", str(out), allowed, "Choose another.")
@@ -87,7 +88,16 @@ def prepare(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Setting
             raise input_error("shift-data", "out", found, allowed, "Choose another, or remove it.")
         for name in taken:
             (out / name).unlink()  # of a call that did not come to its end
-        index = _written(sources, tokenizer, out, settings)
+        try:
+            index = _written(sources, tokenizer, out, settings)
+        except ShiftInputError:
+            for path in out.iterdir():
+                if path.name == TOKENIZER or NAME.fullmatch(path.name):
+                    path.unlink()
+            unfinished.unlink()
+            if is_new:
+                out.rmdir()
+            raise
         unfinished.unlink()
     return index
 

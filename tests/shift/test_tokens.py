@@ -111,7 +111,8 @@ def one_file_each(path, texts):
 @pytest.mark.parametrize(("name", "write"), [("a.jsonl", lines), ("a.parquet", table), ("a", one_file_each)])
 def test_kinds_of_sources_hold_the_same_documents(name, write, tmp_path, made, capsys):
     write(tmp_path / name, documents())
-    flags = ["--out", str(tmp_path / "out"), "--field", "body", "--validation", "0.3"]
+    field = ["--field", "body"] if (tmp_path / name).is_file() else []
+    flags = ["--out", str(tmp_path / "out"), *field, "--validation", "0.3"]
     assert data.main([str(tmp_path / name), *flags]) == 0
     assert "documents" in capsys.readouterr().out
     assert all(texts_of(tmp_path / "out", s) == texts_of(made, s) for s in ("train", "eval"))
@@ -152,6 +153,10 @@ def test_a_bpe_is_learned_from_training_documents_and_read_back(tmp_path):
         ({"a.parquet": b"PAR"}, [], "a.parquet"),
         ({"a.png": "x"}, [], "a folder with files"),
         ({"a.txt": "alone"}, [], "got none"),
+        ({"a.txt": "x"}, ["--vocab-size", "300"], "'vocab_size' = 300"),
+        ({"a.txt": "x"}, ["--bpe-characters", "300"], "'bpe_characters' = 300"),
+        ({"a.txt": "x"}, ["--field", "body"], "'field' = 'body'"),
+        ({"a.jsonl": '{"text": "x"}'}, ["--split-on", "-"], "'split_on' = '-'"),
         ({"a.txt": "x"}, ["--tokenizer", "nowhere.json"], "nowhere.json"),
         ({"a.txt": "x", "t.json": "{}"}, ["--tokenizer", "t.json"], "Cannot instantiate Tokenizer"),
         ({"a.txt": "x"}, ["--validation", "1"], "'validation' = 1.0"),
@@ -170,7 +175,7 @@ def test_bad_input_is_one_line(content, flags, words, tmp_path, monkeypatch, cap
     said = capsys.readouterr().err.strip()
     assert words in said
     assert "\n" not in said
-    assert not (tmp_path / "out" / "data.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt", "tokenizers")])
