@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from shift.pretrained import pretrained  # imports transformers, which takes seconds
 
     run, saved = newest("shift-export", command.run, command.data)
-    if command.out.exists() and any(command.out.iterdir()):
+    if command.out.exists() and not (command.out.is_dir() and not any(command.out.iterdir())):
         raise input_error("shift-export", "out", str(command.out), "a new or empty folder", "Choose another.")
     task = build_task(run)
     model = pretrained(restored("shift-export", run, saved, task), trained_loops(saved))
