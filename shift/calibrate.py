@@ -62,14 +62,13 @@ def _problems(flags: argparse.Namespace) -> list[Problem]:
         text = flags.spec if flags.spec.lstrip().startswith("{") else Path(flags.spec).read_text("utf-8-sig")
         fields = json.loads(text)
     except (OSError, ValueError) as error:
-        raise input_error(me, "--spec", str(error), "JSON or a file of it", "") from error
+        allowed = "fields of BlockSpec as JSON, or a file that holds them"
+        raise input_error(me, "--spec", flags.spec, allowed, f"Mend it: {error}.") from error
     check_usable_device(me, "--device", flags.device)
-    if not isinstance(fields, dict) or not {"d_model", "n_heads"} <= set(fields):
-        raise input_error(me, "--spec", fields, "fields of BlockSpec, d_model and n_heads among them", "")
     sizes = {"--batch": flags.batch, "--seq-len": flags.seq_len}
     for name, size in [*sizes.items(), *(("--n-loops", n) for n in flags.n_loops)]:
         check_int(me, name, size, 1, MAX_TOKENS)
-    spec, dtype, grad = BlockSpec(**fields), getattr(torch, flags.dtype), not flags.forward_only
+    spec, dtype, grad = BlockSpec.from_dict(fields), getattr(torch, flags.dtype), not flags.forward_only
     device = torch.device(flags.device)
     return [
         Problem(spec, flags.batch, flags.seq_len, dtype, dtype, device, grad, n_loops=n)
