@@ -51,6 +51,9 @@ def run(
         try:
             calibrate_shapes(config, calibrate, lambda line: print(line, file=sys.stderr))
             trainer = Trainer(config, run_dir, resume=resume, extend=True, console=console)
+            if leads and trainer.done():
+                done = f"{run_dir}: finished at step {trainer.progress.step}; more --steps go on from there"
+                print(done, file=sys.stderr)
             with _stopped_by_signals(trainer), _silence_named(config.hang_timeout):
                 trainer.fit()
         finally:

@@ -185,7 +185,7 @@ class Trainer:
     def _train(self, progress: Callable[[int, int], object] | None) -> None:
         c, p = self.config, self.progress
         self._started = time.perf_counter() - p.wall_s, time.process_time() - p.cpu_s
-        while not self._done():
+        while not self.done():
             decision = self.schedule.step(p.step, self.signals)
             for look in decision.looks:
                 self._rows.add({"kind": "look", **dataclasses.asdict(look)})
@@ -197,7 +197,7 @@ class Trainer:
             self._evaluated = decision.evaluated
             self._train_step(decision)
 
-            last = self._done()
+            last = self.done()
             if last:
                 self._snapshots.take(p.step)
             if _due(p.step, c.log_every):
@@ -226,7 +226,8 @@ class Trainer:
         elif self.config.optimiser.keep_moments < 1:
             self.optimizer.scale_moments(self.config.optimiser.keep_moments)
 
-    def _done(self) -> bool:
+    def done(self) -> bool:
+        """Whether no step is left: :meth:`fit` then only evaluates, and writes the result again."""
         return self.progress.step >= self.config.steps and self.progress.flops >= self.config.min_flops
 
     def _train_step(self, decision: Decision) -> None:

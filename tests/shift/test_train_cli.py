@@ -309,13 +309,15 @@ def test_a_preset_that_is_not_there_is_answered_with_those_that_are(capsys):
     assert "demo" in capsys.readouterr().err
 
 
-def test_a_run_writes_its_resolved_config_and_resumes_by_it(tmp_path, tiny_toml):
+def test_a_run_writes_its_resolved_config_and_resumes_by_it(tmp_path, tiny_toml, capsys):
     run_dir = str(tmp_path / "run")
     assert main(["--run-dir", run_dir, "--config", str(tiny_toml), "--steps", "5"]) == 0
     assert load_config(tmp_path / "run" / "config.toml") == dataclasses.replace(TINY, steps=5)
     assert main(["--run-dir", run_dir, "--config", str(tiny_toml), "--steps", "5"]) == 2  # in use
     assert main(["--run-dir", run_dir, "--resume", "auto", "--batch-size", "6"]) == 2  # another config
+    capsys.readouterr()
     assert main(["--run-dir", run_dir, "--resume", "auto"]) == 0
+    assert f"{run_dir}: finished at step 5" in capsys.readouterr().err
     assert main(["--run-dir", run_dir, "--resume", "auto", "--steps", "4"]) == 2  # fewer than are done
     assert main(["--run-dir", run_dir, "--resume", "auto", "--steps", "7"]) == 0
     assert load_config(tmp_path / "run" / "config.toml").steps == 7
