@@ -99,7 +99,9 @@ def looped_block(
         compute_dtype = torch.get_autocast_dtype(e.device.type)
     cache = checked.pop("cache", None)
     options = CallOptions(n_loops, compute_dtype, **checked)  # type: ignore[misc]
-    step = None if cache is None else check_step(_FUNCTION, cache, e, spec, n_loops, options.seq_lens)
+    step = None
+    if cache is not None:
+        step = check_step(_FUNCTION, cache, e.shape, e.device, spec, n_loops, options.seq_lens)
     ordered = {name: weights[name] for name in spec.weight_shapes()}
     inputs = differentiable(e, ordered, options)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)

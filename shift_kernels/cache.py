@@ -213,12 +213,17 @@ class Step:
 def check_step(
     function: str,
     cache: LoopedCache,
-    e: Tensor,
+    shape: Sequence[int],
+    device: torch.device,
     spec: BlockSpec,
     n_loops: int | Tensor,
     seq_lens: Tensor | None,
 ) -> Step:
     """The step of arguments that are else checked.
+
+    Args:
+        shape: of e, [batch, seq_len, ...].
+        device: of e.
 
     Raises:
         ShiftInputError: the cache is another block's or batch's, is full, or had other loops before.
@@ -232,10 +237,11 @@ def check_step(
 
     if cache.spec != spec:
         refuse(f"of {cache.spec}", "one of this block's spec", "Build one from block.spec.")
-    if cache.batch != e.shape[0]:
-        refuse(f"for batch {cache.batch}", f"one for e's batch {e.shape[0]}", "Build another, or reorder().")
-    if cache.device.type != e.device.type:
-        refuse(f"on {cache.device}", f"one on e's device {e.device}", "Build it with device=.")
+    batch, seq_len, *_ = shape
+    if cache.batch != batch:
+        refuse(f"for batch {cache.batch}", f"one for e's batch {batch}", "Build another, or reorder().")
+    if cache.device.type != device.type:
+        refuse(f"on {cache.device}", f"one on e's device {device}", "Build it with device=.")
     loops = torch.as_tensor(n_loops, device="cpu").expand(cache.batch)
     if loops.max() > cache.n_loops:
         refuse(f"of {cache.n_loops} loops", f"one of {int(loops.max())}", "Build it with n_loops=.")
@@ -245,7 +251,7 @@ def check_step(
             f"one filled with {loops.tolist()}",
             "Keep n_loops: a token's deeper loops would read keys that earlier tokens never wrote.",
         )
-    lengths = torch.as_tensor(e.shape[1] if seq_lens is None else seq_lens, device="cpu")
+    lengths = torch.as_tensor(seq_len if seq_lens is None else seq_lens, device="cpu")
     step = Step(cache, lengths.expand(cache.batch).to(torch.int64).clamp(min=0))
     if step.after.max() > cache.max_len:
         refuse(f"of max_len {cache.max_len}", f"one of {int(step.after.max())}", "Build a longer one.")

@@ -9,7 +9,7 @@ import torch
 
 from shift_kernels import measured
 from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
-from shift_kernels.cache import LoopedCache
+from shift_kernels.cache import LoopedCache, check_step
 from shift_kernels.call import OWN_ATTENTION_OPTIONS, AttentionProblem, Problem
 from shift_kernels.checks import check_bool, check_choice, check_device, check_dtype, check_int
 from shift_kernels.dispatch import Plan, plan, plan_attention
@@ -53,9 +53,8 @@ def explain(
     check_dtype(function, "dtype", dtype)
     place = check_device(function, "device", device)
     check_bool(function, "grad", grad)
-    if cache is not None and not isinstance(cache, LoopedCache):
-        given = type(cache).__name__
-        raise type_error(function, "cache", given, "a LoopedCache", "Build one: LoopedCache(spec, ...).")
+    if cache is not None:
+        check_step(function, cache, (batch, seq_len), place, spec, n_loops, None)
     grad = grad and cache is None
     cache_dtype = None if cache is None else cache.dtype
     problem = Problem(

@@ -227,6 +227,25 @@ def test_explain_tells_the_bytes_before_anything_is_allocated():
     assert cache._memory is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cache": LoopedCache(BlockSpec(32, 4), 3, 8, 2)}, "this block's spec"),
+        ({"batch": 2}, "batch 2"),
+        ({"n_loops": 3}, "n_loops="),
+        ({"seq_len": 9}, "max_len 8"),
+        ({"device": "cuda"}, "device cuda"),
+        ({"cache": []}, "a LoopedCache"),
+    ],
+)
+def test_explain_refuses_a_cache_that_the_call_would(changes, words):
+    spec = BlockSpec(16, 2)
+    right = {"batch": 3, "seq_len": 8, "n_loops": 2, "cache": LoopedCache(spec, 3, 8, 2)}
+    assert "cache " in explain(spec, **right)
+    with pytest.raises(ShiftInputError, match=words):
+        explain(spec, **{**right, **changes})
+
+
 def test_wrong_uses_are_refused():
     spec = BlockSpec(8, 2, causal=False)
     with pytest.raises(ShiftInputError, match="a causal block"):
