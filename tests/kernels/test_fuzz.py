@@ -170,7 +170,8 @@ def cases(draw, mode):
     }
     call |= {"n_grad_loops": draw(st.sampled_from([None, None, 1, 2, 2**63]))}
     if draw(st.integers(0, 3)) == 0:
-        call["left_pad"] = torch.tensor([draw(st.integers(0, seq_len)) for _ in range(batch)])
+        ends = [seq_len] * batch if call["seq_lens"] is None else call["seq_lens"].tolist()
+        call["left_pad"] = torch.tensor([draw(st.integers(0, end)) for end in ends])
     if draw(st.integers(0, 3)) == 0:
         scales = torch.tensor([draw(st.sampled_from([0.25, 0.5, 1.0, 1.5])) for _ in range(batch)])
         call["residual_scale"] = draw(st.sampled_from([0.3, scales]))
