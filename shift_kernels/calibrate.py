@@ -27,7 +27,9 @@ import torch
 
 from shift_kernels import dispatch, measured
 from shift_kernels.backends import LOOPED_BLOCK
+from shift_kernels.backends.base import Prepares
 from shift_kernels.call import Problem
+from shift_kernels.environment import word_of
 from shift_kernels.errors import input_error
 from shift_kernels.measured import CRASHED, TIMED_OUT, Verdict
 
@@ -58,8 +60,9 @@ def calibrate(
         say(f"[{i + 1}/{len(problems)}] {measured.describe(problem)}")
         row: dict[str, Verdict] = {}
         for name in dispatch.candidates(problem):
-            if prepare := getattr(LOOPED_BLOCK.get(name), "prepare", None):
-                prepare(problem, say)
+            backend = LOOPED_BLOCK.get(name)
+            if isinstance(backend, Prepares):
+                backend.prepare(problem, say)
             row[name] = _in_child(problem, name, limit_s)
             say(f"  {name:<12}{row[name]}")
         rows[measured.shape_class(problem)] = row
@@ -78,7 +81,7 @@ def at_first_use(problem: Problem) -> None:
     Not where several processes work together. They should choose alike, and ranks need not come to a shape at
     the same time, or at all: a broadcast here could wait for ever.
     """
-    wanted = os.environ.get("SHIFT_KERNELS_CALIBRATE") == "first_use"
+    wanted = word_of("SHIFT_KERNELS_CALIBRATE", ("first_use",)) is not None
     speaks = problem.n_loops is not None and problem.cache_dtype is None  # only of such there are rows
     if wanted and speaks and measured.lookup(problem) is None:
         if _several_ranks():

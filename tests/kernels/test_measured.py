@@ -297,6 +297,12 @@ def test_first_use_measures_once_and_then_runs_what_won(monkeypatch):
     assert dataclasses.replace(asked, grad=False) == problem(grad=False)
 
 
+def test_another_word_for_first_use_is_refused(monkeypatch):
+    monkeypatch.setenv("SHIFT_KERNELS_CALIBRATE", "firstuse")
+    with pytest.raises(ShiftInputError, match=r"'SHIFT_KERNELS_CALIBRATE' = 'firstuse'.*first_use"):
+        LoopedBlock(SPEC)(torch.randn(3, 5, 16), 2)
+
+
 @pytest.mark.parametrize("limit_s", [0, -1, float("nan")])
 def test_a_time_limit_that_is_none_is_refused(limit_s):
     with pytest.raises(ShiftInputError, match="limit_s"):
