@@ -16,7 +16,7 @@ struct Gate {
 __device__ inline Gate sigmoid_gate(bool silu, float x) {
     const float z = silu ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
     const float dz = silu ? 1.0f : 1.5957691216057308f * (1.0f + 0.134145f * x * x);
-    return {tile::reciprocal_approx(1.0f + tile::exp2_approx(-1.4426950408889634f * z)), dz};
+    return {tile::reciprocal_approx(1.0f + tile::exp2_approx(-tile::LOG2_E * z)), dz};
 }
 
 struct Gelu {
@@ -57,12 +57,27 @@ __device__ inline float activate_backward(int64_t activation, float x, float& dy
     if (activation == GELU) {
         const Gelu found = gelu(x);
         const float share = x > 0.0f ? 1.0f - found.tail : found.tail;
-        dy *= share + x * 0.3989422804014327f * tile::exp2_approx(-0.5f * 1.4426950408889634f * x * x);
+        dy *= share + x * 0.3989422804014327f * tile::exp2_approx(-0.5f * tile::LOG2_E * x * x);
         return found.y;
     }
     const Gate gate = sigmoid_gate(activation == SWIGLU, x);
     dy *= gate.share + x * gate.share * (1.0f - gate.share) * gate.dz;
     return x * gate.share;
+}
+
+__device__ inline float2 activate_backward(int64_t activation, float2 x, float2& dy) {
+    return make_float2(activate_backward(activation, x.x, dy.x), activate_backward(activation, x.y, dy.y));
+}
+
+// Of gates and their values: what they make, and from its gradient theirs.
+struct Gated {
+    float2 act, gate, value;
+};
+
+__device__ inline Gated gated_backward(int64_t activation, float2 gate, float2 value, float2 dy) {
+    float2 d_gate = make_float2(dy.x * value.x, dy.y * value.y);
+    const float2 a = activate_backward(activation, gate, d_gate);
+    return {make_float2(a.x * value.x, a.y * value.y), d_gate, make_float2(dy.x * a.x, dy.y * a.y)};
 }
 
 }  // namespace shift_cuda

@@ -42,7 +42,7 @@ __device__ __forceinline__ void mlp(const InMemory<A, T>& x, Rows<T> xn, const W
         const Prefetch<T> down = {w.down() + first, ff, p.d(), n};
         const auto to_work = [&](int r, int j, float2 u, float2 v) {
             const float2 a = make_float2(activate(f, u.x), activate(f, u.y));
-            if (f == SWIGLU) {
+            if (is_gated(f)) {
                 store(p.work() + r * ld + j / 16 * 8 + j % 8, pack<T>(a.x * v.x, a.y * v.y));
             } else {
                 store(p.work() + r * ld + j, pack<T>(a.x, a.y));

@@ -15,10 +15,10 @@ __device__ __forceinline__ void mlp_backward(const InMemory<A, T>& dx, Rows<T> x
     const Program<A, T>& p = dx.p;
     const int ff = int(p.p().ff_pad), chunk = int(p.p().ff_chunk), ld = p.job.at.ld_work, d = p.d();
     const int64_t f = p.c().activation;
-    const bool swiglu = f == SWIGLU;
-    const int parts = swiglu ? 2 : 1;
+    const bool gated = is_gated(f);
+    const int parts = int(hidden_parts(p.c()));
     // dpre takes the place of da where each has one number.
-    const Rows<T> local = {p.work() + (swiglu ? chunk : 0), ld, false};
+    const Rows<T> local = {p.work() + (gated ? chunk : 0), ld, false};
     for (int first = 0; first < ff; first += chunk) {
         const int n = smaller(chunk, ff - first);
         // da = dy W2_c
@@ -31,27 +31,22 @@ __device__ __forceinline__ void mlp_backward(const InMemory<A, T>& dx, Rows<T> x
         };
         // pre again; act and dpre
         project_up(p, xn, w, first, n, [&](int r, int j, float2 x, float2 y) {
-            const auto activated = [&](float2 v, float2& dy) {
-                return make_float2(activate_backward(f, v.x, dy.x), activate_backward(f, v.y, dy.y));
-            };
             T* to = local.at + r * local.ld + j;
-            if (swiglu) {
+            if (gated) {
                 const int column = j / 16 * 8 + j % 8;
                 const float2 da = unpack<T>(load<uint32_t>(p.work() + r * ld + column));
-                float2 d_gate = make_float2(da.x * y.x, da.y * y.y);
-                const float2 a = activated(x, d_gate);
-                const uint32_t gate = pack<T>(d_gate.x, d_gate.y);
-                const uint32_t value = pack<T>(da.x * a.x, da.y * a.y);
+                const Gated g = gated_backward(f, x, y, da);
+                const uint32_t gate = pack<T>(g.gate.x, g.gate.y), value = pack<T>(g.value.x, g.value.y);
                 store(to, gate);
                 store(to + 8, value);
-                keep(act, r, first + column, pack<T>(a.x * y.x, a.y * y.y));
+                keep(act, r, first + column, pack<T>(g.act.x, g.act.y));
                 keep(dpre, r, first + column, gate);
                 keep(dpre, r, ff + first + column, value);
             } else {
 #pragma unroll
                 for (int side = 0; side < 2; side++) {
                     float2 da = unpack<T>(load<uint32_t>(to + 8 * side));
-                    const float2 a = activated(side ? y : x, da);
+                    const float2 a = activate_backward(f, side ? y : x, da);
                     const uint32_t pre = pack<T>(da.x, da.y);
                     store(to + 8 * side, pre);
                     keep(act, r, first + j + 8 * side, pack<T>(a.x, a.y));

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(256) pack_layer(const __grid_constant__ PackJo
     const int chunk = int(head_chunk_columns(c, job.plan.kv_heads));
     const auto qkv = [&](int i) { return qkv_row(job, i / chunk, i % chunk); };
     const auto up = [&](int i) {
-        const bool swiglu = c.activation == SWIGLU;
-        const int hidden = swiglu ? from_halves(i, int(ff)) : i, column = hidden % int(ff);
+        const bool gated = is_gated(c.activation);
+        const int hidden = gated ? from_halves(i, int(ff)) : i, column = hidden % int(ff);
         return column < c.d_ff ? hidden / int(ff) * int(c.d_ff) + column : -1;
     };
     if (layer < c.n_layers) {

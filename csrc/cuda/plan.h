@@ -87,7 +87,7 @@ constexpr int64_t attention_columns(const Call& c, int64_t kv_heads, bool backwa
     return backward ? 2 * qkv + query_columns(c, kv_heads) : qkv;
 }
 constexpr int64_t mlp_columns(const Call& c, int64_t ff_chunk, bool backward) {
-    return ff_chunk * (backward && c.activation == SWIGLU ? 3 : 1);
+    return ff_chunk * (backward && is_gated(c.activation) ? 3 : 1);
 }
 constexpr bool in_registers(const Plan& p) { return p.residual == IN_REGISTERS; }  // hidden columns too, then
 // xn, then, is operand as it lies in registers, or, of more columns, as wgmma reads it from shared memory.

@@ -33,8 +33,6 @@ namespace shift_cuda {
 
 using namespace tile;
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
 enum NormSlot { NORM1 = 0, NORM1_POST = 2, NORM2 = 4, NORM2_POST = 6, NORM_SLOTS = 8 };  // a bias behind each weight
 
 // Where a program's shared memory and a layer's packed weights have their parts: bytes, and numbers.

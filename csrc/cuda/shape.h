@@ -1,5 +1,5 @@
-// A kernel may be compiled for any call, or for one shape: then sizes, options and plan are constants, a sixth of the
-// instructions is left, and nothing spills. Batch and loops are not part of a shape, nor where tensors are.
+// A kernel may be compiled for any call, or for one shape: then sizes, options and plan are constants, and most
+// instructions go. Batch and loops are not part of a shape, nor where tensors are.
 #pragma once
 #include "call.h"
 

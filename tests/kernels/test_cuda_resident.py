@@ -320,7 +320,7 @@ def test_planner_admits_what_brute_force_says_fits(gpu):
         assert p.threads == -(-p.rows // 32) * 128
         assert p.ff_chunk <= p.ff_pad == -(-spec.d_ff // 16) * 16
         assert p.sequences == 1 or not own
-        assert p.programs >= 132 or p.rows == least
+        assert 2 * p.programs > 132 or p.rows == least
     assert 10 < refused < 150
 
 

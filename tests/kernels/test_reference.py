@@ -363,7 +363,7 @@ def test_attention_ignores_pads_and_defines_empty_rows_as_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_has_the_inputs_dtype(dtype):
     block = LoopedBlock(BlockSpec(16, 2), dtype=torch.float32)
-    assert block(torch.randn(2, 3, 16, dtype=dtype), 2).dtype == dtype
+    assert block(torch.randn(2, 3, 16, dtype=dtype), 2, backend="torch").dtype == dtype
 
 
 def test_autocast_keeps_the_residual_stream_in_the_inputs_dtype():

@@ -144,21 +144,23 @@ def test_every_tile_that_the_planner_keeps_on_chip_was_compiled(architecture):
     assert expected <= {(r["case"], r["kernel"]) for r in RESIDENT if r["sm"] == sm}
 
 
-# Of a bf16 tile compiled for sm_90: warp instructions a token and loop, bytes of spill stores a thread.
-GOALS = {"64x64": (330, 0, 256), "64x128": (700, 0, 256), "64x256": (1800, 512, 1024)}
+# Of a bf16 tile compiled for sm_90, forward and backward: warp instructions a token and loop, bytes of spill
+# stores a thread.
+MOST = {
+    "32x64": ((300, 0), (650, 16)),
+    "64x64": ((260, 0), (620, 0)),
+    "64x128": ((450, 0), (1200, 128)),
+    "64x256": ((1200, 512), (2950, 1024)),
+}
 
 
-@pytest.mark.parametrize("tile", GOALS)
+@pytest.mark.parametrize("tile", MOST)
 def test_hopper_kernels_take_no_more_instructions_and_spills_than_stated(tile):
-    forward, backward = (
-        next(r for r in RESIDENT if (r["kernel"], r["sm"], r["case"]) == (kernel, 90, f"block {tile} bf16"))
-        for kernel in ("resident_forward", "resident_backward")
-    )
-    instructions, spills, spills_backward = GOALS[tile]
-    assert forward["instructions"] <= instructions
-    assert backward["instructions"] <= 2.5 * forward["instructions"]
-    assert forward["spill_stores"] <= spills
-    assert backward["spill_stores"] <= spills_backward
+    for direction, (most, spills) in zip(("forward", "backward"), MOST[tile], strict=True):
+        case = (f"resident_{direction}", 90, f"block {tile} bf16")
+        row = next(r for r in RESIDENT if (r["kernel"], r["sm"], r["case"]) == case)
+        assert row["instructions"] <= most
+        assert row["spill_stores"] <= spills
 
 
 def test_no_narrow_kernel_computes_a_product_twice():

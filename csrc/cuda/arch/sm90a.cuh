@@ -28,7 +28,7 @@ constexpr bool HAS_SM90A = false;
 
 struct Sm90a {
     static constexpr bool ROWS_ARE_PADDED = false, SPLITS = true, BANDS = true;
-    static constexpr int OWNERS = int(CONSUMERS);  // all but the warp that streams weights
+    static constexpr int OWNERS = int(CONSUMERS);  // all but those who stream weights
 
     // All parts of a layer's weights as subtiles that wgmma reads, swizzled. number_at(weight, row, column).
     template <class T, class Number>
@@ -108,6 +108,7 @@ __device__ inline void stream_weights(Program<Sm90a, T> p, Loops loops) {
                 from += n0 / side * to_next_n + k0 / side * to_next_k;
                 mbarrier_wait(p.empty() + s, passes % 2 ^ 1);
                 mbarrier_arrive_expect(p.full() + s, some * int(SUBTILE));
+#pragma unroll 1
                 for (int i = 0; i < some; i++) bring(to + i * SUBTILE, from + i * (along_k ? to_next_k : to_next_n));
                 if (++s == stages) s = 0, passes++;
             }

@@ -283,9 +283,9 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Operand<T, TILES
                     u = make_float2(acc[2 * pair] + bu.x, acc[2 * pair + 1] + bu.y);
                     v = make_float2(acc[2 * pair + 4] + bv.x, acc[2 * pair + 5] + bv.y);
                     u = make_float2(scale * activate(f, u.x), scale * activate(f, u.y));
-                    if (f != SWIGLU) v = make_float2(scale * activate(f, v.x), scale * activate(f, v.y));
+                    if (!is_gated(f)) v = make_float2(scale * activate(f, v.x), scale * activate(f, v.y));
                 }
-                if (f == SWIGLU) {
+                if (is_gated(f)) {
                     hidden.put(At{0, 0, part * 8 + i}, make_float2(u.x * v.x, u.y * v.y));
                 } else {
                     hidden.put(At{0, 0, pair}, u);

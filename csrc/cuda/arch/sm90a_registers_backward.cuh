@@ -113,28 +113,23 @@ __device__ __forceinline__ void mlp_backward(InRegisters<T, S>& dx, Rows<T> xn_r
                 const auto keep = [&](Rows<T> to, int column, uint32_t x) {
                     if (row < p.inside) store(to.at + int64_t(row) * to.ld + column + lane() % 4 * 2, x);
                 };
-                const auto activated = [&](float2 v, float2& d) {
-                    return make_float2(activate_backward(f, v.x, d.x), activate_backward(f, v.y, d.y));
-                };
                 const float2 bu = load<float2>(bias + columns), bv = load<float2>(bias + columns + 8);
                 const float2 u = make_float2(acc[2 * pair] + bu.x, acc[2 * pair + 1] + bu.y);
                 const float2 v = make_float2(acc[2 * pair + 4] + bv.x, acc[2 * pair + 5] + bv.y);
                 if (PARTS == 2) {
                     const int column = SIDE / 2 * part + columns / 2;
-                    const float2 d = unpack<T>(da.word(column / 4 + i % 2));
-                    float2 d_gate = make_float2(d.x * v.x, d.y * v.y);
-                    const float2 a = activated(u, d_gate);
-                    const uint32_t gate = pack<T>(d_gate.x, d_gate.y), value = pack<T>(d.x * a.x, d.y * a.y);
+                    const Gated g = gated_backward(f, u, v, unpack<T>(da.word(column / 4 + i % 2)));
+                    const uint32_t gate = pack<T>(g.gate.x, g.gate.y), value = pack<T>(g.value.x, g.value.y);
                     d_pre.word(16 * part + pair) = gate;
                     d_pre.word(16 * part + pair + 2) = value;
-                    keep(act, first + column, pack<T>(a.x * v.x, a.y * v.y));
+                    keep(act, first + column, pack<T>(g.act.x, g.act.y));
                     keep(dpre, first + column, gate);
                     keep(dpre, ff + first + column, value);
                 } else {
 #pragma unroll
                     for (int side = 0; side < 2; side++) {
                         float2 d = unpack<T>(da.word(pair + 2 * side));
-                        const float2 a = activated(side ? v : u, d);
+                        const float2 a = activate_backward(f, side ? v : u, d);
                         const uint32_t x = pack<T>(d.x, d.y);
                         d_pre.word(pair + 2 * side) = x;
                         keep(act, first + columns + 8 * side, pack<T>(a.x, a.y));

@@ -4,6 +4,8 @@
 
 namespace tile {
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // 2^x; error below 2^-22, subnormal results become zero. Section 9.7.3.21 (ex2.approx.ftz.f32).
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(SHIFT_EMULATE)

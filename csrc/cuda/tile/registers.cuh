@@ -32,11 +32,4 @@ __device__ __forceinline__ int forgotten(int x) {
     return x;
 }
 
-__device__ __forceinline__ uint64_t forgotten(uint64_t x) {
-#if !defined(SHIFT_EMULATE)
-    asm volatile("" : "+l"(x));
-#endif
-    return x;
-}
-
 }  // namespace tile
