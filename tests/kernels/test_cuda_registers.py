@@ -49,15 +49,15 @@ SHAPES = {
         [{"seq_lens": torch.tensor([30, 5, 1, 22, 30, 30, 0, 9])}],
         (120, False, 2, 2),
     ),
-    "192 columns, its operand in shared memory": (
+    "144 columns of 192, operand in shared memory": (
         (
             227 * KB,
             8,
             30,
-            {"d_model": 192, "n_heads": 6, "d_ff": 80, "activation": "swiglu", "n_layers": 2},
+            {"d_model": 144, "n_heads": 3, "d_ff": 80, "activation": "swiglu", "n_layers": 2},
         ),
         [{"seq_lens": torch.tensor([30, 5, 1, 22, 30, 30, 0, 9])}],
-        (120, False, 2, 2),
+        (120, False, 1, 2),
     ),
     "256 columns, sandwich": (
         (

@@ -35,6 +35,9 @@ struct SharedOperand {
     int at, first;  // bytes of shared memory: where the warpgroup's begins, and where the thread's first pair is
     __device__ SharedOperand(const Program<Sm90a, T>& p) : at(p.job.at.xn + warp() / 4 * TILES * int(SUBTILE)) {
         first = at + swizzled(warp() % 4 * 16 + lane() / 4, lane() % 4 * 4);
+        // Columns beyond d_model, which nobody puts again: they meet weights that are 0.
+#pragma unroll
+        for (int i = p.d() / 8 * 2; i < 16 * TILES; i++) put(At{0, 0, i}, make_float2(0.0f, 0.0f));
     }
     // 8 columns on are the next 16 bytes of the line, 8 rows on the next 1024 bytes.
     __device__ void put(At to, float2 x) const {
