@@ -29,7 +29,7 @@ test: $(VENV)/dev.stamp
 
 # 5,000 random blocks, called in every way, against float64: some minutes; other ones each time.
 fuzz: $(VENV)/dev.stamp
-	SHIFT_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_fuzz.py -n auto --maxprocesses 8
+	SHIFT_FUZZ=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_fuzz.py tests/kernels/test_cuda_registers.py -n auto --maxprocesses 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -232,8 +232,8 @@ __device__ __forceinline__ void attend_16(const Program<A, T>& p, const HeadChun
         for (int h = 0; h < 2; h++) {  // the two rows of this thread
             float most = top[h];
 #pragma unroll
-            for (int i = 0; i < 4 * KEY_BLOCKS; i++)
-                most = fmaxf(most, s[i / 4][i / 2 % 2][2 * h + i % 2]);  // may miss a NaN; its own term, and so the total, does not
+            for (int i = 0; i < 4 * KEY_BLOCKS; i++)  // may miss a NaN; its own term, and so the total, does not
+                most = fmaxf(most, s[i / 4][i / 2 % 2][2 * h + i % 2]);
             most = max_over_lanes<4>(most);
             const float base = most == -INFINITY ? 0.0f : most * scale;
             factor[h] = exp2_approx(top[h] * scale - base);

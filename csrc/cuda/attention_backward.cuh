@@ -142,7 +142,7 @@ __device__ __forceinline__ void keys_16(const Program<A, T>& p, const HeadChunk&
     const int hd = of.head_dim;
     const float factor = rsqrt_approx(float(hd));
     const T *k = p.work() + key0 * of.ld + of.k(kv), *v = p.work() + key0 * of.ld + of.v(kv);
-    const int rows_k = p.rows_from(key0), position0 = p.first + key0;
+    const int rows_k = smaller(p.rows_from(key0), p.rows() - key0), position0 = p.first + key0;
     for (int first = 0; first < hd; first += HELD_COLUMNS) {
         float dk[HELD_COLUMNS / 16][2][4] = {}, dv[HELD_COLUMNS / 16][2][4] = {};
 #pragma unroll 1

@@ -39,13 +39,13 @@ struct Call : Block {
     // For every (layer, loop, token) that the launch reaches all columns are written; at pads the left operand is 0
     // and the right one finite. With own_loops some loops are not reached: zero the operands before.
     // in_proj = dqkv^T xn, out_proj = dy^T o, linear1 = dpre^T xn2, linear2 = dy2^T act; a bias is the sum of its
-    // matrix's left operand. linear1's columns: d_ff padded to ff_pad, with swiglu ff_pad gates then ff_pad values.
+    // matrix's left operand. linear1's columns: d_ff padded to ff_pad, with gates ff_pad of them, then ff_pad values.
     void* xn;    // d_model
     void* dqkv;  // (n_heads + 2 n_kv_heads) head_dim, in the order of in_proj
     void* o;     // n_heads head_dim
     void* dy;    // d_model
     void* xn2;   // d_model
-    void* dpre;  // ff_pad, with swiglu 2 ff_pad
+    void* dpre;  // ff_pad, with gates 2 ff_pad
     void* act;   // ff_pad
     void* dy2;   // d_model
 };

@@ -1,6 +1,6 @@
 // The MLP of the rows, `ff_chunk` hidden columns at a time:
 //
-//     act = f(xn W1_c^T + b)       to work; with swiglu a gate and its value meet in one thread's registers
+//     act = f(xn W1_c^T + b)       to work; a gate and its value meet in one thread's registers
 //     x += scale (act W2_c^T + b)
 #pragma once
 #include "activation.cuh"
@@ -16,7 +16,7 @@ __device__ inline Prefetch<T> prefetch_up(const Program<A, T>& p, const Weights<
 }
 
 // xn W1_c^T + b for the hidden columns first .. first + n: out as in multiply, columns counted from the chunk's
-// first in W1's packed rows (with swiglu x gates, y their values).
+// first in W1's packed rows (of a gated MLP x gates, y their values).
 template <class A, class T, class Out>
 __device__ __forceinline__ void project_up(const Program<A, T>& p, Rows<T> xn, const Weights<T>& w, int first, int n,
                                            Out out, Prefetch<T> prefetch = {}) {

@@ -356,9 +356,12 @@ constexpr bool arrange_sm90a(const Call& c, Plan& p, int64_t sequences, int64_t 
     p.tile_columns = least > MOST_STAGES && p.rows > 64 ? SUBTILE_SIDE : TILE_N;
     if (in_registers(p)) p.tile_columns = ceil_to(c.d_model, SUBTILE_SIDE);
     if (leaves_idle(c, p, 64) || !choose_ring(c, p, least, backward)) return false;
-    // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop.
-    const bool stay = p.stages == p.tiles;
-    if (!c.own_loops && !c.halting && !stay) p.cluster = p.programs % 4 == 0 ? 4 : p.programs % 2 == 0 ? 2 : 1;
+    // Neighbours share the weights' way if none can leave before others, and if there is any after the first loop. Four
+    // must be of one part of the device (a GPC), which leaves some multiprocessors over, a tenth at most: two where all
+    // programs just run at once.
+    const bool stay = p.stages == p.tiles, just = p.programs <= c.n_sms && 10 * p.programs > 9 * c.n_sms;
+    if (!c.own_loops && !c.halting && !stay)
+        p.cluster = larger(split, p.programs % 4 == 0 && !just ? int64_t{4} : p.programs % 2 == 0 ? int64_t{2} : int64_t{1});
     fill_in_bytes(c, p, backward);
     return true;
 }

@@ -4,7 +4,7 @@
 //   qkv [head_chunks of kv_heads][q heads, k heads, v heads][head_dim][d_model]; with rope the halves of q and k heads
 //       interleaved by 8, so that a rotation's pair is in one thread's registers
 //   out [d_model][n_heads head_dim]
-//   up  [ff_pad or 2 ff_pad][d_model]; with swiglu gates and values interleaved by 8, likewise
+//   up  [ff_pad or 2 ff_pad][d_model]; gates and values interleaved by 8, likewise
 //   down [d_model][ff_pad]
 // For sm_90a the same matrices, but as subtiles of the parts that are multiplied at once (plan.h, each_pass).
 //

@@ -1,7 +1,8 @@
 """The ``cuda`` backend: resident kernels in CUDA C++ (csrc/cuda), all T loops in one launch.
 
 They hold what Triton's registers do not: the residual stream of a program's sequences is in shared memory, on
-Hopper that of one sequence in that of several blocks if need be, or, up to d_model 128, in registers.
+Hopper that of one sequence in that of several blocks if need be, or in registers (forward up to d_model
+256, backward up to 128).
 Kept for the backward are the loop boundaries. It computes each loop again and writes the operands of the
 weight gradients, which are then one matmul a weight over the rows of many loops.
 """

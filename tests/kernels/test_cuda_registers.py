@@ -3,6 +3,8 @@
 Every access is watched. Plans of such kernels are in test_cuda_sm90a_plan.py.
 """
 
+import os
+import random
 import shutil
 
 import pytest
@@ -183,3 +185,52 @@ def test_gradients_are_right(monkeypatch, tmp_path, name):
         for seed in range(2):
             library.library.shift_emulation_seed(seed)
             check_gradients(block, e, call)
+
+
+def any_problem(rng, backward):
+    """A block, the shape of e and a call, of which many have their residual stream in registers."""
+    n_kv_heads, gated = rng.choice([1, 2, 3]), rng.random() < 0.3
+    columns = ([64] if gated else [64, 80, 96, 128]) if backward else [64, 96, 128, 144, 192, 224, 256]
+    options = {
+        "d_model": rng.choice(columns),
+        "n_heads": n_kv_heads * rng.choice([1, 2]),
+        "n_kv_heads": n_kv_heads,
+        "head_dim": rng.choice([16, 32, 48, 64]),
+        "n_layers": rng.choice([1, 2]),
+        "d_ff": rng.choice([0, 16, 64, 80, 128, 200]),
+        "activation": "swiglu" if gated else rng.choice(["gelu", "relu", "gelu_tanh", "relu2"]),
+        "norm": rng.choice(["layernorm", "rmsnorm"]),
+        "norm_placement": rng.choice(["pre", "post", "sandwich"]),
+        "position": rng.choice(["none", "rope"]),
+        "injection": rng.choice(["none", "add"]),
+        "causal": rng.random() < 0.6,
+        "bias": rng.random() < 0.7,
+        "loop_norm": rng.random() < 0.3,
+        "residual_scale": rng.choice([1.0, 0.5]),
+    }
+    seq_len = rng.choice([9, 16, 20, 31, 32, 33, 48, 50, 64, 65, 97, 128])
+    batch = max(1, 128 // seq_len) + rng.choice([0, 1, 4])
+    call = {}
+    if rng.random() < 0.5:
+        call["seq_lens"] = torch.tensor([rng.randint(0, seq_len) for _ in range(batch)])
+    if rng.random() < 0.3:
+        call["n_loops"] = torch.tensor([rng.randint(0, 2) for _ in range(batch)])
+    return options, batch, seq_len, call
+
+
+@pytest.mark.skipif(not os.environ.get("SHIFT_FUZZ"), reason="make fuzz: a compilation each, some seconds")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_any_problem(monkeypatch, tmp_path, seed, backward):
+    rng = random.Random(2 * seed + backward)
+    options, batch, seq_len, call = any_problem(rng, backward)
+    on_device(monkeypatch, 227 * KB, 1, watched=True)
+    own = own_kernels(monkeypatch, tmp_path, watched=True)
+    block = block_of(options)
+    e = torch.randn(batch, seq_len, options["d_model"]).to(BF16)
+    if backward:
+        check_gradients(block, e, call)
+    else:
+        with torch.no_grad():
+            block.to(BF16)(e, backend="cuda", **{"n_loops": 1} | call)  # compiles
+        check(list(own.values())[-1], block, e, range(2), **{"n_loops": 2} | call)

@@ -8,8 +8,7 @@
 //     MLP       64 hidden columns come out of one product and go into the next: also nothing but registers
 //
 // q, k, v and o are in shared memory, as ever. Registers, of 232 a thread: x d / 2, xn d / 4 or none, a product's result
-// 32, and 16 of hidden columns. A product's tiles along k are all under way at once; up to 64 columns also x += act W2^T of one
-// chunk with the xn W1^T of the next.
+// 32, and 16 of hidden columns. x += act W2^T of one chunk is under way with the xn W1^T of the next.
 #pragma once
 #include "../mlp.cuh"
 #include "../norm.cuh"
