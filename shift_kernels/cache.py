@@ -245,9 +245,10 @@ def check_step(
     loops = torch.as_tensor(n_loops, device="cpu").expand(cache.batch)
     if loops.max() > cache.n_loops:
         refuse(f"of {cache.n_loops} loops", f"one of {int(loops.max())}", "Build it with n_loops=.")
-    if cache.loops is not None and not torch.equal(loops, cache.loops):
+    before = cache.loops if cache.lengths.any() else None  # nothing binds an empty cache
+    if before is not None and not torch.equal(loops, before):
         refuse(
-            f"filled with n_loops {cache.loops.tolist()}",
+            f"filled with n_loops {before.tolist()}",
             f"one filled with {loops.tolist()}",
             "Keep n_loops: a token's deeper loops would read keys that earlier tokens never wrote.",
         )

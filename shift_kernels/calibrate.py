@@ -81,7 +81,7 @@ def at_first_use(problem: Problem) -> None:
     Not where several processes work together. They should choose alike, and ranks need not come to a shape at
     the same time, or at all: a broadcast here could wait for ever.
     """
-    wanted = word_of("SHIFT_KERNELS_CALIBRATE", ("first_use",)) is not None
+    wanted = word_of("SHIFT_KERNELS_CALIBRATE") is not None
     speaks = problem.n_loops is not None and problem.cache_dtype is None  # only of such there are rows
     if wanted and speaks and measured.lookup(problem) is None:
         if _several_ranks():

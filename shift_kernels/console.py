@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from shift_kernels.environment import check_words
 from shift_kernels.errors import ShiftInputError
 from shift_kernels.extras import explained
 
@@ -38,6 +39,7 @@ def command(name: str, resumable: bool = False) -> Callable[[Main], Main]:
             if resumable:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
+                check_words()
                 code = main(argv)
                 sys.stdout.flush()
                 return code

@@ -20,7 +20,7 @@ from shift_kernels.backends import ATTENTION, LOOPED_BLOCK
 from shift_kernels.backends.base import Backend, ExtendsCache, Kind, Registry, WhyNot
 from shift_kernels.call import AttentionProblem, Problem
 from shift_kernels.checks import check_choice
-from shift_kernels.environment import word_of
+from shift_kernels.environment import check_words, word_of
 from shift_kernels.errors import BackendFallbackWarning, input_error
 from shift_kernels.torch_internals import constant_for_dynamo
 
@@ -63,8 +63,10 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
     """Choose the backend for a looped block.
 
     Raises:
-        ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem.
+        ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem; an
+            environment variable is misspelt.
     """
+    check_words()
     check_choice(LOOPED_BLOCK.function, "backend", backend, ["auto", *LOOPED_BLOCK.names()])
     if torch.compiler.is_compiling():  # sizes may be symbols, and a cache is nothing to trace
         return _plan(problem, backend)
@@ -155,7 +157,7 @@ _SAID: set[str] = set()
 def _say_slow(problem: Problem, chosen: Plan) -> None:
     slow = "; ".join(f"{name}: {no.words}" for name, no in chosen.refused if no.kind is Kind.UNSERVED)
     unverified = [name for name, no in chosen.refused if no.kind is Kind.UNVERIFIED]
-    if slow and word_of("SHIFT_KERNELS_STRICT", ("0", "1")) == "1":
+    if slow and word_of("SHIFT_KERNELS_STRICT") == "1":
         raise input_error(
             LOOPED_BLOCK.function,
             "backend",

@@ -209,7 +209,7 @@ class LoopedBlock(nn.Module):
                 ``forward`` that is not torch's, layers that are not alike, or such an option.
         """
         if isinstance(layer, nn.TransformerEncoder):
-            _check_computes_as(layer, nn.TransformerEncoder, ("forward",))
+            _check_computes_as("", layer, nn.TransformerEncoder, ("forward",))
             layers, loop_norm = list(layer.layers), layer.norm
         else:
             layers, loop_norm = [layer], None
@@ -300,7 +300,9 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
             "a torch.nn.TransformerEncoderLayer, or a TransformerEncoder of such",
             "Wrap its weights by name.",
         )
-    _check_computes_as(layer, nn.TransformerEncoderLayer, ("forward", "_sa_block", "_ff_block"))
+    _check_computes_as("", layer, nn.TransformerEncoderLayer, ("forward", "_sa_block", "_ff_block"))
+    for part, base in _PARTS.items():
+        _check_computes_as(f"{part}=", layer.get_submodule(part), base)
 
     def refuse(value: str, allowed: str, remedy: str) -> NoReturn:
         raise input_error(_FROM_TORCH, "layer", value, allowed, remedy)
@@ -311,7 +313,16 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
             "batch_first=True, as a block takes [batch, seq_len, d_model]",
             "Set layer.self_attn.batch_first = True, and transpose what the layer was given.",
         )
-    rates = {name: getattr(layer, name).p for name in ("dropout", "dropout1", "dropout2")}
+    attention = layer.self_attn
+    if attention.add_zero_attn or attention.bias_k is not None:
+        refuse("attention to keys of its own", "add_zero_attn=False, add_bias_kv=False", "Keep the layer.")
+    weights = dict(layer.named_parameters())
+    absent = [name for name in (f"{part}.weight" for part in _WITH_BIAS) if name not in weights]
+    biases = ["self_attn.in_proj_bias", *(f"{part}.bias" for part in _WITH_BIAS)]
+    if absent or len({name in weights for name in biases}) > 1:
+        words = ", ".join(absent) + " absent" if absent else "biases in some of its parts"
+        refuse(words, "weights and biases in all parts, or biases in none", "Keep the layer.")
+    rates = {name: getattr(getattr(layer, name), "p", 0.0) for name in ("dropout", "dropout1", "dropout2")}
     rates["self_attn.dropout"] = layer.self_attn.dropout
     if layer.training and (given := [f"{name}={rate}" for name, rate in rates.items() if rate]):
         refuse(f"{', '.join(given)} in training mode", "dropout=0", "Call layer.eval() first.")
@@ -331,14 +342,33 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
     )
 
 
-def _check_computes_as(module: nn.Module, base: type[nn.Module], methods: tuple[str, ...]) -> None:
+_WITH_BIAS = ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
+_PARTS: dict[str, type[nn.Module]] = {
+    "self_attn": nn.MultiheadAttention,
+    "self_attn.out_proj": nn.Linear,
+    "linear1": nn.Linear,
+    "linear2": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "norm2": nn.LayerNorm,
+}
+
+
+def _check_computes_as(
+    name: str, module: nn.Module, base: type[nn.Module], methods: tuple[str, ...] = ("forward",)
+) -> None:
     """Refuse a module that computes in a way of its own: its weights alone would be taken over."""
-    own = [m for m in methods if getattr(getattr(module, m), "__func__", None) is not getattr(base, m)]
+    own = [
+        m
+        for m in (*methods, "__call__")
+        if getattr(getattr(module, m, None), "__func__", None) is not getattr(base, m)
+    ]
+    own += ["hooks"] * bool(module._forward_hooks or module._forward_pre_hooks)
+    own += ["parametrizations"] * parametrize.is_parametrized(module)
     if own:
         raise input_error(
             _FROM_TORCH,
             "layer",
-            f"{type(module).__name__}, which has its own {' and '.join(own)}",
+            f"{name}{type(module).__name__}, which has its own {' and '.join(own)}",
             f"what computes as torch.nn.{base.__name__} does",
             "Give looped_block its weights by name, if a block computes the same.",
         )

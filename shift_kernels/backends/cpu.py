@@ -20,7 +20,7 @@ from shift_kernels import compiled
 from shift_kernels.backends.base import SERVED_BY_ALL, Kind, Served, WhyNot
 from shift_kernels.cache import Step
 from shift_kernels.call import CallOptions, Problem
-from shift_kernels.environment import word_of
+from shift_kernels.environment import declare
 from shift_kernels.rotary import rotary_table
 from shift_kernels.spec import (
     ACTIVATIONS,
@@ -53,7 +53,7 @@ _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _NATIVE: Any
 _NATIVE, _STATUS = compiled.load("_native")
 if _NATIVE is not None:
-    word_of("SHIFT_KERNELS_CPU_ISA", _NATIVE.ISAS)  # the library reads it, and takes another word for none
+    declare("SHIFT_KERNELS_CPU_ISA", _NATIVE.ISAS)  # the library reads it, and takes another word for none
 _MOST_LAYERS = 0 if _NATIVE is None else _NATIVE.MOST_LAYERS
 
 

@@ -147,20 +147,24 @@ def test_strict_mode_makes_the_slow_path_an_error(with_toy, monkeypatch):
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
 
 
-def test_a_word_that_strict_mode_does_not_know_is_refused(with_toy, monkeypatch):
-    with_toy(Kind.UNSERVED, "d_model > 4")
+@pytest.mark.parametrize("why_not", [(), (Kind.UNSERVED, "d_model > 4")], ids=["fast", "slow"])
+def test_a_word_that_strict_mode_does_not_know_is_refused(with_toy, monkeypatch, why_not):
+    with_toy(*why_not)
     monkeypatch.setenv("SHIFT_KERNELS_STRICT", "yes")
     with pytest.raises(ShiftInputError, match=r"'SHIFT_KERNELS_STRICT' = 'yes'.*allowed: one of '0', '1'"):
         LoopedBlock(SPEC)(torch.randn(2, 3, 8), 1)
 
 
 @pytest.mark.skipif(CPU.why_not(None) is not None, reason="the library reads it")
-def test_an_unknown_instruction_set_is_refused():
-    environment = {**os.environ, "SHIFT_KERNELS_CPU_ISA": "avx9"}
-    code = [sys.executable, "-c", "import shift_kernels"]
+def test_an_unknown_instruction_set_is_refused_in_a_line_by_a_command():
+    environment = {**os.environ, "SHIFT_KERNELS_CPU_ISA": "AVX2"}
+    code = [sys.executable, "-m", "shift_kernels"]
     done = subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
-    assert "'SHIFT_KERNELS_CPU_ISA' = 'avx9'" in done.stderr
-    assert "'portable', 'avx2', 'avx512', 'avx512bf16'" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "'SHIFT_KERNELS_CPU_ISA' = 'AVX2'" in line
+    assert "'portable', 'avx2', 'avx512', 'avx512bf16'" in line
+    assert "Perhaps 'avx2' is meant." in line
+    assert done.returncode == 2
 
 
 def test_explain_names_backend_reason_memory_and_refusals(with_toy):

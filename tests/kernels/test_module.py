@@ -232,6 +232,12 @@ def changed(path, value):
     return made
 
 
+def hooked(name):
+    made = encoder(1).layers[0]
+    made.get_submodule(name).register_forward_hook(lambda module, given, result: 2 * result)
+    return made
+
+
 UNLIKE_TORCHS = {
     "batch_first=False": lambda: nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0),
     "norm2.eps=0.1": lambda: changed("norm2.eps", 0.1),
@@ -240,6 +246,11 @@ UNLIKE_TORCHS = {
     "dropout2=0.1": lambda: changed("dropout2.p", 0.1),
     "self_attn.dropout=0.1": lambda: changed("self_attn.dropout", 0.1),
     "OwnForward, which has its own forward": lambda: OwnForward(16, 2, 24, dropout=0.0, batch_first=True),
+    "norm1=RMSNorm, which has its own forward": lambda: changed("norm1", nn.RMSNorm(16)),
+    "linear1=Identity, which has its own forward": lambda: changed("linear1", nn.Identity()),
+    "linear1=Linear, which has its own hooks": lambda: hooked("linear1"),
+    "attention to keys of its own": lambda: changed("self_attn.add_zero_attn", True),
+    "biases in some of its parts": lambda: changed("linear1", nn.Linear(16, 24, bias=False)),
     "OwnEncoder, which has its own forward": lambda: OwnEncoder(
         encoder().layers[0], 2, enable_nested_tensor=False
     ),
@@ -251,6 +262,11 @@ def test_from_torch_refuses_what_would_be_lost_without_a_word(words):
     layer = UNLIKE_TORCHS[words]()
     with pytest.raises(ShiftInputError, match=re.escape(words)):
         LoopedBlock.from_torch(layer, causal=False)
+
+
+def test_from_torch_takes_a_layer_without_modules_for_dropout():
+    layer, e = changed("dropout1", nn.Identity()), torch.randn(2, 3, 16)
+    torch.testing.assert_close(LoopedBlock.from_torch(layer, causal=False)(e, 1), layer(e))
 
 
 def test_to_torch_takes_a_batch_as_the_block_does():
