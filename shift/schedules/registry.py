@@ -12,13 +12,13 @@ from typing import Any
 
 from shift.checked import refuse_unknown_options
 from shift.schedules.backward import BACKWARD
-from shift.schedules.base import Declaration, LoopSchedule, check
+from shift.schedules.base import Declaration, LoopSchedule
 from shift.schedules.climbing import CLIMB, LADDER, SHIFT
 from shift.schedules.fixed import CONSTANT, FIXED, GROW
 from shift.schedules.ramps import LINEAR, SQRT, STAGED
 from shift.schedules.random import RANDOM
 from shift.schedules.scp import SCPConfig
-from shift_kernels.errors import input_error
+from shift_kernels.errors import input_error, near_miss
 
 # In the order in which reports list them.
 SCHEDULES = {
@@ -42,7 +42,10 @@ def make_schedule(
     Raises:
         ShiftInputError: an unknown kind or option, or a value outside what is allowed.
     """
-    check(kind in SCHEDULES, "kind", kind, "one of " + ", ".join(map(repr, SCHEDULES)))
+    if kind not in SCHEDULES:
+        allowed = "one of " + ", ".join(map(repr, SCHEDULES))
+        remedy = near_miss(kind, SCHEDULES, "Check the spelling.")
+        raise input_error("make_schedule", "kind", kind, allowed, remedy)
     declared = SCHEDULES[kind]
     refuse_unknown_options("make_schedule", kind, options, _options_of(declared))
     given = {**declared.preset, **({"seed": seed} if declared.decided_by == "chance" else {})}

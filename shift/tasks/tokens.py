@@ -49,6 +49,11 @@ class Tokens(Task):
         for option, value in {"packed": packed, "verify": verify}.items():
             if not isinstance(value, bool):
                 raise input_error(f"task {self.name!r}", option, value, "true or false", "Change it.")
+        if not path:
+            raise input_error(
+                f"task {self.name!r}", "path", path, "the folder of shards, which has no default",
+                "Name one that shift-data wrote: --task.options path=FOLDER.",
+            )  # fmt: skip
         self.folder = TokenFolder.open(path, verify=verify)
         self.vocab_size = self.n_classes = self.folder.vocab_size
         self.packed, self.fingerprint = packed, self.folder.fingerprint()

@@ -337,6 +337,11 @@ def test_bad_options_are_named(kind, options, named):
         make(kind, **options)
 
 
+def test_a_misspelt_kind_is_told_the_nearest_one():
+    with pytest.raises(ShiftInputError, match=r"'kind' = 'shft'.*Perhaps 'shift' is meant"):
+        make("shft")
+
+
 @pytest.mark.parametrize(
     ("kind", "option", "words"),
     [

@@ -294,6 +294,11 @@ def test_an_index_names_no_file_outside(names, folder):
         make_task("tokens", path=str(folder))
 
 
+def test_without_a_path_the_task_says_that_it_needs_one():
+    with pytest.raises(ShiftInputError, match=r"'path' = ''.*no default.*--task.options path="):
+        make_task("tokens")
+
+
 def test_too_long_a_window_is_refused(made):
     with pytest.raises(ShiftInputError, match="'seq_len' = 100000"):
         make_task("tokens", path=str(made), seq_len=100_000)
