@@ -21,13 +21,18 @@ CAPTION = "Exact match. Ring: T(n). Dashed: the longest length and the most loop
 
 
 def write(sweeps: Mapping[str, Mapping[str, Any]], out: Path) -> Path:
-    """Write sweeps, by name, into the directory ``out``, which is there; returns the path of ``eval.md``."""
+    """Write sweeps, by name, into the directory ``out``, which is there; returns the path of ``eval.md``.
+
+    A picture of an earlier call is removed where there is none to draw.
+    """
     replace_atomically(out / "eval.json", json_bytes(sweeps))
     pictured = {name: found for name, found in sweeps.items() if not _is_text(found)}
     blocks: list[Block] = []
     if pictured:
         rules = Items([f"{rule}: {meaning}" for rule, meaning in RULES.items()])
         blocks += [Paragraph(WORDS), rules, Picture(heat_map(pictured, out / "heat_map.png"), CAPTION)]
+    else:
+        (out / "heat_map.png").unlink(missing_ok=True)
     for name, found in sweeps.items():
         length = found["trained_length"]
         trained = f"Step {found['step']}; trained with up to {count(found['trained_loops'], 'loop')}"

@@ -46,7 +46,8 @@ def literal(text: str) -> str:
 def save_figures(
     pictures: Mapping[str, Callable[[], Figure | None]], directory: Path, style: Mapping[Any, Any] = STYLE
 ) -> dict[str, Path]:
-    """Draw each picture in ``style`` and save it as ``directory/<name>.png``; one that is None is left out.
+    """Draw each picture in ``style`` and save it as ``directory/<name>.png``; one that is None is left out,
+    and what an earlier call saved under its name is removed.
 
     Returns:
         The files by name.
@@ -55,10 +56,12 @@ def save_figures(
     paths = {}
     with matplotlib.rc_context(dict(style)):
         for name, picture in pictures.items():
-            figure = picture()
-            if figure is not None:
-                paths[name] = directory / f"{name}.png"
-                save_png(figure, paths[name])
+            figure, path = picture(), directory / f"{name}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)
+            else:
+                save_png(figure, path)
+                paths[name] = path
     return paths
 
 

@@ -41,6 +41,15 @@ def test_the_loops_of_a_constant_schedule_are_its_own(tmp_path):
     assert "constant, T = 1 " in (tmp_path / "report.md").read_text()
 
 
+def test_a_report_keeps_no_picture_of_another_run(finished, tmp_path):
+    out = tmp_path / "out"
+    assert main([str(finished), "--out", str(out)]) == 0
+    (out / "figures" / "mine.png").write_bytes(b"")
+    Trainer(tiny(schedule=ScheduleConfig("constant")), tmp_path / "run").fit()
+    assert main([str(tmp_path / "run"), "--out", str(out), "--force"]) == 0
+    assert {path.name for path in (out / "figures").iterdir()} == {"curves.png", "mine.png"}
+
+
 def test_a_run_that_was_stopped_has_a_report_too(tmp_path):
     trainer = Trainer(tiny(), tmp_path)
     with pytest.raises(TrainingInterrupted):

@@ -423,6 +423,16 @@ def test_an_evaluation_overwrites_no_other_unless_told_to(made, tmp_path, capsys
     assert '"samples": 4' in (tmp_path / "eval/eval.json").read_text()
 
 
+def test_an_evaluation_of_text_keeps_no_picture_of_another_run(made, tmp_path):
+    out = tmp_path / "eval"
+    Trainer(tiny(), tmp_path / "hop").fit()
+    Trainer(config_of(made), tmp_path / "lm").fit()
+    assert evaluation.main([str(tmp_path / "hop"), "--out", str(out), "--samples", "8"]) == 0
+    assert (out / "heat_map.png").exists()
+    assert evaluation.main([str(tmp_path / "lm"), "--out", str(out), "--samples", "8", "--force"]) == 0
+    assert {path.name for path in out.iterdir()} == {"eval.json", "eval.md"}
+
+
 def run_on(folder, run):
     """A run on a folder of tokens, stopped after eight of its twelve steps."""
     trainer = Trainer(config_of(folder), run)
