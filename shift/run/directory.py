@@ -11,7 +11,6 @@ checkpoints/     see shift.run.checkpoint              result.json    written on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import warnings
@@ -23,7 +22,14 @@ from shift.config import RESULT_FREE, TrainConfig, differing_key
 from shift.reading import is_count
 from shift.run import checkpoint
 from shift.run.checkpoint import Checkpoint, damage
-from shift.run.files import json_bytes, make_directory, replace_atomically, set_aside
+from shift.run.files import (
+    json_bytes,
+    make_directory,
+    missing_folders,
+    remove_empty,
+    replace_atomically,
+    set_aside,
+)
 from shift.run.lock import take_lock
 from shift.run.optim import learning_rate
 from shift.run.progress import Progress
@@ -70,7 +76,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: TrainConfig, world_size: int, extend: bool = False) -> None:
         self.path, self.config, self.world_size, self._extend = path, config, world_size, extend
         self._checkpoints = path / CHECKPOINTS
-        self._made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+        self._made = missing_folders(path)
         make_directory(path, "shift.Trainer", "run_dir")
         if os.path.lexists(self._checkpoints):  # a file, say: known now, and not when all steps are done
             make_directory(self._checkpoints, "shift.Trainer", "run_dir")
@@ -197,9 +203,7 @@ class RunDirectory:
             return
         for name in (METRICS, TIMING, SNAPSHOTS, CONFIG, LOCK):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: somebody has put something there
-            for folder in self._made:
-                folder.rmdir()
+        remove_empty(self._made)
 
     def metrics_sha256(self) -> str:
         """sha256 of ``metrics.jsonl`` as it stands."""

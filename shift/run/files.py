@@ -33,6 +33,30 @@ def make_directory(path: Path, function: str, argument: str) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def directory_for(path: Path, function: str, argument: str) -> Iterator[None]:
+    """:func:`make_directory` for what follows: where that fails, folders made for it go again if empty."""
+    made = missing_folders(path)
+    try:
+        make_directory(path, function, argument)
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folder and those above it that are not there, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, each inside the next, that are there and empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+            folder.rmdir()
+
+
 def refuse_to_overwrite(out: Path, names: Iterable[str], function: str) -> None:
     """Refuse a folder in which something of these names lies, of an earlier call perhaps.
 

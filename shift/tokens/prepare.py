@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shift.run.files import json_bytes, make_directory, replace_atomically
+from shift.run.files import directory_for, json_bytes, replace_atomically
 from shift.run.lock import alone_with
 from shift.tasks.base import SPLITS
 from shift.tasks.shards import FORMAT, INDEX, NAME, TOKENIZER, Header, dtype_of
@@ -73,13 +73,11 @@ def prepare(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Setting
         ShiftInputError: unusable sources or folder, or a split that no document fell to; it leaves nothing.
         OSError: the disk refused; the folder has no index then, and can be written again.
     """
-    is_new = not out.exists()
-    make_directory(out, "shift-data", "out")
     allowed = "a folder into which no other shift-data writes"
     refusal = input_error("shift-data", "out", str(out), allowed, "Choose another.")
     unfinished = out / UNFINISHED
-    begun = unfinished.exists()
-    with alone_with(unfinished, refusal):
+    begun = os.path.lexists(unfinished)
+    with directory_for(out, "shift-data", "out"), alone_with(unfinished, refusal):
         names = [path.name for path in out.iterdir()]
         taken = [name for name in names if name in (INDEX, TOKENIZER) or NAME.fullmatch(name)]
         if INDEX in taken or (taken and not begun):
@@ -95,8 +93,6 @@ def prepare(sources: Sources, tokenizer: Tokenizer, out: Path, settings: Setting
                 if path.name == TOKENIZER or NAME.fullmatch(path.name):
                     path.unlink()
             unfinished.unlink()
-            if is_new:
-                out.rmdir()
             raise
         unfinished.unlink()
     return index

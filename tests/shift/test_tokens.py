@@ -212,6 +212,16 @@ def test_finished_data_are_not_written_over_and_unfinished_ones_are(folder, tmp_
     assert not (folder / "train-00009.bin").exists()
 
 
+@pytest.mark.parametrize("last", ["out", "x" * 300], ids=["no documents", "a name too long"])
+def test_a_call_that_is_refused_leaves_none_of_the_folders_that_it_made(last, tmp_path):
+    (tmp_path / "one.txt").write_text("one document")
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "a" / "b" / last
+    with pytest.raises(ShiftInputError, match="'validation'" if last == "out" else "'out'"):
+        prepare(Sources([tmp_path / "one.txt"]), ByteTokenizer(), out, Settings(0.3))
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_one_process_writes_a_folder_at_a_time(tmp_path, monkeypatch):
     sources = Sources([tmp_path / "documents.txt"], split_on="\f")
     sources.files[0].write_text("\f".join(documents()))
