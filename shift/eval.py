@@ -21,7 +21,7 @@ import tyro
 from shift.length.report import FILES, write
 from shift.length.sweep import SweepConfig, sweep
 from shift.run.directory import short_names
-from shift.run.files import make_directory, refuse_to_overwrite
+from shift.run.files import directory_for, refuse_to_overwrite
 from shift_kernels.console import command
 
 
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = short_names("shift-eval", flags.runs)
     if not flags.force:
         refuse_to_overwrite(flags.out, FILES, "shift-eval")
-    make_directory(flags.out, "shift-eval", "out")
-    print(write({name: sweep(run, flags.sweep, flags.data) for name, run in names.items()}, flags.out))
+    with directory_for(flags.out, "shift-eval", "out"):  # an unusable one is refused before the work
+        sweeps = {name: sweep(run, flags.sweep, flags.data) for name, run in names.items()}
+        print(write(sweeps, flags.out))
     return 0
 
 

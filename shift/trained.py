@@ -67,7 +67,7 @@ def restored(tool: str, run: TrainConfig, saved: Checkpoint, task: Task | None =
         ShiftInputError: the weights are not those of this config, or the task's data not the run's.
     """
     task = task or build_task(run)
-    saved.check_data(tool, task)
+    saved.check_data(tool, task, "--data NEW")
     model = build_model(run, task)
     try:
         saved.restore_weights(model)

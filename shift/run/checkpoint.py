@@ -83,8 +83,13 @@ class Checkpoint:
                 raise ValueError("not a table with a step")
         return Checkpoint(path, files, state)
 
-    def check_data(self, function: str, task: Task) -> None:
+    def check_data(self, function: str, task: Task, flag: str) -> None:
         """Refuse a task whose data are not those of the run. (Older runs do not say which they were.)
+
+        Args:
+            function: who refuses.
+            task: that reads the data.
+            flag: how the user names where they lie now.
 
         Raises:
             ShiftInputError: they are others.
@@ -94,7 +99,7 @@ class Checkpoint:
             raise input_error(
                 function, "task", f"{task.name!r} with the data {ours[:12]}",
                 f"the data {theirs[:12]}, as in {self.path}",
-                "Bring it back, or name the folder where it lies now.",
+                f"Bring it back, or name the folder where it lies now: {flag}.",
             )  # fmt: skip
 
     def restore_weights(self, model: nn.Module) -> None:

@@ -379,7 +379,8 @@ class Trainer:
         return None if saved is None else (saved.path, saved.files)
 
     def _restore(self, saved: Checkpoint) -> None:
-        saved.check_data("shift.Trainer", self.task)
+        flag = " ".join(["--task.options", *(f"{name}=NEW" for name in self.task.paths)])
+        saved.check_data("shift.Trainer", self.task, flag)
         saved.restore(self.model, self.optimizer, self.average)
         self._deal(saved.state["world_size"])
         with damage(saved.path / checkpoint.STATE):

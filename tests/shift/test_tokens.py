@@ -466,7 +466,10 @@ def test_other_data_than_the_runs_are_refused(tool, folder, tmp_path, capsys):
     if tool == "export":
         pytest.importorskip("transformers")
     assert TOOLS[tool](tmp_path / "run", tmp_path / "out") == 2
-    assert "the data " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the data " in said
+    assert "where it lies now: --data NEW" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_that_moved_are_named_anew(folder, tmp_path, capsys):
@@ -481,7 +484,7 @@ def test_data_that_moved_are_named_anew(folder, tmp_path, capsys):
     result = Trainer(config_of(moved), run, resume=True).fit()
     assert result["steps"] == 12
     (tmp_path / "other").mkdir()
-    with pytest.raises(ShiftInputError, match="the data "):
+    with pytest.raises(ShiftInputError, match=r"the data .*lies now: --task\.options path=NEW"):
         Trainer(config_of(token_folder(tmp_path / "other", validation=0.4)), run, resume=True)
 
 
