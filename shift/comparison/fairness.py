@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shift.build import with_absolute_paths
 from shift.comparison.arms import AGAIN, Variants, declared, split
 from shift.config import RESULT_FREE, TrainConfig, differing_key, flat_keys
 from shift.run.record import Run, Runs
@@ -98,7 +99,8 @@ def _without_arm(config: Mapping[str, Any], tuned: bool) -> TrainConfig:
     """What all runs of a comparison must share."""
     task = {**config["task"], "seed": 0}
     optimiser = {key: value for key, value in config["optimiser"].items() if not (tuned and key == "lr")}
-    return TrainConfig.from_dict({**config, "task": task, "seed": 0, "schedule": {}, "optimiser": optimiser})
+    shared = {**config, "task": task, "seed": 0, "schedule": {}, "optimiser": optimiser}
+    return with_absolute_paths(TrainConfig.from_dict(shared))
 
 
 def _all_seeds(runs: Runs) -> Check:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shift.build import build_schedule, build_task
+from shift.build import build_schedule, build_task, with_absolute_paths
 from shift.comparison.arms import (
     DERIVED,
     MATCHED,
@@ -162,7 +162,10 @@ def finished(path: Path, config: TrainConfig) -> bool:
         ShiftInputError: it holds another one.
     """
     run = read_run(path)
-    difference = differing_key(config, run.config) if run.config else None
+    difference = None
+    if run.config:  # of an older version perhaps, with a path as it was given
+        theirs = with_absolute_paths(TrainConfig.from_dict(run.config))
+        difference = differing_key(with_absolute_paths(config), theirs.to_dict())
     if difference is not None:
         key, ours, theirs = difference
         raise input_error(

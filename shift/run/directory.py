@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shift.build import with_absolute_paths
 from shift.config import RESULT_FREE, TrainConfig, differing_key
 from shift.reading import is_count
 from shift.run import checkpoint
@@ -226,6 +227,7 @@ class RunDirectory:
             theirs = TrainConfig.from_dict(state["config"])
         if self._extend and self.config.steps > theirs.steps:
             theirs = self._extended(theirs, found)
+        theirs = with_absolute_paths(theirs)
         # Where data lies is free where the run knows which data it was.
         moved = find_task(theirs.task.name).paths if state.get("data") else ()
         free = (*RESULT_FREE, *(f"task.options.{name}" for name in moved))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shift.build import build_model, build_schedule, build_task, find_device
+from shift.build import build_model, build_schedule, build_task, find_device, with_absolute_paths
 from shift.config import TrainConfig, differing_key
 from shift.run import checkpoint
 from shift.run.average import WeightAverage
@@ -96,6 +96,7 @@ class Trainer:
             raise type_error("shift.Trainer", "config", given, "a TrainConfig", remedy)
         if not isinstance(run_dir, (str, os.PathLike)):
             raise type_error("shift.Trainer", "run_dir", run_dir, "a path", "Name a directory.")
+        config = with_absolute_paths(config)
         self.ranks = Ranks(config.hang_timeout)
         self.config, self.console, self.device = config, console, find_device(config.device)
         self.task, self.schedule = build_task(config), build_schedule(config)

@@ -7,14 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from tiny_runs import tiny
 from token_data import documents, token_folder
 
-from shift import data, export, generate, train
+from shift import compare, data, export, generate, train
 from shift import eval as evaluation
 from shift.build import build_model, build_task
-from shift.config import ModelConfig, TaskConfig, TrainConfig
+from shift.config import ModelConfig, TaskConfig, TrainConfig, load_config
 from shift.landscape.hessian import LossSurface
 from shift.run.evaluate import evaluate
 from shift.run.trainer import Trainer, TrainingInterrupted
@@ -498,6 +499,32 @@ def test_the_command_keeps_the_path_of_data_from_the_root(folder, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     words = ["--run-dir", "run", "--task.name", "tokens", "--task.options", "path=tokens"]
     assert train.parse(words).train.task.options["path"] == str(folder)
+
+
+def test_a_comparison_keeps_the_path_of_data_from_the_root(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base.toml"
+    base.write_bytes(tomli_w.dumps(config_of("tokens").to_dict()).encode())
+    call = ["--config", str(base), "--seeds", "0", "--target", "0.9", "--out", "out", "--jobs", "1"]
+    assert compare.main([*call, "--arms", "looped"]) == 0
+    own = tmp_path / "out" / "looped" / "seed-0" / "config.toml"
+    assert load_config(own).task.options["path"] == str(folder)
+    # Runs of older versions have it as it was given; they are taken up, and fair beside new ones.
+    own.write_text(own.read_text().replace(str(folder), "tokens"))
+    before = own.with_name("result.json").read_bytes()
+    assert compare.main([*call, "--arms", "looped", "single"]) == 0
+    assert own.with_name("result.json").read_bytes() == before
+    rules = json.loads((tmp_path / "out" / "results.json").read_text())["fairness"]
+    assert next(rule["ok"] for rule in rules if rule["rule"].startswith("Same model"))
+
+
+def test_a_run_of_an_older_version_with_a_path_as_it_was_given_goes_on(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as older:
+        older.setattr("shift.run.trainer.with_absolute_paths", lambda config: config)
+        run_on("tokens", tmp_path / "run")
+    assert Trainer(config_of("tokens"), "run", resume=True).fit()["steps"] == 12
+    assert load_config(tmp_path / "run" / "config.toml").task.options["path"] == str(folder)
 
 
 def test_a_task_without_text_has_no_bits_per_byte():
