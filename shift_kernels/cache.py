@@ -152,8 +152,6 @@ class LoopedCache:
         if lengths.ndim == 0 if isinstance(lengths, Tensor) else not isinstance(lengths, Sequence):
             lengths = [lengths] * self.batch  # type: ignore[list-item]
         self.lengths = torch.minimum(self.lengths, self._numbers("crop", "lengths", lengths, MAX_TOKENS))
-        if not self.lengths.any():
-            self.loops = None  # nothing is left that would bind the next call to them
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Sample i becomes what ``index[i]`` was: int [batch], with repetitions, as beam search needs it.

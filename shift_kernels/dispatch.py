@@ -66,7 +66,6 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
         ShiftInputError: an explicit ``backend`` is unknown, not available, or does not serve the problem; an
             environment variable is misspelt.
     """
-    check_words()
     check_choice(LOOPED_BLOCK.function, "backend", backend, ["auto", *LOOPED_BLOCK.names()])
     if torch.compiler.is_compiling():  # sizes may be symbols, and a cache is nothing to trace
         return _plan(problem, backend)
@@ -74,6 +73,7 @@ def plan(problem: Problem, backend: str = "auto") -> Plan:
 
 
 def _plan(problem: Problem, backend: str) -> Plan:
+    check_words()  # once for each problem: a call in a loop has no time for it
     if backend == "auto" and problem.cache_dtype is None:  # which no table speaks of
         for name in measured.fastest_first(problem):
             if name in candidates(problem):

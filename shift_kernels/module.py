@@ -317,8 +317,9 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
     if attention.add_zero_attn or attention.bias_k is not None:
         refuse("attention to keys of its own", "add_zero_attn=False, add_bias_kv=False", "Keep the layer.")
     weights = dict(layer.named_parameters())
-    absent = [name for name in (f"{part}.weight" for part in _WITH_BIAS) if name not in weights]
-    biases = ["self_attn.in_proj_bias", *(f"{part}.bias" for part in _WITH_BIAS)]
+    parts = [part for part in _PARTS if part != "self_attn"]  # whose own are in_proj's
+    absent = [name for name in (f"{part}.weight" for part in parts) if name not in weights]
+    biases = ["self_attn.in_proj_bias", *(f"{part}.bias" for part in parts)]
     if absent or len({name in weights for name in biases}) > 1:
         words = ", ".join(absent) + " absent" if absent else "biases in some of its parts"
         refuse(words, "weights and biases in all parts, or biases in none", "Keep the layer.")
@@ -342,7 +343,6 @@ def _fields_of(layer: nn.Module, causal: bool) -> dict[str, Any]:
     )
 
 
-_WITH_BIAS = ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
 _PARTS: dict[str, type[nn.Module]] = {
     "self_attn": nn.MultiheadAttention,
     "self_attn.out_proj": nn.Linear,

@@ -224,11 +224,12 @@ struct Program {
         else
             sync_threads(2 + band(), 32 * band_warps());
     }
+    __device__ void sync_warpgroup() const { sync_threads(2 + warp() / 4, 128); }
     // Of all bands that have rows of a sequence together: where sequences end with a warpgroup's 64 rows, the warpgroup's.
     // So one warpgroup may compute a softmax or a GELU while the other multiplies.
     __device__ void sync_bands() const {
         if (bands() == 8 && 64 % job.call.seq_len == 0)
-            sync_threads(2 + warp() / 4, 128);
+            sync_warpgroup();
         else
             sync();
     }

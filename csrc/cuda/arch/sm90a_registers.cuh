@@ -135,17 +135,17 @@ __device__ __forceinline__ void norm(const InRegisters<T, S>& x, const float* we
 
 // Before products by an operand that the warp has put, and before the next is put.
 template <class T, int TILES>
-__device__ __forceinline__ void is_put(const Fragments<T, TILES>&) {}
+__device__ __forceinline__ void is_put(const Program<Sm90a, T>&, const Fragments<T, TILES>&) {}
 template <class T, int TILES>
-__device__ __forceinline__ void is_put(const SharedOperand<T, TILES>&) {
+__device__ __forceinline__ void is_put(const Program<Sm90a, T>& p, const SharedOperand<T, TILES>&) {
     fence_async_proxy();
-    sync_threads(2 + warp() / 4, 128);
+    p.sync_warpgroup();
 }
 template <class T, int TILES>
-__device__ __forceinline__ void is_read(const Fragments<T, TILES>&) {}
+__device__ __forceinline__ void is_read(const Program<Sm90a, T>&, const Fragments<T, TILES>&) {}
 template <class T, int TILES>
-__device__ __forceinline__ void is_read(const SharedOperand<T, TILES>&) {
-    sync_threads(2 + warp() / 4, 128);
+__device__ __forceinline__ void is_read(const Program<Sm90a, T>& p, const SharedOperand<T, TILES>&) {
+    p.sync_warpgroup();
 }
 
 // acc = a b for 64 columns of b, subtiles one behind the other along k.
@@ -191,7 +191,7 @@ template <bool ROWS_ALONG_N, class T, int TILES, template <class, int> class Ope
 __device__ __forceinline__ void multiply(const Program<Sm90a, T>& p, const Operand<T, TILES>& a, const T*, int64_t,
                                          int n, int, Out out, Prefetch<T> = {}) {
     float acc[32];
-    is_put(a);
+    is_put(p, a);
 #pragma unroll 1
     for (int n0 = 0; n0 < n; n0 += int(SUBTILE_SIDE)) {
         project_64<ROWS_ALONG_N ? MN_MAJOR : K_MAJOR>(p, acc, a);
@@ -263,7 +263,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Operand<T, TILES
     constexpr int parts = InRegisters<T, S>::PARTS;
     const int ff = int(p.p().ff_pad);
     const int64_t f = p.c().activation;
-    is_put(xn);
+    is_put(p, xn);
     Fragments<T, 1> hidden;
     float acc[32];
     int down = 0;  // the stage of the W2 under way
@@ -302,7 +302,7 @@ __device__ __forceinline__ void mlp(InRegisters<T, S>& x, const Operand<T, TILES
     }
     wgmma_wait<0>();
     give_back(p, down);
-    is_read(xn);
+    is_read(p, xn);
     add_bias(x, w.down_bias(), scale);  // ahead of the loop it makes ptxas spill (C7512)
 }
 
